@@ -1,0 +1,83 @@
+"""Axes: the class axes of an array, and the mesh axes inside ``jax.shard_map``."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+AxisName = str | tuple[str, ...] | None
+
+
+def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The class axes as non-negative ints, in the order given."""
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for a in axes:
+        if not isinstance(a, int) or isinstance(a, bool):
+            raise TypeError(f"axis: expected an int or a tuple of ints, got {axis!r}")
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"axis: expected axes in [{-ndim}, {ndim}) for logits with {ndim} dimensions, "
+                f"got {axis!r}"
+            )
+    normalized = tuple(a % ndim for a in axes)
+    if not axes or len(set(normalized)) != len(axes):
+        raise ValueError(f"axis: expected one axis or several different ones, got {axis!r}")
+    return normalized
+
+
+def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
+    """x with its class axes moved to the end and flattened into one, [..., K]."""
+    if axes != (x.ndim - 1,):
+        x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    if len(axes) > 1:
+        n = x.ndim - len(axes)
+        x = x.reshape(*x.shape[:n], math.prod(x.shape[n:]))
+    return x
+
+
+def classes_back(x: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """The inverse of ``classes_last``, for an x that had that shape."""
+    x = x.reshape(*x.shape[:-1], *(shape[a] for a in axes))
+    return jnp.moveaxis(x, range(-len(axes), 0), axes)
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def psum(x: Array, axis_name: AxisName) -> Array:
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def varying(x: Array) -> frozenset[str]:
+    """The mesh axes along which x differs between devices, as shard_map's types have it."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def is_tracked(axis_name: AxisName) -> bool:
+    """Whether shard_map tracks what varies along these mesh axes, that is, has check_vma on."""
+    names = axis_names(axis_name)
+    return all(name in varying(lax.axis_index(name)) for name in names)
+
+
+def vary(x: Array, names: frozenset[str]) -> Array:
+    """x typed as varying along these mesh axes too, so that its cotangent may vary as well."""
+    missing = tuple(sorted(names - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def check_axis_name(argument: str, axis_name: AxisName, x: Array) -> None:
+    """Raises unless these are mesh axes around this call that split x."""
+    for name in axis_names(axis_name):
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}"
+            ) from None
+        if is_tracked(name) and name not in varying(x):
+            raise ValueError(
+                f"{argument}: expected a mesh axis that splits the logits, got {name!r}, along "
+                f"which they are the same on every device ({jax.typeof(x)})"
+            )

@@ -1,0 +1,106 @@
+"""The softmax normaliser as a pair (m, r), and the row rule that stands on it.
+
+For logits x_1 .. x_K of one row
+
+    m   = max_k x_k                     e_k = exp(x_k - m)
+    r   = sum_k e_k with one maximal element left out, so that 1 + r = sum_k e_k
+    lse = m + log1p(r)                  q_k = e_k / (1 + r)
+
+The 1 of the maximum is never added to the rest, so nothing is absorbed: the loss and the gradient of
+a confident row, where r is 1e-20, keep their digits. (m, r) is a monoid, and so one state serves a
+whole row, a chunk of its classes, and a shard of them on a mesh.
+
+For targets t_k with T = sum_k t_k the row loss and its gradient are
+
+    loss        = sum_k t_k (m - x_k) + T log1p(r)
+    d loss/dx_l = (e_l (T - t_l) - t_l ((1 - e_l) + r)) / (1 + r)     = T q_l - t_l, line D7
+
+Each is written once, here, and takes the logits of one tile: all classes of a row or some of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class Normalizer(NamedTuple):
+    """The state (m, r) of rows of logits, each of shape [...]. The identity is (-inf, -1)."""
+
+    m: Array
+    r: Array
+
+    @property
+    def log1p_r(self) -> Array:
+        """lse - m, shape [...]."""
+        return jnp.log1p(self.r)
+
+    @property
+    def lse(self) -> Array:
+        """log sum_k exp(x_k), shape [...]."""
+        return self.m + self.log1p_r
+
+
+def _apart(m: Array, after: Array) -> Array:
+    """m, hidden behind a result that was computed with it.
+
+    XLA's CPU backend fuses a sum of exponentials into one pass over x. Where two sums or a sum and
+    the gradient share their terms, it writes the terms out instead: an array of the size of x.
+    """
+    if jax.default_backend() == "cpu":
+        m, _ = lax.optimization_barrier((m, after))
+    return m
+
+
+def normalize(x: Array) -> Normalizer:
+    """The state of a tile of logits, [..., K] to [...].
+
+    A row of -inf alone gives the identity. m is a constant under differentiation: no result depends
+    on the choice of the shift, so its derivative is zero, and r carries all of lse's.
+    """
+    m = lax.stop_gradient(jnp.max(x, axis=-1))
+    shift = jnp.where(m == -jnp.inf, 0, m)
+    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    # Below a sum of 1.5 the maximum is alone and every other term below 1/2: floor keeps the maximum
+    # only. From 1.5 on, subtracting 1 costs no digits. No comparison with m, because XLA's CPU
+    # backend fuses a floor into the sum and not a comparison.
+    e = jnp.exp(x - _apart(shift, total)[..., None])
+    rest = jnp.sum(e - jnp.floor(e), axis=-1)
+    r = jnp.where(total < 1.5, rest, total - 1)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+
+
+def merge_over(state: Normalizer, axis_name: str | tuple[str, ...] | None) -> Normalizer:
+    """The state of whole rows from the states of their shards: one max and one sum over a mesh."""
+    if axis_name is None:
+        return state
+    m = lax.pmax(state.m, axis_name)
+    top = state.m == m
+    # A shard without the maximum gives all of its terms, one with it all but its own maximum. Every
+    # maximum but one is then still to be counted.
+    rest = jnp.where(top, state.r, (1 + state.r) * jnp.exp(state.m - m))
+    rest, tops = lax.psum((rest, top.astype(rest.dtype)), axis_name)
+    return Normalizer(m, rest + (tops - 1))
+
+
+def row_loss(state: Normalizer, cost: Array, total: Array) -> Array:
+    """D0 for one row: cost + T log1p(r), where cost = sum_k t_k (m - x_k)."""
+    return cost + total * state.log1p_r
+
+
+def row_gradient(
+    x: Array, t: Array, total: Array, state: Normalizer, g: Array, g_lse: Array | None = None
+) -> Array:
+    """The gradient for a tile of logits x, given the gradients g of the row loss and g_lse of lse.
+
+    Shapes: x and the targets t [..., K] or broadcastable to it, all others [...].
+    """
+    r = state.r[..., None]
+    e = jnp.exp(x - _apart(*state)[..., None])
+    total = total[..., None]
+    # D7 over 1 + r, arranged so that a confident label's e_l = 1 = T cancels exactly.
+    d = (e * (total - t) - t * ((1 - e) + r)) * g[..., None]
+    if g_lse is not None:
+        d = d + e * g_lse[..., None]
+    return d / (1 + r)

@@ -1,0 +1,64 @@
+"""Row losses to the result: weights, the three reductions, and the metrics beside them."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sxe._axes import AxisName, psum
+from sxe._targets import Rows
+
+
+class Metrics(NamedTuple):
+    """What a training loop wants beside the loss. No gradient passes through any of it.
+
+    Attributes:
+      loss_sum: the sum of the weighted row losses, a scalar; over the global batch where
+        ``batch_axis_name`` is given.
+      weight_sum: the denominator of the mean, a scalar, likewise. ``loss_sum / weight_sum`` is the
+        mean. Both summed first, over shards or accumulation steps, it is the mean over them all.
+      lse: log sum_k exp(logits_k) of each row, [...], and 0 where the row does not count.
+      predictions: the class of each row's largest logit, [...] int32.
+    """
+
+    loss_sum: Array
+    weight_sum: Array
+    lse: Array
+    predictions: Array
+
+
+class Sums(NamedTuple):
+    """sum_i w_i loss_i and the mean's denominator, over the global batch."""
+
+    loss: Array
+    weight: Array
+
+
+def weighted(loss: Array, rows: Rows) -> Array:
+    """w_i loss_i, where a weight of 0 times an infinite loss is 0."""
+    return rows.weight * jnp.where((rows.weight == 0) & jnp.isinf(loss), 0, loss)
+
+
+def sums(weighted_loss: Array, rows: Rows, batch_axis_name: AxisName) -> Sums:
+    return Sums(
+        psum(jnp.sum(weighted_loss), batch_axis_name), psum(jnp.sum(rows.norm), batch_axis_name)
+    )
+
+
+def denominator(total: Sums, reduction: str) -> Array:
+    """What the sum of losses is divided by. A mean over nothing is 0, and so is its gradient."""
+    if reduction == "sum":
+        return jnp.ones_like(total.weight)
+    return jnp.where(total.weight == 0, jnp.inf, total.weight)
+
+
+def predict(x: Array, axis_name: AxisName) -> Array:
+    """The first class with the row's largest logit, over all shards, [..., K] to [...]."""
+    x = lax.stop_gradient(x)
+    k = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    if axis_name is None:
+        return k
+    k = k + lax.axis_index(axis_name) * x.shape[-1]
+    largest = jnp.max(x, axis=-1)
+    behind = largest < lax.pmax(largest, axis_name)
+    return lax.pmin(jnp.where(behind, jnp.iinfo(jnp.int32).max, k), axis_name)

@@ -1,0 +1,327 @@
+"""The softmax cross-entropy loss on logits, with its gradient in closed form.
+
+    loss_i = sum_k t_ik (lse(x_i) - x_ik) + z lse(x_i)^2            line D0, and the z-loss
+    d loss_i/dx_il = T_i q_il - t_il + 2 z lse(x_i) q_il            line D7
+
+The rule for rows below has two results, the loss without its z-loss, and lse; everything after it
+is plain JAX on arrays of a number a row. It is attached in three ways, chosen by ``rule``.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from sxe import _normalizer as nz
+from sxe import _options
+from sxe._axes import (
+    AxisName,
+    axis_names,
+    check_axis_name,
+    class_axes,
+    classes_back,
+    classes_last,
+    is_tracked,
+    psum,
+    vary,
+    varying,
+)
+from sxe._options import Arrays, Static
+from sxe._reduction import Metrics, denominator, predict, sums, weighted
+from sxe._targets import (
+    Rows,
+    Targets,
+    any_class,
+    make_rows,
+    target_cost,
+    target_gaps,
+    target_tile,
+)
+
+# The rule for rows: logits [..., K] and targets to the row loss and lse, both [...].
+
+
+def _state(x: Array, axis_name: AxisName) -> nz.Normalizer:
+    return nz.merge_over(nz.normalize(x), axis_name)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _loss_and_lse(
+    x: Array, targets: Targets, state: nz.Normalizer, axis_name: AxisName
+) -> tuple[Array, Array]:
+    cost = target_cost(targets, x, state.m, axis_name)
+    return nz.row_loss(state, cost, targets.total), state.lse
+
+
+def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
+    x = _wide(x)
+    return _loss_and_lse(x, targets, _state(x, axis_name), axis_name)
+
+
+_rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
+
+
+def _rows_fwd(
+    x: Array, targets: Targets, axis_name: AxisName
+) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
+    state = _state(_wide(x), axis_name)
+    return _loss_and_lse(_wide(x), targets, state, axis_name), (x, targets, state)
+
+
+def _rows_bwd(
+    axis_name: AxisName,
+    res: tuple[Array, Targets, nz.Normalizer],
+    gs: tuple[Array, Array],
+) -> tuple[Array, Targets]:
+    x, targets, state = res
+    g, g_lse = gs
+    at_label, at_dense = target_gaps(targets, _wide(x), state.m, axis_name)
+    d_label_target = None if at_label is None else g * at_label
+    d_total = g * state.log1p_r
+    if axis_name is not None and not is_tracked(axis_name):
+        # Without varying types every device holds its share of the cotangent, as for lax.psum.
+        g, g_lse = lax.psum((g, g_lse), axis_name)
+    t = target_tile(targets, x.shape[-1])
+    d_x = nz.row_gradient(_wide(x), t, targets.total, state, g, g_lse)  # D7
+    d_dense = None
+    if targets.dense is not None:
+        d_dense = g[..., None] * at_dense  # D0 in t: with d_total, -log q
+        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n < d_dense.shape[i])
+        d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
+    return d_x.astype(x.dtype), Targets(None, d_label_target, d_dense, d_total)
+
+
+_rows_vjp.defvjp(_rows_fwd, _rows_bwd)
+
+_rows_jvp = jax.custom_jvp(_rows, nondiff_argnums=(2,))
+
+
+def _rows_jvp_rule(axis_name, primals, tangents):
+    x, targets = primals
+    x_dot, targets_dot = tangents
+    x_wide = _wide(x)
+    state = _state(x_wide, axis_name)
+    t = target_tile(targets, x.shape[-1])
+    ones = jnp.ones_like(state.r)
+    loss, lse = _loss_and_lse(x_wide, targets, state, axis_name)
+    at_label, at_dense = target_gaps(targets, x_wide, state.m, axis_name)
+    loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
+
+    def over_classes(d, x_dot):
+        return psum(jnp.sum(d * x_dot.astype(d.dtype), axis=-1), axis_name)
+
+    # A tangent that is zero must not meet an infinite gap, so zeros are symbolic.
+    if not isinstance(x_dot, SymbolicZero):
+        d = nz.row_gradient(x_wide, t, targets.total, state, ones)  # D7
+        loss_dot = loss_dot + over_classes(d, x_dot)
+        q = nz.row_gradient(x_wide, jnp.zeros((1,) * x.ndim, d.dtype), ones, state, ones)
+        lse_dot = lse_dot + over_classes(q, x_dot)
+    if at_label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
+        loss_dot = loss_dot + targets_dot.label_target * at_label
+    if at_dense is not None and not isinstance(targets_dot.dense, SymbolicZero):
+        loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense)
+    if not isinstance(targets_dot.total, SymbolicZero):
+        loss_dot = loss_dot + targets_dot.total * state.log1p_r
+    return (loss, lse), (loss_dot, lse_dot)
+
+
+_rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
+
+
+def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
+    """The primal, arranged so that JAX's own derivative keeps its digits.
+
+    Differentiated as it stands, the primal's gradient at a confident label is the difference of two
+    rounded ones. Here the logits are measured from the maximum where it holds over half of the
+    probability: it is then a constant 0, and its gradient the sum of all others'.
+    """
+    x = _wide(x)
+    state = jax.tree.map(lax.stop_gradient, _state(x, axis_name))
+    top = (x == state.m[..., None]) & (state.r < 1)[..., None]
+    largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
+    origin = jnp.where(state.r < 1, largest, state.m)
+    loss, lse = _rows(jnp.where(top, 0, x - origin[..., None]), targets, axis_name)
+    return loss, origin + lse
+
+
+
+_RULES = {"vjp": _rows_vjp, "jvp": _rows_jvp, "autodiff": _rows_autodiff}
+
+
+
+# From the caller's arrays to rows, through the rule, to a result.
+
+
+class _Prepared(NamedTuple):
+    """Rows for the rule; the logits with masked classes at -inf; and that mask of classes."""
+
+    rows: Rows
+    logits: Array
+    class_mask: Array | None
+
+
+def _vary_together(rows: Rows, axis_name: AxisName) -> Rows:
+    """The same rows, typed as varying along the same mesh axes, so that cotangents may vary too."""
+    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((rows.logits, rows.targets))))
+    one_a_row = every - set(axis_names(axis_name))
+    dense = rows.targets.dense
+    targets = jax.tree.map(lambda a: vary(a, one_a_row), rows.targets._replace(dense=None))
+    targets = targets._replace(dense=None if dense is None else vary(dense, every))
+    return rows._replace(logits=vary(rows.logits, every), targets=targets)
+
+
+def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _Prepared:
+    _options.check_logits("logits", logits)
+    axes = class_axes(static.axis, logits.ndim)
+    _options.check_rows(labels, arrays, static, logits.shape, axes)
+    check_axis_name("axis_name", static.axis_name, logits)
+    check_axis_name("batch_axis_name", static.batch_axis_name, logits)
+
+    where, class_mask = arrays.where, None
+    if labels.shape == logits.shape:
+        labels = classes_last(labels, axes)
+    if where is not None and where.shape == logits.shape:
+        class_mask = classes_last(where, axes)
+        where = any_class(class_mask, static.axis_name)
+    logits = classes_last(logits, axes)
+    if class_mask is not None:
+        logits = jnp.where(class_mask, logits, -jnp.inf)
+    rows = make_rows(
+        logits,
+        labels,
+        where=where,
+        weights=arrays.weights,
+        class_weights=arrays.class_weights,
+        label_smoothing=arrays.label_smoothing,
+        ignore_index=static.ignore_index,
+        axis_name=static.axis_name,
+    )
+    return _Prepared(_vary_together(rows, static.axis_name), logits, class_mask)
+
+
+def _metrics(loss: Array, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
+    rows = prepared.rows
+    total = sums(loss, rows, static.batch_axis_name)
+    lse = lse if rows.counts is None else jnp.where(rows.counts, lse, 0)
+    metrics = Metrics(total.loss, total.weight, lse, predict(prepared.logits, static.axis_name))
+    return jax.tree.map(lax.stop_gradient, metrics)
+
+
+@functools.partial(jax.jit, static_argnames="static", inline=True)
+def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
+    prepared = _prepare(logits, labels, arrays, static)
+    rows = prepared.rows
+    loss, lse = _RULES[static.rule](rows.logits, rows.targets, static.axis_name)
+    if arrays.z_loss is not None:
+        loss = loss + jnp.asarray(arrays.z_loss, loss.dtype) * lse**2
+    loss = weighted(loss, rows)
+    value = loss
+    if static.reduction != "none":
+        total = sums(loss, rows, static.batch_axis_name)
+        value = total.loss / denominator(total, static.reduction)
+    return (value, _metrics(loss, lse, prepared, static)) if static.return_metrics else value
+
+
+@functools.partial(jax.jit, static_argnames="static", inline=True)
+def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
+    prepared = _prepare(logits, labels, arrays, static)
+    rows = prepared.rows
+    x = _wide(rows.logits)
+    state = _state(x, static.axis_name)
+    loss, lse = _loss_and_lse(x, rows.targets, state, static.axis_name)
+    z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
+    if z is not None:
+        loss = loss + z * lse**2
+    loss = weighted(loss, rows)
+    total = sums(loss, rows, static.batch_axis_name)
+    g = rows.weight / denominator(total, static.reduction)
+    g_lse = None if z is None else 2 * z * lse * g
+    t = target_tile(rows.targets, x.shape[-1])
+    gradient = nz.row_gradient(x, t, rows.targets.total, state, g, g_lse)  # D7
+    if prepared.class_mask is not None:
+        gradient = jnp.where(prepared.class_mask, gradient, 0)
+    axes = class_axes(static.axis, logits.ndim)
+    gradient = classes_back(gradient.astype(logits.dtype), axes, logits.shape)
+    value = total.loss / denominator(total, static.reduction)
+    if static.return_metrics:
+        return (value, _metrics(loss, lse, prepared, static)), gradient
+    return value, gradient
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_index: int | None = None,
+    axis: int | tuple[int, ...] = -1,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_metrics: bool = False,
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+    rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
+) -> Any:
+    """DOC"""
+    arrays, static = _options.parse(
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
+        axis=axis,
+        reduction=reduction,
+        return_metrics=return_metrics,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        rule=rule,
+        rules=tuple(_RULES),
+    )
+    return _loss(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)
+
+
+def softmax_cross_entropy_with_gradient(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_index: int | None = None,
+    axis: int | tuple[int, ...] = -1,
+    reduction: Literal["mean", "sum"] = "mean",
+    return_metrics: bool = False,
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+) -> Any:
+    """DOC2"""
+    arrays, static = _options.parse(
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
+        axis=axis,
+        reduction=reduction,
+        reductions=("mean", "sum"),
+        return_metrics=return_metrics,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        rule="vjp",
+        rules=tuple(_RULES),
+    )
+    return _loss_with_gradient(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)

@@ -1,0 +1,140 @@
+"""The loss from line D0 of the derivation, in float64 NumPy and in 60-digit arithmetic.
+
+Nothing here calls sxe, and nothing is arranged for speed. The gradient is line D7, which
+``test_oracle.py`` holds against central differences of the loss.
+"""
+
+import mpmath
+import numpy as np
+
+DIGITS = 60
+
+# Relative to the largest entry of what is expected, by the dtype of what came.
+TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 2**-8, "float16": 2**-10}
+
+
+def assert_close(actual, expected, dtype=None, scale=None):
+    """actual within the tolerance of its dtype, or of ``dtype``, of the largest expected value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    tolerance = TOLERANCE[str(dtype or actual.dtype)]
+    actual = actual.astype(np.float64)
+    finite = np.abs(expected[np.isfinite(expected)])
+    scale = scale or max(finite.max(initial=0.0), 1e-30)
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def _rows_last(x, axis):
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    x = np.moveaxis(x, axes, range(-len(axes), 0))
+    return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+
+
+def rows(
+    logits,
+    labels,
+    *,
+    where=None,
+    weights=None,
+    class_weights=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    ignore_index=None,
+    axis=-1,
+):
+    """Logits x, targets t, whether each row counts, its weight and its share of the mean."""
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    dense = labels.shape == logits.shape
+    x = _rows_last(logits.astype(np.float64), axis)
+    *shape, k = x.shape
+    counts = np.ones(shape, bool)
+    if where is not None:
+        where = np.asarray(where)
+        if where.shape == logits.shape:
+            mask = _rows_last(where, axis)
+            x = np.where(mask, x, -np.inf)
+            counts &= mask.any(-1)
+        else:
+            counts &= where
+    if ignore_index is not None:
+        counts &= labels.astype(np.int64) != ignore_index
+    w = np.ones(shape) if weights is None else np.asarray(weights).astype(np.float64)
+    c = np.ones(k) if class_weights is None else np.asarray(class_weights).astype(np.float64)
+    norm = w.copy()
+    if dense:
+        t = _rows_last(labels.astype(np.float64), axis)
+    else:
+        t = np.zeros((*shape, k))
+        for i in np.ndindex(*shape):
+            if counts[i]:
+                t[i][int(labels[i])] = 1
+                norm[i] *= c[int(labels[i])]
+    t = c * ((1 - float(label_smoothing)) * t + float(label_smoothing) / k)
+    return x, t, counts, w, norm
+
+
+def _row_loss(x, t, z):
+    s = np.exp(x - x.max())
+    s = s / s.sum()
+    lse = x.max() + np.log(np.exp(x - x.max()).sum())
+    return -sum(tk * np.log(sk) for tk, sk in zip(t, s, strict=True) if tk) + z * lse**2
+
+
+def _row_gradient(x, t, z):
+    s = np.exp(x - x.max())
+    s = s / s.sum()
+    lse = x.max() + np.log(np.exp(x - x.max()).sum())
+    return t.sum() * s - t + 2 * z * lse * s
+
+
+def loss(logits, labels, *, reduction="mean", z_loss=0.0, **options):
+    """The value of the loss, float64."""
+    x, t, counts, w, norm = rows(logits, labels, **options)
+    each = np.zeros(counts.shape)
+    with np.errstate(divide="ignore"):
+        for i in np.ndindex(*counts.shape):
+            if counts[i]:
+                each[i] = w[i] * _row_loss(x[i], t[i], float(z_loss))
+    if reduction == "none":
+        return each
+    total, weight = each.sum(), (norm * counts).sum()
+    return total if reduction == "sum" else total / weight if weight else 0.0
+
+
+def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **options):
+    """The gradient of sum(g * loss) with respect to the logits, float64, in their shape."""
+    x, t, counts, w, norm = rows(logits, labels, axis=axis, **options)
+    each = np.zeros(x.shape)
+    weight = (norm * counts).sum()
+    if reduction == "mean":
+        g = g / weight if weight else 0.0
+    g = np.broadcast_to(g, counts.shape)
+    for i in np.ndindex(*counts.shape):
+        if counts[i]:
+            each[i] = g[i] * w[i] * _row_gradient(x[i], t[i], float(z_loss))
+    where = options.get("where")
+    if where is not None and np.shape(where) == np.shape(logits):
+        each = np.where(_rows_last(np.asarray(where), axis), each, 0)
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    shape = np.shape(logits)
+    each = each.reshape(*counts.shape, *(shape[a] for a in axes))
+    return np.moveaxis(each, range(-len(axes), 0), axes)
+
+
+def exact_row(x, t):
+    """D0 and its gradient for one row in 60-digit arithmetic: (loss, [gradient]), as mpf."""
+    with mpmath.workdps(DIGITS):
+        x = [mpmath.mpf(float(v)) for v in x]
+        t = [mpmath.mpf(float(v)) for v in t]
+        top = max(x)
+        e = [mpmath.exp(v - top) for v in x]
+        s = mpmath.fsum(e)
+        row_loss = mpmath.fsum(-tk * mpmath.log(ek / s) for tk, ek in zip(t, e, strict=True) if tk)
+        total = mpmath.fsum(t)
+        return row_loss, [total * ek / s - tk for tk, ek in zip(t, e, strict=True)]
+
+
+def relative_error(actual, exact):
+    """|actual - exact| / |exact| for floats and mpf, computed exactly."""
+    with mpmath.workdps(DIGITS):
+        return float(abs(mpmath.mpf(float(actual)) - exact) / abs(exact))
