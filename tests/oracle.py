@@ -60,6 +60,7 @@ def rows(
         counts &= labels.astype(np.int64) != ignore_index
     w = np.ones(shape) if weights is None else np.asarray(weights).astype(np.float64)
     c = np.ones(k) if class_weights is None else np.asarray(class_weights).astype(np.float64)
+    counts &= w != 0
     norm = w.copy()
     if dense:
         t = _rows_last(labels.astype(np.float64), axis)
