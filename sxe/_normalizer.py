@@ -6,9 +6,9 @@ For logits x_1 .. x_K of one row
     r   = sum_k e_k with one maximal element left out, so that 1 + r = sum_k e_k
     lse = m + log1p(r)                  q_k = e_k / (1 + r)
 
-The 1 of the maximum is never added to the rest, so nothing is absorbed: the loss and the gradient of
-a confident row, where r is 1e-20, keep their digits. (m, r) is a monoid, and so one state serves a
-whole row, a chunk of its classes, and a shard of them on a mesh.
+The 1 of the maximum is never added to the rest, so nothing is absorbed: the loss and the gradient
+of a confident row, where r is 1e-20, keep their digits. (m, r) is a monoid, and so one state serves
+a whole row, a chunk of its classes, and a shard of them on a mesh.
 
 For targets t_k with T = sum_k t_k the row loss and its gradient are
 
@@ -42,6 +42,11 @@ class Normalizer(NamedTuple):
         return self.m + self.log1p_r
 
 
+def wide(x: Array) -> Array:
+    """x in the dtype that the losses compute in: float64 stays, all else is float32."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def _apart(m: Array, after: Array) -> Array:
     """m, hidden behind a result that was computed with it.
 
@@ -62,9 +67,9 @@ def normalize(x: Array) -> Normalizer:
     m = lax.stop_gradient(jnp.max(x, axis=-1))
     shift = jnp.where(m == -jnp.inf, 0, m)
     total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
-    # Below a sum of 1.5 the maximum is alone and every other term below 1/2: floor keeps the maximum
-    # only. From 1.5 on, subtracting 1 costs no digits. No comparison with m, because XLA's CPU
-    # backend fuses a floor into the sum and not a comparison.
+    # Below a sum of 1.5 the maximum is alone and every other term below 1/2, so that floor keeps
+    # the maximum only. From 1.5 on, subtracting 1 costs no digits. There is no comparison with m
+    # because XLA's CPU backend fuses a floor into the sum, and a comparison not.
     e = jnp.exp(x - _apart(shift, total)[..., None])
     rest = jnp.sum(e - jnp.floor(e), axis=-1)
     r = jnp.where(total < 1.5, rest, total - 1)

@@ -1,4 +1,4 @@
-"""The options that the losses share: what a caller may pass, and the errors where it is something else."""
+"""The options that the losses share: what a caller may pass, and the errors for anything else."""
 
 import math
 import numbers
@@ -38,9 +38,10 @@ class Static(NamedTuple):
 
 def _number(name: str, value: Any, upper: float) -> Array | float | None:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not 0 <= value <= upper:
+        number = float(value)
+        if not 0 <= number <= upper:
             raise ValueError(f"{name}: expected a number in [0, {upper}], got {value}")
-        return float(value) if value else None
+        return number or None
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a number or a scalar float array, got {value!r}")
     if jnp.shape(value) != ():
@@ -108,7 +109,7 @@ def parse(
     both = set(axis_names(static.axis_name)) & set(axis_names(static.batch_axis_name))
     if both:
         raise ValueError(
-            f"batch_axis_name: expected mesh axes other than axis_name's, got {sorted(both)} in both"
+            f"batch_axis_name: expected mesh axes that axis_name does not name, got {sorted(both)}"
         )
     return arrays, static
 

@@ -8,6 +8,7 @@ is plain JAX on arrays of a number a row. It is attached in three ways, chosen b
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -49,19 +50,15 @@ def _state(x: Array, axis_name: AxisName) -> nz.Normalizer:
     return nz.merge_over(nz.normalize(x), axis_name)
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _loss_and_lse(
     x: Array, targets: Targets, state: nz.Normalizer, axis_name: AxisName
 ) -> tuple[Array, Array]:
-    cost = target_cost(targets, x, state.m, axis_name)
+    cost = target_cost(targets, x, state.m, state.log1p_r, axis_name)
     return nz.row_loss(state, cost, targets.total), state.lse
 
 
 def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
-    x = _wide(x)
+    x = nz.wide(x)
     return _loss_and_lse(x, targets, _state(x, axis_name), axis_name)
 
 
@@ -71,8 +68,8 @@ _rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
 def _rows_fwd(
     x: Array, targets: Targets, axis_name: AxisName
 ) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
-    state = _state(_wide(x), axis_name)
-    return _loss_and_lse(_wide(x), targets, state, axis_name), (x, targets, state)
+    state = _state(nz.wide(x), axis_name)
+    return _loss_and_lse(nz.wide(x), targets, state, axis_name), (x, targets, state)
 
 
 def _rows_bwd(
@@ -82,14 +79,14 @@ def _rows_bwd(
 ) -> tuple[Array, Targets]:
     x, targets, state = res
     g, g_lse = gs
-    at_label, at_dense = target_gaps(targets, _wide(x), state.m, axis_name)
-    d_label_target = None if at_label is None else g * at_label
+    at_label, at_dense = target_gaps(targets, nz.wide(x), state.m, state.log1p_r, axis_name)
+    d_label_target = None if targets.label_target is None else g * at_label
     d_total = g * state.log1p_r
     if axis_name is not None and not is_tracked(axis_name):
         # Without varying types every device holds its share of the cotangent, as for lax.psum.
         g, g_lse = lax.psum((g, g_lse), axis_name)
     t = target_tile(targets, x.shape[-1])
-    d_x = nz.row_gradient(_wide(x), t, targets.total, state, g, g_lse)  # D7
+    d_x = nz.row_gradient(nz.wide(x), t, targets.total, state, g, g_lse)  # D7
     d_dense = None
     if targets.dense is not None:
         d_dense = g[..., None] * at_dense  # D0 in t: with d_total, -log q
@@ -103,18 +100,20 @@ _rows_vjp.defvjp(_rows_fwd, _rows_bwd)
 _rows_jvp = jax.custom_jvp(_rows, nondiff_argnums=(2,))
 
 
-def _rows_jvp_rule(axis_name, primals, tangents):
+def _rows_jvp_rule(
+    axis_name: AxisName, primals: tuple[Array, Targets], tangents: tuple[Any, Any]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     x, targets = primals
     x_dot, targets_dot = tangents
-    x_wide = _wide(x)
+    x_wide = nz.wide(x)
     state = _state(x_wide, axis_name)
     t = target_tile(targets, x.shape[-1])
     ones = jnp.ones_like(state.r)
     loss, lse = _loss_and_lse(x_wide, targets, state, axis_name)
-    at_label, at_dense = target_gaps(targets, x_wide, state.m, axis_name)
+    at_label, at_dense = target_gaps(targets, x_wide, state.m, state.log1p_r, axis_name)
     loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
 
-    def over_classes(d, x_dot):
+    def over_classes(d: Array, x_dot: Any) -> Array:
         return psum(jnp.sum(d * x_dot.astype(d.dtype), axis=-1), axis_name)
 
     # A tangent that is zero must not meet an infinite gap, so zeros are symbolic.
@@ -123,9 +122,9 @@ def _rows_jvp_rule(axis_name, primals, tangents):
         loss_dot = loss_dot + over_classes(d, x_dot)
         q = nz.row_gradient(x_wide, jnp.zeros((1,) * x.ndim, d.dtype), ones, state, ones)
         lse_dot = lse_dot + over_classes(q, x_dot)
-    if at_label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
+    if targets.label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
         loss_dot = loss_dot + targets_dot.label_target * at_label
-    if at_dense is not None and not isinstance(targets_dot.dense, SymbolicZero):
+    if targets.dense is not None and not isinstance(targets_dot.dense, SymbolicZero):
         loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense)
     if not isinstance(targets_dot.total, SymbolicZero):
         loss_dot = loss_dot + targets_dot.total * state.log1p_r
@@ -142,18 +141,21 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     rounded ones. Here the logits are measured from the maximum where it holds over half of the
     probability: it is then a constant 0, and its gradient the sum of all others'.
     """
-    x = _wide(x)
+    x = nz.wide(x)
     state = jax.tree.map(lax.stop_gradient, _state(x, axis_name))
-    top = (x == state.m[..., None]) & (state.r < 1)[..., None]
+    confident = (state.r < 1) & (state.m > -jnp.inf)
+    top = (x == state.m[..., None]) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
-    origin = jnp.where(state.r < 1, largest, state.m)
+    origin = jnp.where(confident, largest, state.m)
     loss, lse = _rows(jnp.where(top, 0, x - origin[..., None]), targets, axis_name)
     return loss, origin + lse
 
 
-
-_RULES = {"vjp": _rows_vjp, "jvp": _rows_jvp, "autodiff": _rows_autodiff}
-
+_RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
+    "vjp": _rows_vjp,
+    "jvp": _rows_jvp,
+    "autodiff": _rows_autodiff,
+}
 
 
 # From the caller's arrays to rows, through the rule, to a result.
@@ -202,6 +204,7 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
         label_smoothing=arrays.label_smoothing,
         ignore_index=static.ignore_index,
         axis_name=static.axis_name,
+        dtype=jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32),
     )
     return _Prepared(_vary_together(rows, static.axis_name), logits, class_mask)
 
@@ -233,7 +236,7 @@ def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
 def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
     prepared = _prepare(logits, labels, arrays, static)
     rows = prepared.rows
-    x = _wide(rows.logits)
+    x = nz.wide(rows.logits)
     state = _state(x, static.axis_name)
     loss, lse = _loss_and_lse(x, rows.targets, state, static.axis_name)
     z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
@@ -272,7 +275,73 @@ def softmax_cross_entropy(
     batch_axis_name: AxisName = None,
     rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
 ) -> Any:
-    """DOC"""
+    """Softmax cross-entropy of logits and labels, with its gradient in closed form.
+
+    With targets t_i (from the labels, see below), T_i = sum_k t_ik, q_i = softmax(logits_i):
+
+        loss_i         = -sum_k t_ik log q_ik + z_loss lse(logits_i)^2
+        d loss_i/d x_l = T_i q_il - t_il + 2 z_loss lse(logits_i) q_il
+
+    Loss and gradient keep full relative precision at every magnitude of the logits. With label
+    smoothing a and class weights c, an integer label y is t_k = c_k ((1 - a) [k = y] + a / K), and
+    dense targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made.
+
+    Args:
+      logits: [..., K], bfloat16, float16, float32 or float64.
+      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype:
+        any non-negative weights, which need not sum to one.
+      where: bool [...], the rows that count. Or bool [..., K], the classes that can occur in each
+        row: the others are as a logit of -inf, and a row with none left does not count.
+      weights: float [...], a weight for each row. A row of weight 0 does not count.
+      class_weights: float [K], a weight for each class.
+      label_smoothing: in [0, 1], the share of the target that is spread over all classes.
+      z_loss: at least 0, the weight of lse^2, which keeps logits from drifting.
+      ignore_index: integer labels with this value mark rows that do not count.
+      axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
+        them, in that order, and ``class_weights`` is flat as well.
+      reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
+        row's weight times, for integer labels, its label's class weight; 0 where nothing counts.
+        "sum", sum_i w_i loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
+      return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient.
+      axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
+        split. Logits, dense targets, class weights and class masks are then this device's classes;
+        labels are indices of all classes.
+      batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
+        sums in the metrics are over the global batch.
+      rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
+        the least memory. "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not at
+        all, so that JAX differentiates the loss itself.
+
+    Returns:
+      The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist
+      for logits, dense targets, weights, class weights and traced options, each in the dtype of its
+      input, rounded once. For dense targets it is -log q, for the weights of a sum the row losses.
+
+    Rows that do not count contribute nothing to value or gradient, whatever stands in them: NaN,
+    infinities, labels out of range. A logit of -inf has q = 0 and gradient 0; where it is the
+    label's, the loss is +inf and the gradient there -1. 0 log 0 = 0, in value and derivatives. A
+    row of -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, value and
+    gradient, and in no other row. Under ``checkify`` such an index raises an error that names its
+    position, the label and K.
+
+    Raises:
+      TypeError: for a dtype that is none of the above, or an option of a wrong type.
+      ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
+        option out of range, ``ignore_index`` with dense targets, or a mesh axis that does not split
+        the logits.
+
+    Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
+    ``sxe._normalizer``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sxe
+      >>> logits, labels = jnp.array([[20.0, 0.0], [1e8, 1e8]]), jnp.array([0, 1])
+      >>> sxe.softmax_cross_entropy(logits, labels, reduction="none")
+      Array([2.06115e-09, 6.93147e-01], dtype=float32)
+      >>> jax.grad(sxe.softmax_cross_entropy)(logits, labels)
+      Array([[-1.03058e-09,  1.03058e-09],
+             [ 2.50000e-01, -2.50000e-01]], dtype=float32)
+    """
     arrays, static = _options.parse(
         where=where,
         weights=weights,
@@ -307,7 +376,28 @@ def softmax_cross_entropy_with_gradient(
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
 ) -> Any:
-    """DOC2"""
+    """The loss and its gradient with respect to the logits, both from the closed form in one pass.
+
+    The gradient is line D7, (1/N) (T q - y) for a mean over N rows: what ``jax.grad`` gives for
+    ``softmax_cross_entropy``, but computed without autodiff. It has the shape and dtype of the
+    logits; the derivation's K x N layout is ``sxe.derivation``'s.
+
+    Args:
+      logits, labels and options: as for ``softmax_cross_entropy``, without ``rule``, and with
+        ``reduction`` "mean" or "sum".
+
+    Returns:
+      ``(loss, gradient)``, or ``((loss, sxe.Metrics), gradient)`` with ``return_metrics``. With
+      ``batch_axis_name`` the gradient is that of the global loss for this device's rows.
+
+    Infinities, bad labels and errors are as for ``softmax_cross_entropy``.
+
+    Example:
+      >>> import jax.numpy as jnp, sxe
+      >>> logits, labels = jnp.zeros((1, 4)), jnp.array([2])
+      >>> sxe.softmax_cross_entropy_with_gradient(logits, labels)
+      (Array(1.38629, dtype=float32), Array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32))
+    """
     arrays, static = _options.parse(
         where=where,
         weights=weights,

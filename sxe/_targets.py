@@ -8,7 +8,6 @@ Every option about targets ends here, as a target t_k for each class and a weigh
 with class weights c and label smoothing a. The row rule sees nothing but t.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -81,67 +80,108 @@ def target_tile(targets: Targets, classes: int) -> Array:
 
 
 def target_gaps(
-    targets: Targets, x: Array, m: Array, axis_name: AxisName = None
-) -> tuple[Array | None, Array | None]:
+    targets: Targets, x: Array, m: Array, log1p_r: Array, axis_name: AxisName = None
+) -> tuple[Array, Array]:
     """m - x at the label [...], over all shards, and at the dense targets [..., K] of this tile.
 
-    A class with t = 0 and x = -inf has a gap of 0, not of infinity, so that 0 log 0 = 0 and that no
+    Either is 0 where that part of the targets is None. Where t = 0 meets x = -inf the gap is not
+    infinite but -log1p(r), so that the class costs (m - x) + log1p(r) = 0: 0 log 0 = 0, and no
     derivative meets 0 * inf.
     """
 
-    def gap(x: Array, m: Array, t: Array) -> Array:
-        return jnp.where((t == 0) & (x == -jnp.inf), 0, m - x)
+    def gap(x: Array, m: Array, log1p_r: Array, t: Array) -> Array:
+        return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x)
 
     label, label_target, dense, _ = targets
-    at_label = at_dense = None
+    at_label, at_dense = jnp.zeros_like(m), jnp.zeros_like(m)[..., None]
     if label is not None and label_target is not None:
         inside = (label >= 0) & (label < x.shape[-1])
-        at_label = jnp.where(inside, gap(_at_label(x, label), m, label_target), 0)
+        at_label = jnp.where(inside, gap(_at_label(x, label), m, log1p_r, label_target), 0)
         at_label = psum(at_label, axis_name)
     if dense is not None:
-        at_dense = gap(x, m[..., None], dense)
+        at_dense = gap(x, m[..., None], log1p_r[..., None], dense)
     return at_label, at_dense
 
 
-def target_cost(targets: Targets, x: Array, m: Array, axis_name: AxisName = None) -> Array:
+def target_cost(
+    targets: Targets, x: Array, m: Array, log1p_r: Array, axis_name: AxisName = None
+) -> Array:
     """sum_k t_k (m - x_k), [..., K] to [...], over the classes of this tile or of all shards."""
-    at_label, at_dense = target_gaps(targets, x, m, axis_name)
-    cost = jnp.zeros((), m.dtype)
-    if at_label is not None:
+    at_label, at_dense = target_gaps(targets, x, m, log1p_r, axis_name)
+    cost = jnp.zeros_like(m)
+    if targets.label_target is not None:
         cost = targets.label_target * at_label
-    if at_dense is not None:
+    if targets.dense is not None:
         cost = cost + psum(jnp.sum(targets.dense * at_dense, axis=-1), axis_name)
     return cost
 
 
-def _class_weight_of(label: Array, class_weights: Array, offset: Array | int) -> Array:
-    """c_label, and 0 where this shard of the class weights does not hold the label."""
-    label = label - offset
-    inside = (label >= 0) & (label < class_weights.size)
-    index = jnp.where(inside, label, 0)
-    spec = jax.typeof(index).sharding.spec
-    # On an explicit mesh the rows of the result are sharded as the labels are.
-    out = spec if any(axis is not None for axis in spec) else None
-    return jnp.where(inside, class_weights.at[index].get(out_sharding=out), 0)
+class _Classes(NamedTuple):
+    """The classes at hand among all: the number of all, and the index of the first at hand."""
+
+    number: int
+    first: Array | int
+    axis_name: AxisName
+
+
+def _classes_of(logits: Array, axis_name: AxisName) -> _Classes:
+    local = logits.shape[-1]
+    if axis_name is None:
+        return _Classes(local, 0, None)
+    first = lax.axis_index(axis_name) * local
+    return _Classes(local * lax.axis_size(axis_name), first, axis_name)
 
 
 def _check_labels(bad: Array, labels: Array, classes: int) -> None:
     """Under ``checkify``, an error that names the first bad label; otherwise nothing."""
-    # Reductions of indices, axis by axis, because a flattened array has no sharding in general.
+    # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
     row = jnp.zeros(bad.shape, jnp.int32)
     for axis in range(bad.ndim):
         row = row * bad.shape[axis] + lax.broadcasted_iota(jnp.int32, bad.shape, axis)
-    rows = min(math.prod(bad.shape), jnp.iinfo(jnp.int32).max)
-    first = jnp.min(jnp.where(bad, row, rows), initial=rows)
-    label = jnp.sum(jnp.where(row == first, labels, 0), dtype=labels.dtype)
-    position = jnp.unravel_index(first, bad.shape) if bad.ndim else ()
+    last = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(bad, row, last), initial=last)
+    position = jnp.unravel_index(first, bad.shape) if bad.size and bad.ndim else ()
     checkify.debug_check(
         ~jnp.any(bad),
         "labels: expected class indices in [0, {classes}), got {label} at position {position}",
         classes=jnp.asarray(classes),
-        label=label,
+        label=jnp.sum(jnp.where(bad & (row == first), labels, 0), dtype=labels.dtype),
         position=jnp.stack(position) if position else jnp.zeros((0,), jnp.int32),
     )
+
+
+def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
+    """The class weight of each label, [...], and 0 for a label that is no class."""
+    index = label - classes.first
+    inside = (index >= 0) & (index < c.size)
+    index = jnp.where(inside, index, 0)
+    spec = jax.typeof(index).sharding.spec
+    # On an explicit mesh a gather has to be told that its result is sharded as the labels are.
+    out = spec if any(axis is not None for axis in spec) else None
+    return psum(jnp.where(inside, c.at[index].get(out_sharding=out), 0), classes.axis_name)
+
+
+def _on_class_axis(c: Array, ndim: int) -> Array:
+    return c.reshape((1,) * (ndim - 1) + c.shape)
+
+
+def _dense_targets(p: Array, a: Array | None, c: Array | None, classes: _Classes) -> Targets:
+    t = p if a is None else (1 - a) * p + a / classes.number
+    t = t if c is None else t * _on_class_axis(c, t.ndim)
+    return Targets(None, None, t, psum(jnp.sum(t, axis=-1), classes.axis_name))
+
+
+def _label_targets(
+    label: Array, weight: Array, a: Array | None, c: Array | None, classes: _Classes
+) -> Targets:
+    index = label - classes.first
+    if a is None:
+        return Targets(index, weight, None, weight)
+    mean_weight = 1 if c is None else psum(jnp.sum(c), classes.axis_name) / classes.number
+    dense = a / classes.number * (jnp.ones((1,), a.dtype) if c is None else c)
+    target = (1 - a) * weight
+    dense = _on_class_axis(dense, label.ndim + 1)
+    return Targets(index, target, dense, target + a * mean_weight)
 
 
 def make_rows(
@@ -151,25 +191,21 @@ def make_rows(
     where: Array | None,
     weights: Array | None,
     class_weights: Array | None,
-    label_smoothing: Array | None,
+    label_smoothing: Array | float | None,
     ignore_index: int | None,
     axis_name: AxisName,
+    dtype: jnp.dtype,
 ) -> Rows:
     """Every option about targets and rows, ended: logits [..., K] and labels to ``Rows``.
 
-    With ``axis_name``, logits, dense targets and class weights are this device's classes of all.
+    Where a mesh axis splits the classes, logits, dense targets and class weights are this device's.
+    Targets and weights come out in ``dtype``.
     """
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    rows, local = logits.shape[:-1], logits.shape[-1]
-    offset: Array | int = 0
-    classes = local
-    if axis_name is not None:
-        offset = lax.axis_index(axis_name) * local
-        classes = local * lax.axis_size(axis_name)
-    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    classes = _classes_of(logits, axis_name)
+    a = None if label_smoothing is None else jnp.asarray(label_smoothing, dtype)
     c = None if class_weights is None else class_weights.astype(dtype)
-
-    counts, in_range = where, None
+    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    counts = where
     if sparse:
         # Narrow integers hold neither K nor, unsigned, a negative ignore_index: compare wide ones.
         if jnp.iinfo(labels.dtype).bits < 32:
@@ -177,46 +213,35 @@ def make_rows(
         info = jnp.iinfo(labels.dtype)
         if ignore_index is not None and info.min <= ignore_index <= info.max:
             counts = _both(counts, labels != ignore_index)
-        in_range = (labels >= 0) & (labels < classes)
+        good = (labels >= 0) & (labels < classes.number)
+    else:
+        labels = labels.astype(dtype)
+        good = jnp.isfinite(psum(jnp.sum(labels, axis=-1), axis_name))
 
-    w = jnp.ones(rows, dtype) if weights is None else weights.astype(dtype)
+    w = jnp.ones(logits.shape[:-1], dtype)
     if weights is not None:
-        # A row of weight 0 must not leak a NaN, but its loss is the derivative of the weight.
+        w = weights.astype(dtype)
+        # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
         m = jnp.max(lax.stop_gradient(logits), axis=-1)
         finite = jnp.isfinite(m if axis_name is None else lax.pmax(m, axis_name))
-        counts = _both(counts, (w != 0) | (finite if in_range is None else finite & in_range))
+        counts = _both(counts, (w != 0) | (finite & good))
 
     def keep(x: Array) -> Array:
-        return x if counts is None else jnp.where(counts, x, jnp.zeros((), x.dtype))
+        """x, and 0 in rows that do not count."""
+        if counts is None:
+            return x
+        return jnp.where(counts if x.ndim == counts.ndim else counts[..., None], x, 0)
 
-    def keep_classes(x: Array) -> Array:
-        return x if counts is None else jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
-
-    logits = keep_classes(logits)
     w = norm = keep(w)
+    if not sparse:
+        targets = _dense_targets(keep(labels), a, c, classes)
+        return Rows(keep(logits), targets, counts, w, norm)
 
-    if in_range is None:
-        dense = keep_classes(labels.astype(dtype))
-        if label_smoothing is not None:
-            dense = (1 - label_smoothing) * dense + label_smoothing / classes
-        if c is not None:
-            dense = dense * c
-        targets = Targets(None, None, dense, psum(jnp.sum(dense, axis=-1), axis_name))
-        return Rows(logits, targets, counts, w, norm)
-
-    bad = ~in_range if counts is None else counts & ~in_range
-    _check_labels(bad, labels, classes)
-    label = jnp.where(in_range, labels, -1).astype(jnp.int32)
-    target = jnp.ones(rows, dtype)
-    if c is not None:
-        target = psum(_class_weight_of(label, c, offset), axis_name)
-        norm = norm * target
-    total, dense = target, None
-    if label_smoothing is not None:
-        target = (1 - label_smoothing) * target
-        dense = label_smoothing / classes * (jnp.ones((1,), dtype) if c is None else c)
-        mean_weight = 1 if c is None else psum(jnp.sum(c), axis_name) / classes
-        total = target + label_smoothing * mean_weight
-        dense = dense.reshape((1,) * len(rows) + dense.shape)
-    total = jnp.where(bad, jnp.nan, total)
-    return Rows(logits, Targets(label - offset, target, dense, total), counts, w, norm)
+    bad = ~good if counts is None else counts & ~good
+    _check_labels(bad, labels, classes.number)
+    label = jnp.where(good, labels, -1).astype(jnp.int32)
+    label_weight = jnp.ones_like(w) if c is None else _weight_of(label, c, classes)
+    norm = norm if c is None else norm * label_weight
+    targets = _label_targets(label, label_weight, a, c, classes)
+    targets = targets._replace(total=jnp.where(bad, jnp.nan, targets.total))
+    return Rows(keep(logits), targets, counts, w, norm)

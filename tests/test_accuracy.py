@@ -1,0 +1,191 @@
+"""Against 60-digit arithmetic, where rounding destroys the textbook formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sxe
+
+RULES = ["vjp", "jvp", "autodiff"]
+SMALLEST = 1e-37  # below this float32 is about to leave its normal range
+
+
+def extreme_rows(dtype, classes=8):
+    """Rows with scales up to 80, offsets up to 1e8 and leads up to 80, rounded to dtype."""
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=classes) * scale for scale in (1, 3, 10, 30, 80)]
+    offsets = (1e4, -1e4, 1e8, -1e8)
+    rows += [rng.normal(size=classes) * scale + o for scale in (1, 10, 80) for o in offsets]
+    for lead in (0, 1e-3, 0.3, 0.7, 5, 10, 15, 17, 20, 30, 40, 60, 80):
+        row = rng.normal(size=classes)
+        row[2] = row.max() + lead
+        rows += [row, row - row.max(), row * 0 + np.where(np.arange(classes) == 2, lead, 0)]
+    rows += [np.zeros(classes), np.full(classes, 1e8), np.arange(classes) % 2 * 50.0]
+    rows += [np.where(np.arange(classes) < 2, 60.0, 0.0)]  # two maxima far above the rest
+    if dtype == "float16":
+        rows = [np.clip(row, -6e4, 6e4) for row in rows]
+    return np.asarray(jnp.asarray(np.stack(rows), dtype))
+
+
+@functools.cache
+def problem(dtype):
+    """Every extreme row, with its maximum and another class as label, and the exact answers."""
+    x = extreme_rows(dtype)
+    best = np.argmax(x.astype(np.float64), axis=-1)
+    labels = np.concatenate([best, (best + 3) % x.shape[1]])
+    x = np.concatenate([x, x])
+    exact = [oracle.exact_row(row, np.eye(x.shape[1])[y]) for row, y in zip(x, labels, strict=True)]
+    return x, labels, exact
+
+
+def worst(actual, exact):
+    """The largest relative error among the entries whose exact magnitude is not negligible."""
+    pairs = [(a, e) for a, e in zip(actual, exact, strict=True) if abs(e) > SMALLEST]
+    assert pairs
+    return max(oracle.relative_error(a, e) for a, e in pairs)
+
+
+def value_and_gradients(x, targets, rule, jit):
+    def total(x):
+        each = sxe.softmax_cross_entropy(x, targets, reduction="none", rule=rule)
+        return each.sum(), each
+
+    f = jax.value_and_grad(total, has_aux=True)
+    (_, each), gradient = (jax.jit(f) if jit else f)(jnp.asarray(x))
+    return np.asarray(each), np.asarray(gradient)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize("rule", RULES)
+def test_float32_extremes(rule, jit, dense):
+    x, labels, exact = problem("float32")
+    targets = jax.nn.one_hot(labels, x.shape[1]) if dense else labels
+    loss, gradient = value_and_gradients(x, targets, rule, jit)
+    assert worst(loss, [row_loss for row_loss, _ in exact]) < 1e-6
+    assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < 2e-5
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("rule", RULES)
+def test_without_jit(rule, dense):
+    x, labels, exact = problem("float32")
+    targets = jax.nn.one_hot(labels, x.shape[1]) if dense else labels
+    with jax.disable_jit():
+        loss, gradient = value_and_gradients(x, targets, rule, jit=False)
+    assert worst(loss, [row_loss for row_loss, _ in exact]) < 1e-6
+    assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < 2e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_float64_extremes(rule):
+    with jax.enable_x64(True):
+        x, labels, exact = problem("float64")
+        loss, gradient = value_and_gradients(x, labels, rule, jit=True)
+    assert loss.dtype == gradient.dtype == np.float64
+    assert worst(loss, [row_loss for row_loss, _ in exact]) < 1e-13
+    assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_low_precision_rounds_once(rule, dtype):
+    x, labels, exact = problem(dtype)
+    loss, gradient = value_and_gradients(x, labels, rule, jit=True)
+    assert loss.dtype == np.float32
+    assert gradient.dtype == jnp.dtype(dtype)
+    assert worst(loss, [row_loss for row_loss, _ in exact]) < 1e-6
+    # Half a unit in the last place for the one rounding, and the error before it.
+    info = jnp.finfo(dtype)
+    exact_gradient = [d for _, row in exact for d in row]
+    normal = [
+        (a, e)
+        for a, e in zip(gradient.ravel(), exact_gradient, strict=True)
+        if abs(e) > float(info.tiny)
+    ]
+    error = max(oracle.relative_error(a, e) for a, e in normal)
+    assert error < float(info.eps) / 2 + 2e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value", [1e7, 1e30, -1e30, 0.0])
+def test_equal_logits(rule, value):
+    loss, gradient = value_and_gradients(np.full((1, 2048), value, np.float32), [5], rule, True)
+    assert loss[0] == pytest.approx(np.log(2048), rel=1e-6)
+    assert np.delete(gradient[0], 5) == pytest.approx(1 / 2048, rel=1e-5)
+    assert gradient[0].astype(np.float64).sum() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_confident_row_sums_to_zero_among_others(rule):
+    """A row whose loss is 1e-8 keeps its label's gradient, beside rows that do not need it."""
+    x = np.zeros((3, 5), np.float32)
+    x[1, 3] = 20
+    loss, gradient = value_and_gradients(x, [0, 3, 1], rule, True)
+    assert loss[1] == pytest.approx(4 * np.exp(-20), rel=1e-6)
+    assert gradient[1, 3] == pytest.approx(-4 * np.exp(-20), rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("classes", [1009, 50021])
+def test_many_classes(rule, classes):
+    x = np.random.default_rng(3).normal(size=(2, classes)).astype(np.float32)
+    x[1] *= 10
+    labels = np.array([7, int(x[1].argmax())])
+    loss, gradient = value_and_gradients(x, labels, rule, True)
+    np.testing.assert_allclose(loss, oracle.loss(x, labels, reduction="none"), rtol=1e-6)
+    expected = oracle.gradient(x, labels, reduction="sum")
+    np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("lead", [0.3, 5.0, 20.0, 40.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_second_derivative_of_a_confident_row(rule, lead):
+    """The Hessian at a confident label is q - q q^T: its entries are small, not zero."""
+    x = np.zeros(4, np.float32)
+    x[1] = lead
+    f = functools.partial(sxe.softmax_cross_entropy, labels=np.array(1), rule=rule)
+    hessian = jax.hessian(f)(jnp.asarray(x))
+    q = np.exp(x.astype(np.float64) - lead)
+    q /= q.sum()
+    expected = -np.outer(q, q)
+    np.fill_diagonal(expected, q * (np.arange(4) != 1) * (1 - q))
+    expected[1, 1] = q[1] * (q.sum() - q[1]) if lead < 30 else q[[0, 2, 3]].sum()
+    np.testing.assert_allclose(hessian, expected, rtol=2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([1, 2, 3, 7, 64]),
+    scale=st.floats(0.0, 80.0),
+    offset=st.sampled_from([0.0, 1.0, -1e4, 1e6, 1e8]),
+    lead=st.floats(0.0, 80.0),
+    ties=st.integers(1, 3),
+    rule=st.sampled_from(RULES),
+)
+def test_any_row(seed, classes, scale, offset, lead, ties, rule):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(1, classes)) * scale
+    x[0, rng.permutation(classes)[:ties]] = x.max() + lead
+    x = (x + offset).astype(np.float32)
+    label = rng.integers(classes)
+    row_loss, row = oracle.exact_row(x[0], np.eye(classes)[label])
+    loss, gradient = value_and_gradients(x, [label], rule, True)
+    for actual, exact, bar in [(loss[0], row_loss, 1e-6)] + [
+        (a, e, 2e-5) for a, e in zip(gradient[0], row, strict=True)
+    ]:
+        assert abs(exact) < SMALLEST or oracle.relative_error(actual, exact) < bar
+
+
+def test_with_gradient_is_as_exact():
+    x, labels, exact = problem("float32")
+    loss, gradient = sxe.softmax_cross_entropy_with_gradient(x, labels, reduction="sum")
+    assert np.isfinite(loss)
+    assert worst(np.asarray(gradient).ravel(), [d for _, row in exact for d in row]) < 2e-5

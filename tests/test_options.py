@@ -1,0 +1,204 @@
+"""Every option and every pair of them, with both kinds of labels, against the float64 oracle."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from oracle import assert_close
+
+import sxe
+
+RULES = ["vjp", "jvp", "autodiff"]
+SHAPE, K = (5, 3), 7  # rows of logits [5, 3, 7]
+
+
+def options():
+    """One value for each option, by a name of its own."""
+    rng = np.random.default_rng(1)
+    mask = rng.uniform(size=(*SHAPE, K)) < 0.8
+    mask[1, 1] = False  # a row with no class left
+    weights = rng.uniform(size=SHAPE).astype(np.float32)
+    weights[2, 0] = 0
+    return {
+        "rows": {"where": rng.uniform(size=SHAPE) < 0.7},
+        "classes": {"where": mask},
+        "weights": {"weights": weights},
+        "class_weights": {"class_weights": rng.uniform(size=K).astype(np.float32)},
+        "smoothing": {"label_smoothing": 0.3},
+        "z_loss": {"z_loss": 0.05},
+        "ignore": {"ignore_index": 2},
+        "axis": {"axis": 0},
+    }
+
+
+def pairs():
+    names = list(options())
+    chosen = [(), *((n,) for n in names), *itertools.combinations(names, 2), tuple(names)]
+    for i, pick in enumerate(chosen):
+        if {"rows", "classes"} <= set(pick):
+            pick = tuple(n for n in pick if n != "rows")
+        for dense in (False, True):
+            if dense and "ignore" in pick:
+                continue
+            kind = "dense" if dense else "integer"
+            yield pytest.param(pick, dense, RULES[i % 3], id=f"{'+'.join(pick)}-{kind}")
+
+
+def problem(pick, dense):
+    rng = np.random.default_rng(2)
+    logits = (rng.normal(size=(*SHAPE, K)) * 3).astype(np.float32)
+    labels = rng.integers(0, K, size=SHAPE)
+    kwargs = {k: v for name in pick for k, v in options()[name].items()}
+    mask = kwargs.get("where")
+    masks_classes = mask is not None and mask.shape == logits.shape
+    if masks_classes and not kwargs.get("label_smoothing"):
+        # A label that is masked out costs +inf, which would hide all else: move it.
+        labels = np.where(mask.any(-1), mask.argmax(-1), labels)
+    if masks_classes and kwargs.get("label_smoothing"):
+        mask[:] = mask.any(-1, keepdims=True)  # smoothing gives a masked class a target
+    if dense:
+        labels = rng.uniform(size=logits.shape).astype(np.float32)
+        labels[rng.uniform(size=labels.shape) < 0.3] = 0
+        if masks_classes:
+            labels = labels * mask
+    if "axis" in kwargs:
+        logits = np.moveaxis(logits, -1, 0)
+        labels = np.moveaxis(labels, -1, 0) if dense else labels
+        if masks_classes:
+            kwargs["where"] = np.moveaxis(mask, -1, 0)
+    return logits, labels, kwargs
+
+
+@pytest.mark.parametrize(("pick", "dense", "rule"), list(pairs()))
+def test_pairs_of_options(pick, dense, rule):
+    """Values and gradients of the three reductions, with random cotangents."""
+    logits, labels, kwargs = problem(pick, dense)
+    rng = np.random.default_rng(3)
+    g = {"mean": 1.7, "sum": -0.6, "none": rng.normal(size=SHAPE)}
+
+    def losses(x):
+        return {
+            r: sxe.softmax_cross_entropy(x, labels, reduction=r, rule=rule, **kwargs) for r in g
+        }
+
+    @jax.jit
+    def run(x):
+        value, pullback = jax.vjp(losses, x)
+        return value, [pullback({q: g32[q] * float(q == r) for q in g})[0] for r in g]
+
+    g32 = {r: jnp.asarray(v, jnp.float32) for r, v in g.items()}
+    value, gradients = run(logits)
+    for r, gradient in zip(g, gradients, strict=True):
+        assert_close(value[r], oracle.loss(logits, labels, reduction=r, **kwargs))
+        assert_close(gradient, oracle.gradient(logits, labels, g[r], reduction=r, **kwargs))
+        if r != "none":
+            direct = sxe.softmax_cross_entropy_with_gradient(logits, labels, reduction=r, **kwargs)
+            assert_close(direct[0], oracle.loss(logits, labels, reduction=r, **kwargs))
+            assert_close(direct[1], oracle.gradient(logits, labels, reduction=r, **kwargs))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("axis", [-1, 0, 1, 2, -2, (1,), (0, 2), (2, 0), (1, -1), (0, 1, 2)])
+def test_axis(axis, dense):
+    """Any axis and, as in optax, a tuple of axes whose flat index is the label."""
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(3, 5, 2)).astype(np.float32)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(a % 3 for a in axes)
+    rest = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+    classes = int(np.prod([logits.shape[a] for a in axes]))
+    labels = rng.integers(0, classes, size=rest)
+    theirs = optax.softmax_cross_entropy_with_integer_labels
+    if dense:
+        labels, theirs = rng.uniform(size=logits.shape).astype(np.float32), None
+    for reduction in ("mean", "none"):
+        got = sxe.softmax_cross_entropy(logits, labels, axis=axis, reduction=reduction)
+        assert_close(got, oracle.loss(logits, labels, axis=axis, reduction=reduction))
+    if theirs:
+        assert_close(got, theirs(logits, labels, axis=axis))
+    _, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels, axis=axis)
+    assert_close(gradient, oracle.gradient(logits, labels, axis=axis))
+    through_jax = jax.grad(sxe.softmax_cross_entropy)(logits, labels, axis=axis)
+    assert_close(through_jax, oracle.gradient(logits, labels, axis=axis))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (11,), (2, 1, 3), (2, 3, 1, 2)])
+@pytest.mark.parametrize("classes", [1, 2, 13])
+def test_leading_dimensions(shape, classes):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(*shape, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, size=shape)
+    for reduction in ("mean", "sum", "none"):
+        got = sxe.softmax_cross_entropy(logits, labels, reduction=reduction)
+        assert_close(got, oracle.loss(logits, labels, reduction=reduction), scale=1)
+    _, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels)
+    assert_close(gradient, oracle.gradient(logits, labels), scale=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("target_dtype", ["int32", "uint8", "bfloat16", "float32"])
+def test_dtypes(dtype, target_dtype, x64):
+    if dtype == "float64" and not x64:
+        dtype = "float32"
+    rng = np.random.default_rng(6)
+    logits = jnp.asarray(rng.normal(size=(6, 5)), dtype)
+    if target_dtype in ("int32", "uint8"):
+        labels = jnp.asarray(rng.integers(0, 5, size=6), target_dtype)
+    else:
+        labels = jnp.asarray(rng.uniform(size=(6, 5)), target_dtype)
+    weights = jnp.asarray(rng.uniform(size=6), "bfloat16")
+    value, gradient = jax.value_and_grad(sxe.softmax_cross_entropy)(
+        logits, labels, weights=weights, label_smoothing=0.1, z_loss=1e-3
+    )
+    options = {"weights": weights, "label_smoothing": 0.1, "z_loss": 1e-3}
+    assert value.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+    assert gradient.dtype == logits.dtype
+    # The options are Python floats, which float32 arithmetic rounds.
+    tolerance = "float32" if target_dtype == "float32" or dtype != "float64" else "float64"
+    assert_close(value, oracle.loss(logits, labels, **options), tolerance)
+    expected = oracle.gradient(logits, labels, **options)
+    assert_close(gradient, expected, dtype if dtype != "float64" else tolerance)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_metrics(dense):
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(9, 4)).astype(np.float32)
+    labels = rng.uniform(size=(9, 4)).astype(np.float32) if dense else rng.integers(0, 4, size=9)
+    where = rng.uniform(size=9) < 0.6
+    weights = rng.uniform(size=9).astype(np.float32)
+    kwargs = {"where": where, "weights": weights, "z_loss": 0.01}
+    for reduction in ("mean", "sum", "none"):
+        value, metrics = sxe.softmax_cross_entropy(
+            logits, labels, reduction=reduction, return_metrics=True, **kwargs
+        )
+        assert_close(value, oracle.loss(logits, labels, reduction=reduction, **kwargs))
+        assert isinstance(metrics, sxe.Metrics)
+        assert_close(metrics.loss_sum, oracle.loss(logits, labels, reduction="sum", **kwargs))
+        assert_close(metrics.weight_sum, (weights * where).astype(np.float64).sum())
+        lse = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+        assert_close(metrics.lse, np.where(where, lse, 0))
+        np.testing.assert_array_equal(metrics.predictions, logits.argmax(-1))
+        assert metrics.predictions.dtype == np.int32
+    (_, again), _ = sxe.softmax_cross_entropy_with_gradient(
+        logits, labels, return_metrics=True, **kwargs
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), again, metrics)
+
+
+def test_global_mean_over_accumulation_steps():
+    """loss_sum and weight_sum of unequal parts give the mean of the whole."""
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(10, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, size=10)
+    parts = [
+        sxe.softmax_cross_entropy(x, y, ignore_index=3, return_metrics=True)[1]
+        for x, y in [(logits[:3], labels[:3]), (logits[3:], labels[3:])]
+    ]
+    mean = sum(p.loss_sum for p in parts) / sum(p.weight_sum for p in parts)
+    assert_close(mean, oracle.loss(logits, labels, ignore_index=3))

@@ -1,0 +1,418 @@
+"""Labels out of range, rows that do not count, infinities, empty batches: section by section."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.experimental import checkify
+from oracle import assert_close
+
+import sxe
+
+RULES = ["vjp", "jvp", "autodiff"]
+every_rule = pytest.mark.parametrize("rule", RULES)
+INF, NAN = np.inf, np.nan
+
+
+def value_and_gradient(logits, labels, **options):
+    """Row losses and their gradient, each row's cotangent its own, and the cotangents."""
+    logits = jnp.asarray(logits)
+    f = functools.partial(sxe.softmax_cross_entropy, reduction="none", **options)
+    value, pullback = jax.vjp(lambda x: f(x, labels), logits)
+    g = np.random.default_rng(0).normal(size=value.shape).astype(value.dtype)
+    return np.asarray(value), np.asarray(pullback(jnp.asarray(g))[0]), g
+
+
+def some_logits(*shape):
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+# Labels
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [5, 6, -1, -5, -100, 2**31 - 1, -(2**31)])
+def test_a_label_out_of_range_is_nan_in_its_row_only(bad, rule):
+    logits, labels = some_logits(3, 5), np.array([0, bad, 4])
+    value, gradient, g = value_and_gradient(logits, labels, rule=rule)
+    assert np.isnan(value[1])
+    assert np.isnan(gradient[1]).all()
+    assert_close(value[[0, 2]], oracle.loss(logits[[0, 2]], [0, 4], reduction="none"))
+    expected = oracle.gradient(logits[[0, 2]], [0, 4], g[[0, 2]], reduction="none")
+    assert_close(gradient[[0, 2]], expected)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"class_weights": np.ones(5, "f")}])
+def test_a_bad_label_is_nan_with_other_targets_too(options):
+    value, gradient, _ = value_and_gradient(some_logits(2, 5), np.array([7, 1]), **options)
+    assert np.isnan(value).tolist() == [True, False]
+    assert np.isnan(gradient).all(-1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int4", "uint4"])
+def test_narrow_labels_with_more_classes_than_they_hold(dtype):
+    classes = 70001 if "16" in dtype else 300
+    logits = some_logits(4, classes)
+    labels = np.array([0, 1, 5, 7])
+    value, gradient, g = value_and_gradient(logits, jnp.asarray(labels, dtype))
+    assert_close(value, oracle.loss(logits, labels, reduction="none"))
+    assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64"])
+def test_every_label_dtype(dtype, x64):
+    if "64" in dtype and not x64:
+        pytest.skip("JAX has no 64-bit integers while x64 is off")
+    logits, labels = some_logits(5, 7), np.array([0, 6, 3, 3, 2], dtype)
+    value, gradient, g = value_and_gradient(logits, jnp.asarray(labels))
+    assert value.dtype == gradient.dtype == np.float32
+    assert_close(value, oracle.loss(logits, labels, reduction="none"))
+    assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
+
+
+def test_wide_labels_do_not_wrap():
+    with jax.enable_x64(True):
+        labels = jnp.array([2**32 + 1, 2**63, 1], "uint64")
+        value, _, _ = value_and_gradient(some_logits(3, 5), labels)
+    assert np.isnan(value).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("dtype", "label"), [("uint8", 156), ("int8", -100), ("int4", -4)])
+def test_ignore_index_is_a_number_not_a_bit_pattern(dtype, label):
+    """-100 is 156 in uint8 and -4 in int4, and neither of these is ignored."""
+    logits, labels = some_logits(2, 200), jnp.array([label, 1], dtype)
+    value, _, _ = value_and_gradient(logits, labels, ignore_index=-100)
+    assert value[1] > 0
+    if label == -100:
+        assert value[0] == 0
+    elif label > 0:
+        assert_close(value, oracle.loss(logits, [label, 1], reduction="none"))
+    else:
+        assert np.isnan(value[0])
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
+def test_checkify_names_position_label_and_classes(jit):
+    labels = np.array([[0, 1, 2], [3, 9, -7]])
+    f = checkify.checkify(sxe.softmax_cross_entropy)
+    f = jax.jit(f) if jit else f
+    error, _ = f(some_logits(2, 3, 5), labels)
+    message = error.get()
+    assert "[0, 5)" in message
+    assert "got 9" in message
+    assert "[1 1]" in message
+    error, _ = f(some_logits(2, 3, 5), np.minimum(np.maximum(labels, 0), 4))
+    assert error.get() is None
+
+
+def test_checkify_in_gradients_and_for_one_row():
+    f = checkify.checkify(jax.grad(sxe.softmax_cross_entropy))
+    assert "got 5" in f(some_logits(5), np.array(5))[0].get()
+    error, _ = f(some_logits(2, 5), np.array([1, 8]))
+    assert "got 8" in error.get()
+    assert "[1]" in error.get()
+
+
+def test_checkify_passes_labels_that_do_not_count():
+    f = checkify.checkify(functools.partial(sxe.softmax_cross_entropy, ignore_index=-100))
+    assert f(some_logits(2, 5), np.array([1, -100]))[0].get() is None
+    f = checkify.checkify(sxe.softmax_cross_entropy)
+    where = np.array([True, False])
+    assert f(some_logits(2, 5), np.array([1, 77]), where=where)[0].get() is None
+
+
+def test_checkify_finds_no_other_error():
+    """No division by zero, no index out of range, no NaN of sxe's own making."""
+    f = checkify.checkify(jax.value_and_grad(sxe.softmax_cross_entropy), errors=checkify.all_checks)
+    logits = some_logits(3, 5)
+    logits[1, 2] = -INF
+    options = {"class_weights": np.ones(5, "f"), "where": np.array([True, True, False])}
+    assert f(logits, np.array([4, 0, 2]), **options)[0].get() is None
+    options["where"] = np.zeros(3, bool)
+    assert f(logits, np.array([4, 0, 2]), **options)[0].get() is None
+
+
+# Rows that do not count
+
+
+@every_rule
+@pytest.mark.parametrize("reason", ["where", "weights", "ignore_index", "classes"])
+@pytest.mark.parametrize("content", [NAN, INF, -INF])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_row_that_does_not_count_contributes_nothing(reason, content, reduction, rule):
+    logits = some_logits(4, 5)
+    logits[2] = content
+    labels = np.array([1, 0, 99, 3])
+    options = {
+        "where": {"where": np.array([True, True, False, True])},
+        "weights": {"weights": np.array([1.5, 1, 0, 2], np.float32)},
+        "ignore_index": {"ignore_index": 99},
+        "classes": {"where": np.arange(4)[:, None].repeat(5, 1) != 2},
+    }[reason]
+
+    def f(x):
+        value = sxe.softmax_cross_entropy(x, labels, reduction=reduction, rule=rule, **options)
+        return (value * jnp.arange(1.0, 1 + value.size).reshape(value.shape)).sum(), value
+
+    (_, value), gradient = jax.value_and_grad(f, has_aux=True)(jnp.asarray(logits))
+    labels[2] = 0
+    logits[2] = 0
+    options = {"where": np.array([True, True, False, True])} | {
+        k: v for k, v in options.items() if k == "weights"
+    }
+    g = np.arange(1.0, 5) if reduction == "none" else 1.0
+    assert_close(value, oracle.loss(logits, labels, reduction=reduction, **options))
+    assert_close(gradient, oracle.gradient(logits, labels, g, reduction=reduction, **options))
+    assert (np.asarray(gradient[2]) == 0).all()
+
+
+@every_rule
+def test_a_dense_row_that_does_not_count(rule):
+    logits, targets = some_logits(3, 4), np.abs(some_logits(3, 4))
+    targets[1] = NAN
+    for options in (
+        {"where": np.array([True, False, True])},
+        {"weights": np.array([1, 0, 1], np.float32)},
+    ):
+        f = functools.partial(sxe.softmax_cross_entropy, rule=rule, **options)
+        value, gradients = jax.value_and_grad(f, argnums=(0, 1))(logits, targets)
+        assert_close(value, oracle.loss(logits[[0, 2]], targets[[0, 2]]))
+        for gradient in gradients:
+            assert (np.asarray(gradient[1]) == 0).all()
+            assert np.isfinite(gradient).all()
+
+
+@every_rule
+def test_a_weight_of_zero_has_its_row_loss_as_derivative(rule):
+    """Learned weights may start at 0; a row without a finite loss then has a derivative of 0."""
+    logits = some_logits(4, 5)
+    logits[1] = NAN
+    logits[2, 0] = -INF
+    labels = np.array([1, 1, 0, 77])
+
+    def f(weights, logits):
+        return sxe.softmax_cross_entropy(
+            logits, labels, weights=weights, reduction="sum", rule=rule
+        )
+
+    value, (d_weights, d_logits) = jax.value_and_grad(f, argnums=(0, 1))(jnp.zeros(4), logits)
+    assert value == 0
+    assert (np.asarray(d_logits) == 0).all()
+    assert_close(d_weights[0], oracle.loss(logits[0], labels[0]))
+    assert (np.asarray(d_weights[1:]) == 0).all()
+    # What a meta-gradient differentiates: the logits' gradient at weight 0 depends on the weight.
+    mixed = jax.jacobian(jax.grad(f, argnums=1))(jnp.zeros(4), logits)
+    assert_close(mixed[0, :, 0], oracle.gradient(logits[0], labels[0]))
+
+
+@every_rule
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_nothing_counts(reduction, rule):
+    for options in (
+        {"where": np.zeros(3, bool)},
+        {"weights": np.zeros(3, np.float32)},
+        {"ignore_index": 2},
+        {"class_weights": np.array([1, 1, 0, 1], np.float32)},
+    ):
+        f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, rule=rule)
+        labels = np.full(3, 2)
+        value, gradient = jax.value_and_grad(f)(some_logits(3, 4), labels, **options)
+        assert value == 0
+        assert (np.asarray(gradient) == 0).all()
+        _, metrics = f(some_logits(3, 4), labels, return_metrics=True, **options)
+        assert metrics.loss_sum == metrics.weight_sum == 0
+
+
+@every_rule
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_empty_batch(shape, dense, rule):
+    logits = np.zeros(shape, np.float32)
+    labels = logits if dense else np.zeros(shape[:-1], int)
+    for reduction in ("mean", "sum"):
+        f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, rule=rule)
+        value, gradient = jax.value_and_grad(f)(logits, labels)
+        assert value == 0
+        assert gradient.shape == shape
+    assert sxe.softmax_cross_entropy(logits, labels, reduction="none").shape == shape[:-1]
+    value, metrics = sxe.softmax_cross_entropy(logits, labels, return_metrics=True)
+    assert value == metrics.weight_sum == 0
+    assert metrics.lse.shape == metrics.predictions.shape == shape[:-1]
+
+
+# Infinities
+
+
+@every_rule
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_a_logit_of_minus_infinity_cannot_occur(dense, rule):
+    logits, labels = some_logits(3, 5), np.array([1, 2, 4])
+    logits[:, 0] = logits[1, 3] = -INF
+    targets = np.eye(5, dtype=np.float32)[labels] if dense else labels
+    value, gradient, g = value_and_gradient(logits, targets, rule=rule)
+    assert_close(value, oracle.loss(logits, labels, reduction="none"))
+    assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
+    assert (gradient[:, 0] == 0).all()
+
+
+@every_rule
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_the_labels_logit_of_minus_infinity(dense, rule):
+    logits, labels = some_logits(3, 5), np.array([1, 2, 4])
+    logits[1, 2] = -INF
+    targets = np.eye(5, dtype=np.float32)[labels] if dense else labels
+    value, gradient, g = value_and_gradient(logits, targets, rule=rule)
+    assert value[1] == INF
+    assert np.isfinite(value[[0, 2]]).all()
+    assert gradient[1, 2] == pytest.approx(-g[1], rel=1e-6)
+    assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
+
+
+@every_rule
+@pytest.mark.parametrize("fill", [[-INF] * 5, [0, INF, 0, 0, 0], [0, 0, NAN, 0, 0], [INF] * 5])
+def test_a_row_without_a_distribution_is_nan_alone(fill, rule):
+    logits, labels = some_logits(3, 5), np.array([1, 2, 4])
+    logits[1] = fill
+    value, gradient, g = value_and_gradient(logits, labels, rule=rule)
+    assert np.isnan(value).tolist() == [False, True, False]
+    assert np.isnan(gradient[1]).all()
+    rest = [0, 2]
+    assert_close(value[rest], oracle.loss(logits[rest], labels[rest], reduction="none"))
+    expected = oracle.gradient(logits[rest], labels[rest], g[rest], reduction="none")
+    assert_close(gradient[rest], expected)
+
+
+@every_rule
+def test_a_masked_class_is_a_logit_of_minus_infinity(rule):
+    logits, labels = some_logits(4, 5), np.array([1, 2, 4, 0])
+    mask = np.ones((4, 5), bool)
+    mask[:, 3] = mask[0, 0] = mask[1, 2] = False  # row 1's label is masked
+    mask[3] = False  # row 3 has no class left
+    value, gradient, g = value_and_gradient(logits, labels, where=mask, rule=rule)
+    minus = np.where(mask, logits, -INF)[:3]
+    assert value[1] == INF
+    assert value[3] == 0
+    assert_close(value[:3], oracle.loss(minus, labels[:3], reduction="none"))
+    expected = np.where(mask, 0, 0.0)
+    expected[:3] = oracle.gradient(minus, labels[:3], g[:3], reduction="none")
+    assert_close(gradient, np.where(mask, expected, 0))
+    _, direct = sxe.softmax_cross_entropy_with_gradient(logits, labels, where=mask, reduction="sum")
+    assert_close(
+        direct,
+        jax.grad(sxe.softmax_cross_entropy)(logits, labels, where=mask, reduction="sum", rule=rule),
+    )
+
+
+@every_rule
+def test_zero_log_zero_in_value_and_every_derivative(rule):
+    """A target of 0 at a class that cannot occur costs nothing, to any order, in any argument."""
+    logits = jnp.array([1.0, -INF, 0.5, -1.0])
+    targets = jnp.array([0.25, 0.0, 0.75, 0.0])
+    f = functools.partial(sxe.softmax_cross_entropy, rule=rule)
+    value, (d_logits, d_targets) = jax.value_and_grad(f, argnums=(0, 1))(logits, targets)
+    keep = np.array([0, 2, 3])
+    assert_close(value, oracle.loss(logits[keep], targets[keep]))
+    assert_close(d_logits[keep], oracle.gradient(logits[keep], targets[keep]))
+    q = np.exp(np.asarray(logits, np.float64)[keep])
+    assert_close(d_targets[keep], -np.log(q / q.sum()))
+    assert d_logits[1] == d_targets[1] == 0
+    hessian = jax.hessian(f)(logits, targets)
+    assert np.isfinite(hessian).all()
+    assert (np.asarray(hessian[1]) == 0).all()
+    labels = jnp.array(2)
+    d_class_weights = jax.grad(lambda c: f(logits, labels, class_weights=c, reduction="sum"))(
+        jnp.ones(4)
+    )
+    assert np.isfinite(d_class_weights).all()
+
+
+def test_an_option_that_is_off_does_nothing():
+    """z_loss = 0 beside an infinite lse, smoothing = 0 beside a class that cannot occur."""
+    logits = np.array([[3e38, 3e38, -INF]], np.float32)
+    for zero in (0, 0.0, np.float32(0)):
+        value = sxe.softmax_cross_entropy(logits, [1], z_loss=zero, label_smoothing=zero)
+        assert value == pytest.approx(np.log(2), rel=1e-6)
+
+
+def test_eager_and_jitted_agree():
+    logits = some_logits(6, 5) * 30
+    logits[2, 1] = -INF
+    labels = np.array([0, 1, 1, 9, 4, 2])
+    f = jax.value_and_grad(lambda x: sxe.softmax_cross_entropy(x, labels, reduction="none").sum())
+    eager, jitted = f(logits), jax.jit(f)(logits)
+    with jax.disable_jit():
+        plain = f(logits)
+    for other in (jitted, plain):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), eager, other)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": np.zeros((3, 5), int)}, TypeError, "logits: expected dtype bfloat16"),
+        ({"logits": np.zeros((3, 5), complex)}, TypeError, "logits: .*got complex"),
+        ({"logits": np.float32(1)}, ValueError, "logits: expected at least one axis"),
+        ({"logits": np.zeros((3, 0), "f")}, ValueError, r"at least one class .*\(3, 0\)"),
+        ({"labels": np.zeros(3, bool)}, TypeError, "labels: .*got bool"),
+        ({"labels": np.zeros((3, 5), complex)}, TypeError, "labels: .*got complex"),
+        ({"labels": np.zeros((3, 5), int)}, ValueError, r"labels: .*\(3,\).*got \(3, 5\)"),
+        ({"labels": np.zeros((3, 1), int)}, ValueError, r"labels: .*got \(3, 1\)"),
+        ({"labels": np.zeros(3, "f")}, ValueError, r"dense targets.*\(3, 5\).*got \(3,\)"),
+        ({"labels": np.zeros((1, 5), "f")}, ValueError, r"got \(1, 5\)"),
+        ({"where": np.ones(3, int)}, TypeError, "where: expected dtype bool, got int"),
+        ({"where": np.ones(5, bool)}, ValueError, r"where: .*got \(5,\)"),
+        ({"where": np.ones((3, 1), bool)}, ValueError, r"where: .*got \(3, 1\)"),
+        ({"weights": np.ones(3, int)}, TypeError, "weights: expected a float"),
+        ({"weights": np.ones((3, 1), "f")}, ValueError, r"weights: .*got \(3, 1\)"),
+        ({"class_weights": np.ones(5, int)}, TypeError, "class_weights: expected a float"),
+        ({"class_weights": np.ones(3, "f")}, ValueError, r"class_weights: .*\(5,\), got \(3,\)"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: .*\[0, 1\], got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing: .*got '0.1'"),
+        ({"label_smoothing": True}, TypeError, "label_smoothing: .*got True"),
+        ({"label_smoothing": np.zeros(2, "f")}, ValueError, r"label_smoothing: .*\(2,\)"),
+        ({"z_loss": -1e-4}, ValueError, "z_loss"),
+        ({"z_loss": NAN}, ValueError, "z_loss"),
+        ({"z_loss": None}, TypeError, "z_loss"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int"),
+        ({"ignore_index": True}, TypeError, "ignore_index: expected an int"),
+        (
+            {"labels": np.zeros((3, 5), "f"), "ignore_index": 1},
+            ValueError,
+            "ignore_index: expected None with dense",
+        ),
+        ({"axis": 2}, ValueError, r"axis: .*\[-2, 2\).*got 2"),
+        ({"axis": -3}, ValueError, "axis"),
+        ({"axis": (1, -1)}, ValueError, "axis: .*different"),
+        ({"axis": ()}, ValueError, "axis"),
+        ({"axis": 1.0}, TypeError, "axis: expected an int"),
+        ({"axis": None}, TypeError, "axis: expected an int"),
+        ({"reduction": "average"}, ValueError, "reduction: .*'mean', 'sum', 'none', got 'average'"),
+        ({"reduction": None}, ValueError, "reduction"),
+        ({"rule": "hessian"}, ValueError, "rule: .*'vjp', 'jvp', 'autodiff', got 'hessian'"),
+        ({"axis_name": "model"}, ValueError, "axis_name: .*shard_map.*'model'"),
+        ({"batch_axis_name": "data"}, ValueError, "batch_axis_name: .*shard_map.*'data'"),
+        ({"axis_name": 3}, TypeError, "axis_name: .*got 3"),
+        ({"axis_name": "a", "batch_axis_name": ("b", "a")}, ValueError, r"batch_axis_name: .*'a'"),
+    ],
+)
+def test_errors_name_what_came(change, error, message):
+    arguments = {"logits": np.zeros((3, 5), np.float32), "labels": np.zeros(3, int)} | change
+    with pytest.raises(error, match=message):
+        sxe.softmax_cross_entropy(**arguments)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: sxe.softmax_cross_entropy(**arguments))
+    if "rule" not in change:
+        with pytest.raises(error, match=message.replace("'sum', 'none'", "'sum'")):
+            sxe.softmax_cross_entropy_with_gradient(**arguments)
+
+
+def test_with_gradient_has_no_rows():
+    with pytest.raises(ValueError, match=r"reduction: .*got 'none'"):
+        sxe.softmax_cross_entropy_with_gradient(np.zeros((2, 3), "f"), [0, 1], reduction="none")
