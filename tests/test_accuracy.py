@@ -160,10 +160,20 @@ def test_second_derivative_of_a_confident_row(rule, lead):
     np.testing.assert_allclose(hessian, expected, rtol=2e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@functools.cache
+def compiled(rule, classes):
+    def rows(x, labels):
+        f = functools.partial(sxe.softmax_cross_entropy, reduction="none", rule=rule)
+        loss, pullback = jax.vjp(lambda x: f(x, labels), x)
+        return loss, *pullback(jnp.ones_like(loss))
+
+    return jax.jit(rows)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    classes=st.sampled_from([1, 2, 3, 7, 64]),
+    classes=st.sampled_from([1, 2, 7, 64]),
     scale=st.floats(0.0, 80.0),
     offset=st.sampled_from([0.0, 1.0, -1e4, 1e6, 1e8]),
     lead=st.floats(0.0, 80.0),
@@ -177,9 +187,10 @@ def test_any_row(seed, classes, scale, offset, lead, ties, rule):
     x = (x + offset).astype(np.float32)
     label = rng.integers(classes)
     row_loss, row = oracle.exact_row(x[0], np.eye(classes)[label])
-    loss, gradient = value_and_gradients(x, [label], rule, True)
-    for actual, exact, bar in [(loss[0], row_loss, 1e-6)] + [
-        (a, e, 2e-5) for a, e in zip(gradient[0], row, strict=True)
+    loss, gradient = compiled(rule, classes)(x, np.array([label]))
+    for actual, exact, bar in [
+        (loss[0], row_loss, 1e-6),
+        *((a, e, 2e-5) for a, e in zip(np.asarray(gradient[0]), row, strict=True)),
     ]:
         assert abs(exact) < SMALLEST or oracle.relative_error(actual, exact) < bar
 
