@@ -1,0 +1,282 @@
+"""How far each line of the derivation, the attached rules and the loss are from what they equal.
+
+>>> report = check(rows=4, classes=4)
+>>> [line.name for line in report.lines if line.passed]
+['D0', 'D1', 'D2', 'D3', 'D4', 'D5', 'D6', 'D7', 'D8', 'D9']
+>>> report.failures
+()
+"""
+
+import decimal
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import DTypeLike
+
+from sxe import derivation
+from sxe._softmax_cross_entropy import softmax_cross_entropy
+from sxe.derivation import Line, d0, softmax
+
+
+class Tolerance(NamedTuple):
+    """The largest errors that pass, as `_error` measures them."""
+
+    autodiff: float
+    differences: float  # in float64 it is the differences that are off, by about N eps / h
+    rule: float  # in bfloat16, one rounding
+
+
+TOLERANCES = {
+    "float64": Tolerance(autodiff=1e-13, differences=1e-7, rule=1e-13),
+    "float32": Tolerance(autodiff=5e-6, differences=5e-6, rule=5e-6),
+    "bfloat16": Tolerance(autodiff=4e-2, differences=4e-2, rule=8e-3),
+}
+PRECISION = {"loss": 1e-6, "label gradient": 2e-5}  # relative, in float32
+MAX_ENTRIES = 2048  # of x; a Jacobian has the square of that, 32 MiB in float64
+ROUNDED_AWAY = {  # rows of logits, exact in float32; the label is class 0
+    "1e8, 1e8": (1e8, 1e8),
+    "20, 0": (20.0, 0.0),
+    "40, 0, 0": (40.0, 0.0, 0.0),
+    "2048 times 1e7": (1e7,) * 2048,
+}
+
+
+class Comparison(NamedTuple):
+    """An error, and what it is expected to be."""
+
+    name: str
+    error: float
+    expected: str
+    passed: bool
+
+
+class Precision(NamedTuple):
+    """A number that float32 rounds away: the truth, two results and their relative errors."""
+
+    name: str
+    truth: float
+    sxe: float
+    optax: float
+    sxe_error: float
+    optax_error: float
+    passed: bool
+
+
+class Report(NamedTuple):
+    """What `check` measured."""
+
+    rows: int
+    classes: int
+    seed: int
+    dtype: str
+    lines: tuple[Line, ...]
+    row_sums: tuple[Comparison, ...]
+    rules: tuple[Comparison, ...]
+    precision: tuple[Precision, ...]
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The names of what did not pass. optax's errors are reported, not judged."""
+        parts = (self.lines, self.row_sums, self.rules, self.precision)
+        return tuple(result.name for part in parts for result in part if not result.passed)
+
+
+def check(
+    rows: int | None = None,
+    classes: int | None = None,
+    seed: int = 0,
+    dtype: DTypeLike = "float64",
+) -> Report:
+    """Measure the lines, what D8 assumes, the attached rules, and rows that rounding destroys.
+
+    Args:
+      rows, classes: N and K of a random problem; None draws 2 to 7 and 2 to 11 from the seed.
+      seed: any int; the same seed gives the same report.
+      dtype: float64, float32 or bfloat16, in which the lines are evaluated. What they are compared
+        with is evaluated in float64, at the same rounded logits and targets.
+
+    Returns:
+      The `Report`. Nothing is printed, and the caller's JAX configuration is left as it is.
+
+    Raises:
+      ValueError: rows or classes below 1, too many of both, or a dtype without a tolerance.
+    """
+    N, K = problem_size(rows, classes, seed)
+    name = jnp.dtype(dtype).name
+    if name not in TOLERANCES:
+        raise ValueError(f"dtype: expected one of {', '.join(TOLERANCES)}, got {name}")
+    with jax.enable_x64(True):
+        x, y, T, labels, g = _problem(N, K, seed)
+        return Report(
+            *(N, K, seed, name),
+            lines=_check_lines(derivation.LINES, x.astype(name), y.astype(name)),
+            row_sums=_check_row_sums(x, T * y),
+            rules=_check_rules(x, {"integer labels": labels, "dense targets": T * y}, g),
+            precision=_check_precision(),
+        )
+
+
+def problem_size(rows: int | None, classes: int | None, seed: int) -> tuple[int, int]:
+    """N and K of `check`, drawn from the seed where None; raises its ValueError for sizes."""
+    draw = random.Random(seed)
+    drawn = draw.randint(2, 7), draw.randint(2, 11)
+    N, K = drawn[0] if rows is None else rows, drawn[1] if classes is None else classes
+    for name, size in (("rows", N), ("classes", K)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if N * K > MAX_ENTRIES:
+        raise ValueError(f"rows * classes: expected at most {MAX_ENTRIES}, got {N} * {K} = {N * K}")
+    return N, K
+
+
+def _problem(N: int, K: int, seed: int) -> tuple[Array, ...]:
+    """Logits x, targets y that sum to one, row sums T for other targets, labels, cotangents g."""
+    draw = random.Random(seed)
+    x = [[draw.gauss(0, 2) for _ in range(K)] for _ in range(N)]
+    # Every line is linear in y, so targets that only sum to one show what one-hot ones would.
+    y = [[draw.expovariate(1) for _ in range(K)] for _ in range(N)]
+    y = [[y_ik / sum(y_i) for y_ik in y_i] for y_i in y]
+    T = [[draw.uniform(2, 4)] for _ in range(N)]
+    labels = [draw.randrange(K) for _ in range(N)]
+    g = [draw.gauss(0, 1) for _ in range(N)]
+    return tuple(jnp.array(a) for a in (x, y, T, labels, g))
+
+
+def central_differences(f: Callable[[Array], Array], x: Array) -> Array:
+    """(f(x + h e_jl) - f(x - h e_jl)) / 2h for all unit matrices e_jl; layout (f's ..., j, l)."""
+    h = 2.0**-17  # near the cube root of float64's eps, where h^2 and eps / h balance
+    units = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
+    slopes = jax.vmap(lambda e: (f(x + h * e) - f(x - h * e)) / (2 * h), out_axes=-1)(units)
+    return slopes.reshape(*slopes.shape[:-1], *x.shape)
+
+
+def _error(value: Array, reference: Array, unit: float = 1, kept: Array | bool = True) -> Array:
+    """max |value - reference| in `unit`s, relative to the largest |reference| where above one."""
+    if value.shape != reference.shape:
+        return jnp.asarray(jnp.inf)
+    v, r = value.astype(jnp.float64) / unit, reference.astype(jnp.float64) / unit
+    error = jnp.max(jnp.where(kept, jnp.abs(v - r), 0)) / jnp.maximum(1, jnp.max(jnp.abs(r)))
+    return jnp.where(jnp.isnan(error), jnp.inf, error)  # a NaN would slip through Python's max
+
+
+Pair = tuple[Array, Array]  # what autodiff gives, what central differences give
+
+
+@partial(jax.jit, static_argnums=0)
+def _references(loss: Callable[..., Array], x: Array, y: Array) -> tuple[Pair, Pair, Pair]:
+    """For L, ds/dx and dL/dx. The differences beside L are for its gradient."""
+    ds_dx = jax.jacfwd(softmax)(x), central_differences(softmax, x)
+    dL_dx = jax.grad(d0)(x, y), central_differences(lambda x: d0(x, y), x)
+    return (loss(x, y), dL_dx[1]), ds_dx, dL_dx
+
+
+@partial(jax.jit, static_argnums=0)
+def _line_errors(
+    line: Line, x: Array, y: Array, references: tuple[Pair, Pair, Pair]
+) -> tuple[Array, Array, Array]:
+    value, (L, ds_dx, dL_dx) = line.closed_form(x, y), references
+    if line.entries == "->":
+        slope = jax.grad(lambda x: jnp.sum(line.closed_form(x, y)))(x)
+        return _error(value, L[0]), _error(slope, L[1], 1 / len(x)), jnp.asarray(True)
+    pair, unit = (ds_dx, 1) if line.entries.startswith("ik") else (dL_dx, 1 / len(x))
+    kept = jnp.asarray(True) if line.kept is None else line.kept(x)
+    autodiff, differences = (
+        _error(value, jnp.einsum(line.entries, reference), unit, kept) for reference in pair
+    )
+    return autodiff, differences, jnp.any(kept)
+
+
+def _check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[Line, ...]:
+    tolerance = TOLERANCES[x.dtype.name]
+    x64, y64 = x.astype(jnp.float64), y.astype(jnp.float64)
+    references = _references(softmax_cross_entropy, x64, y64)
+
+    def measured(line: Line) -> Line:
+        autodiff, differences, shown = map(float, _line_errors(line, x, y, references))
+        return line._replace(
+            shown=bool(shown),
+            autodiff_error=autodiff,
+            differences_error=differences,
+            passed=autodiff <= tolerance.autodiff and differences <= tolerance.differences,
+        )
+
+    return tuple(measured(line) for line in lines)
+
+
+def _check_row_sums(x: Array, t: Array) -> tuple[Comparison, ...]:
+    """Where the targets' rows do not sum to one, D7 is to hold and D8 is to be far off."""
+    lines = [line for line in derivation.LINES if line.name in ("D7", "D8")]
+    d7, d8 = (line.autodiff_error for line in _check_lines(lines, x, t))
+    bound, far = TOLERANCES["float64"].autodiff, 1e-4
+    return (
+        Comparison("D7 where sum_k y_jk != 1", d7, f"<= {bound:.0e}, it holds", d7 <= bound),
+        Comparison("D8 where sum_k y_jk != 1", d8, f"> {far:.0e}, it fails as it must", d8 > far),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _rule_errors(loss: Callable[..., Array], x: Array, y: Array, g: Array) -> tuple[Array, ...]:
+    """Of the rows' losses and all gradients, pulled back from a cotangent g_i for each row."""
+
+    def pulled_back(rule: str) -> list[Array]:
+        value, vjp = jax.vjp(lambda x, y: loss(x, y, reduction="none", rule=rule), x, y)
+        gradients = vjp(g.astype(value.dtype))
+        return [value, *(dx for dx in gradients if dx.dtype != jax.dtypes.float0)]
+
+    primal = pulled_back("autodiff")
+    return tuple(
+        jnp.max(jnp.stack([*map(_error, pulled_back(rule), primal)])) for rule in ("vjp", "jvp")
+    )
+
+
+def _check_rules(x: Array, targets: dict[str, Array], g: Array) -> tuple[Comparison, ...]:
+    results = []
+    for (kind, y), dtype in itertools.product(targets.items(), TOLERANCES):
+        y = y.astype(dtype) if jnp.issubdtype(y.dtype, jnp.floating) else y
+        errors = map(float, _rule_errors(softmax_cross_entropy, x.astype(dtype), y, g))
+        bound = TOLERANCES[dtype].rule
+        for rule, error in zip(("vjp", "jvp"), errors, strict=True):
+            name = f"{rule}, {kind}, {dtype}"
+            results.append(Comparison(name, error, f"<= {bound:.0e}", error <= bound))
+    return tuple(results)
+
+
+def _optax(x: Array, y: Array) -> Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, y))
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_and_gradients(loss: Callable[..., Array], rows: list[Array]) -> Array:
+    results = (jax.value_and_grad(loss)(x, jnp.zeros(1, jnp.int32)) for x in rows)
+    return jnp.stack([number for value, dL_dx in results for number in (value, dL_dx[0, 0])])
+
+
+def _check_precision() -> tuple[Precision, ...]:
+    truths = itertools.chain.from_iterable(map(sixty_digits, ROUNDED_AWAY.values()))
+    rows = [jnp.array([logits], jnp.float32) for logits in ROUNDED_AWAY.values()]
+    ours = _losses_and_gradients(softmax_cross_entropy, rows).tolist()
+    theirs = _losses_and_gradients(_optax, rows).tolist()
+    results = []
+    for (row, quantity), truth, a, b in zip(
+        itertools.product(ROUNDED_AWAY, PRECISION), truths, ours, theirs, strict=True
+    ):
+        errors = abs(a / truth - 1), abs(b / truth - 1)
+        passed = errors[0] <= PRECISION[quantity]
+        results.append(Precision(f"{row}: {quantity}", truth, a, b, *errors, passed))
+    return tuple(results)
+
+
+def sixty_digits(logits: Sequence[float]) -> tuple[float, float]:
+    """L of one row with label 0 (D0), and dL/dx_0 = s_0 - 1 (D8), in 60-digit arithmetic."""
+    with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
+        exp_x = [Decimal(x_k).exp() for x_k in logits]
+        s_0 = exp_x[0] / sum(exp_x)
+        return float(-s_0.ln()), float(s_0 - 1)

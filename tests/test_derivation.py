@@ -1,0 +1,279 @@
+"""D0 ... D9: each line holds, and an error in any one of them is found, in that line alone."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sxe
+from sxe import _check, derivation
+
+NAMES = [f"D{n}" for n in range(10)]
+
+
+@pytest.fixture
+def problem():
+    """Logits, and targets that sum to one, in float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        y = rng.dirichlet(np.ones(5), size=3)
+        yield jnp.asarray(rng.normal(size=(3, 5), scale=3)), jnp.asarray(y)
+
+
+def failed(report):
+    return [line.name for line in report.lines if not line.passed]
+
+
+slow = pytest.mark.slow  # a new size compiles anew
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (-8, 2**70))])
+def test_every_line_holds_for_random_sizes(seed):
+    report = _check.check(seed=seed)
+    assert report.failures == ()
+    assert 2 <= report.rows <= 7
+    assert 2 <= report.classes <= 11
+    assert [line.name for line in report.lines] == NAMES
+    assert all(line.shown for line in report.lines)
+    assert len(report.rules) == 12
+    assert len(report.precision) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float64", jnp.float32, jnp.bfloat16])
+def test_every_line_holds_in_every_dtype(dtype):
+    report = _check.check(rows=4, classes=4, seed=11, dtype=dtype)
+    assert report.failures == ()
+    assert report.dtype == jnp.dtype(dtype).name
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "empty"),
+    [
+        (1, 1, ["D1", "D3"]),
+        pytest.param(1, 4, ["D1"], marks=slow),
+        pytest.param(3, 1, ["D3"], marks=slow),
+    ],
+)
+def test_one_row_and_one_class(rows, classes, empty):
+    report = _check.check(rows, classes)
+    assert report.failures == ()
+    assert [line.name for line in report.lines if not line.shown] == empty
+
+
+def test_a_seed_repeats_and_the_configuration_stays(x64):
+    first = _check.check(4, 4, seed=5)
+    assert jax.config.jax_enable_x64 == x64
+    with jax.enable_x64(not x64):
+        assert _check.check(4, 4, seed=5) == first
+    assert _check.check(4, 4, seed=6) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"classes": -2}, "classes: expected at least 1, got -2"),
+        ({"rows": 50, "classes": 50}, r"expected at most 2048, got 50 \* 50 = 2500"),
+        ({"dtype": "float16"}, "expected one of float64, float32, bfloat16, got float16"),
+    ],
+)
+def test_what_cannot_be_checked_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _check.check(**arguments)
+
+
+def test_d0_is_the_loss_as_written(problem):
+    x, y = (np.asarray(a) for a in problem)
+    rows, classes = x.shape
+    loss = 0.0
+    for i in range(rows):
+        for k in range(classes):
+            s = math.exp(x[i, k]) / sum(math.exp(x[i, h]) for h in range(classes))
+            loss -= y[i, k] * math.log(s) / rows
+    np.testing.assert_allclose(derivation.d0(*problem), loss, rtol=1e-14)
+    np.testing.assert_allclose(sxe.softmax_cross_entropy(*problem), loss, rtol=1e-14)
+
+
+def test_the_cases_make_up_the_jacobian(problem):
+    jacobian, d2, d3, d4 = (np.array(line.closed_form(*problem)) for line in derivation.LINES[1:5])
+    rows, classes = problem[0].shape
+    for i in range(rows):
+        jacobian[i, :, i, :] = d3[i]
+        for k in range(classes):
+            jacobian[i, k, i, k] = d2[i, k]
+    np.testing.assert_allclose(jacobian, d4, rtol=1e-14)
+    np.testing.assert_allclose(
+        jacobian, jax.jacrev(derivation.softmax)(problem[0]), rtol=1e-13, atol=1e-16
+    )
+
+
+def test_d9_is_the_gradient_transposed(problem):
+    d9 = derivation.d9(*problem)
+    assert d9.shape == (5, 3)
+    np.testing.assert_allclose(d9, jax.grad(derivation.d0)(*problem).T, rtol=1e-12)
+    np.testing.assert_allclose(d9, derivation.gradient(*problem), rtol=1e-12)
+
+
+def test_the_gradient_needs_neither_moderate_logits_nor_targets_that_sum_to_one(problem):
+    x, y = problem
+    scale = jnp.array([[0.5], [2.0], [3.0]])
+    gradient = derivation.gradient(x + 1e4, scale * y)
+    np.testing.assert_allclose(gradient, derivation.d7(x, scale * y).T, rtol=1e-9)
+    labels = jnp.array([0, 4, 2])
+    np.testing.assert_array_equal(
+        derivation.gradient(x, labels), derivation.gradient(x, jax.nn.one_hot(labels, 5))
+    )
+    assert derivation.gradient(x.astype(jnp.float32), labels).dtype == jnp.float32
+
+
+def test_central_differences(problem):
+    x, _ = problem
+    expected = np.einsum("ik,ij,kl->ikjl", 3 * np.asarray(x) ** 2, np.eye(3), np.eye(5))
+    slopes = _check.central_differences(lambda x: x**3, x)
+    np.testing.assert_allclose(slopes, expected, atol=1e-8)
+
+
+def test_d8_fails_where_targets_do_not_sum_to_one_and_d7_holds(problem):
+    x, y = problem
+    t = jnp.array([[0.5], [2.0], [3.0]]) * y
+    gradient = jax.grad(derivation.d0)(x, t)
+    np.testing.assert_allclose(derivation.d7(x, t), gradient, rtol=1e-12)
+    assert jnp.max(jnp.abs(derivation.d8(x, t) - gradient)) > 0.1
+    d7, d8 = _check.check(4, 4).row_sums
+    assert (d7.name, d7.passed) == ("D7 where sum_k y_jk != 1", True)
+    assert (d8.name, d8.passed) == ("D8 where sum_k y_jk != 1", True)
+    assert d7.error < 1e-13 < 0.1 < d8.error
+
+
+# Mistakes, for 4 rows and 4 classes: where a transpose has the right shape, only numbers tell.
+
+
+def replaced(monkeypatch, name, closed_form):
+    lines = (
+        line._replace(closed_form=closed_form) if line.name == name else line
+        for line in derivation.LINES
+    )
+    monkeypatch.setattr(derivation, "LINES", tuple(lines))
+    return _check.check(4, 4, seed=7)
+
+
+MISTAKES = {
+    "sign": lambda f: lambda x, y: -f(x, y),
+    "factor": lambda f: lambda x, y: 1.01 * f(x, y),
+    "rows for classes": lambda f: lambda x, y: f(x.T, y),
+    "class index dropped": lambda f: lambda x, y: f(jnp.broadcast_to(x[:, :1], x.shape), y),
+}
+MISTAKES_ALSO_IN_ZERO = {
+    "constant": lambda f: lambda x, y: f(x, y) + 0.01,
+    "NaN": lambda f: lambda x, y: f(x, y) * jnp.nan,
+    "shape": lambda f: lambda x, y: f(x, y)[..., None],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "D1"])
+def test_a_mistake_is_found_in_its_line(monkeypatch, name, mistake):
+    line = derivation.LINES[NAMES.index(name)]
+    report = replaced(monkeypatch, name, MISTAKES[mistake](line.closed_form))
+    assert failed(report) == [name]
+    assert name in report.failures
+
+
+@pytest.mark.parametrize("mistake", MISTAKES_ALSO_IN_ZERO)
+@pytest.mark.parametrize("name", ["D0", "D1", "D9"])
+def test_a_mistake_that_zero_shows_too_is_found(monkeypatch, name, mistake):
+    line = derivation.LINES[NAMES.index(name)]
+    report = replaced(monkeypatch, name, MISTAKES_ALSO_IN_ZERO[mistake](line.closed_form))
+    assert failed(report) == [name]
+
+
+def s(x):
+    return derivation.softmax(x)
+
+
+def rows_meet(x, y):
+    """D4 without its [i=j]."""
+    k_is_l = jnp.eye(4)[None, :, None, :]
+    ds_dx = s(x)[:, :, None, None] * (k_is_l - s(x)[:, None, None, :])
+    return jnp.broadcast_to(ds_dx, (4, 4, 4, 4))
+
+
+WRONG = {
+    ("D0", "1/N"): lambda x, y: -jnp.sum(y * jnp.log(s(x))),
+    ("D0", "log"): lambda x, y: -jnp.mean(jnp.sum(y * s(x), axis=1)),
+    ("D1", "j != i"): rows_meet,
+    ("D2", "square"): lambda x, y: s(x),
+    ("D3", "l for k"): lambda x, y: jnp.repeat(-(s(x) ** 2)[:, :, None], 4, axis=2),
+    ("D4", "[i=j]"): rows_meet,
+    ("D4", "[k=l]"): lambda x, y: derivation.d4(x, y) * jnp.eye(4)[None, :, None, :],
+    ("D5", "1/s"): lambda x, y: derivation.d5(x, y * s(x)),
+    ("D6", "[k=l]"): lambda x, y: jnp.sum(y[:, :, None] * s(x)[:, None, :], axis=1) / 4,
+    ("D7", "k for l"): lambda x, y: (jnp.sum(y * s(x), axis=1, keepdims=True) - y) / 4,
+    ("D8", "1/N"): lambda x, y: s(x) - y,
+    ("D8", "another row's y"): lambda x, y: (s(x) - y[::-1]) / 4,
+    ("D9", "transpose"): lambda x, y: (s(x) - y) / 4,
+}
+
+
+@pytest.mark.parametrize(("name", "mistake"), WRONG)
+def test_a_wrong_formula_is_found_in_its_line(monkeypatch, name, mistake):
+    assert failed(replaced(monkeypatch, name, WRONG[name, mistake])) == [name]
+
+
+def test_a_d8_that_needs_no_assumption_is_found(monkeypatch):
+    report = replaced(monkeypatch, "D8", derivation.d7)
+    assert report.failures == ("D8 where sum_k y_jk != 1",)
+
+
+def test_a_d7_that_needs_the_assumption_is_found(monkeypatch):
+    report = replaced(monkeypatch, "D7", derivation.d8)
+    assert report.failures == ("D7 where sum_k y_jk != 1",)
+
+
+def test_a_wrong_rule_is_found(monkeypatch):
+    right = sxe.softmax_cross_entropy
+
+    def one_cotangent_for_all_rows(logits, labels, *, rule="vjp", **options):
+        if rule != "jvp":
+            return right(logits, labels, rule=rule, **options)
+        loss, vjp = jax.vjp(lambda x: right(x, labels, **options), jax.lax.stop_gradient(logits))
+        slope = vjp(jnp.ones_like(loss))[0].astype(loss.dtype)
+        moved = jnp.sum(slope * (logits - jax.lax.stop_gradient(logits)).astype(loss.dtype))
+        return loss + moved / loss.size
+
+    monkeypatch.setattr(_check, "softmax_cross_entropy", one_cotangent_for_all_rows)
+    monkeypatch.setattr(_check, "TOLERANCES", {"float64": _check.TOLERANCES["float64"]})
+    assert _check.check(4, 4).failures == (
+        "jvp, integer labels, float64",
+        "jvp, dense targets, float64",
+    )
+
+
+def test_a_loss_that_rounds_away_is_found(monkeypatch):
+    right = sxe.softmax_cross_entropy
+
+    def textbook(logits, labels, **options):
+        if logits.dtype != jnp.float32 or options:
+            return right(logits, labels, **options)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
+
+    # Not the whole check: its other parts would only compile anew, for another loss.
+    monkeypatch.setattr(_check, "softmax_cross_entropy", textbook)
+    assert tuple(row.name for row in _check._check_precision() if not row.passed) == (
+        "1e8, 1e8: loss",
+        "20, 0: loss",
+        "20, 0: label gradient",
+        "40, 0, 0: loss",
+        "40, 0, 0: label gradient",
+        "2048 times 1e7: loss",
+    )
+
+
+def test_sixty_digits():
+    equal, confident = _check.sixty_digits((1e8, 1e8)), _check.sixty_digits((40.0, 0.0))
+    assert equal == (math.log(2), -0.5)
+    np.testing.assert_allclose(
+        confident, (math.log1p(math.exp(-40)), -1 / (1 + math.exp(40))), rtol=1e-15
+    )
