@@ -18,6 +18,7 @@ For targets t_k with T = sum_k t_k the row loss and its gradient are
 Each is written once, here, and takes the logits of one tile: all classes of a row or some of them.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -58,12 +59,13 @@ def _apart(m: Array, after: Array) -> Array:
     return m
 
 
-def normalize(x: Array) -> Normalizer:
-    """The state of a tile of logits, [..., K] to [...].
+def normalize_tile(x: Array) -> Normalizer:
+    """The state of a tile of logits, [..., K] to [...], of which a row of -inf is the identity.
 
-    A row of -inf alone gives the identity. m is a constant under differentiation: no result depends
-    on the choice of the shift, so its derivative is zero, and r carries all of lse's.
+    m is a constant under differentiation. No result depends on the choice of the shift, so that its
+    derivative is zero, and r carries all of lse's.
     """
+    x = wide(x)
     m = lax.stop_gradient(jnp.max(x, axis=-1))
     shift = jnp.where(m == -jnp.inf, 0, m)
     total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
@@ -76,11 +78,65 @@ def normalize(x: Array) -> Normalizer:
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 
+BLOCK_BYTES = 4 * 2**20  # a block of rows in float32; its temporaries stay in a CPU's cache
+
+
+def _rows_per_block(x: Array) -> int | None:
+    """How many rows ``normalize`` takes at a time, or None for all of them at once.
+
+    Blocks pay on a CPU only, where XLA writes out what it can't fuse: for many class counts the
+    exponentials, for bfloat16 all logits in float32. A loop over rows that are split over devices
+    would gather them, so that several devices, or a mesh of any, rule blocks out.
+    """
+    known = all(isinstance(n, int) for n in x.shape)
+    split = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or split or not known:
+        return None
+    rows = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+    return rows if math.prod(x.shape[:-1]) >= 2 * rows else None
+
+
+@jax.custom_jvp
+def normalize(x: Array) -> Normalizer:
+    """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
+    rows = _rows_per_block(x)
+    if rows is None:
+        return normalize_tile(x)
+    flat = x.reshape(-1, x.shape[-1])
+    blocks, left = divmod(len(flat), rows)
+
+    bits = flat
+    if flat.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
+        # XLA would widen all of flat, not the slice, in every step of the loop; it can't do integers.
+        bits = lax.bitcast_convert_type(flat, jnp.uint16)
+
+    def block(i: Array) -> Normalizer:
+        part = lax.dynamic_slice_in_dim(bits, i * rows, rows)
+        return normalize_tile(lax.bitcast_convert_type(part, flat.dtype))
+
+    parts = [jax.tree.map(jnp.ravel, lax.map(block, jnp.arange(blocks)))]
+    if left:
+        parts.append(normalize_tile(flat[-left:]))
+    return jax.tree.map(lambda *a: jnp.concatenate(a).reshape(x.shape[:-1]), *parts)
+
+
+@normalize.defjvp
+def _normalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Normalizer, Normalizer]:
+    # The derivative of normalize_tile. JAX's own, of a loop over slices of x, would add up an array
+    # of the size of x for every block.
+    (x,), (x_dot,) = primals, tangents
+    state = normalize(x)
+    shift = jnp.where(state.m == -jnp.inf, 0, state.m)
+    e = jnp.exp(wide(x) - _apart(shift, state.r)[..., None])
+    r_dot = jnp.sum(e * wide(x_dot), axis=-1)
+    return state, Normalizer(jnp.zeros_like(state.m), r_dot)
+
+
 def merge_over(state: Normalizer, axis_name: str | tuple[str, ...] | None) -> Normalizer:
     """The state of whole rows from the states of their shards: one max and one sum over a mesh."""
     if axis_name is None:
         return state
-    m = lax.pmax(state.m, axis_name)
+    m = lax.pmax(lax.stop_gradient(state.m), axis_name)  # pmax has no derivative, m needs none
     top = state.m == m
     # A shard without the maximum gives all of its terms, one with it all but its own maximum. Every
     # maximum but one is then still to be counted.
@@ -102,7 +158,7 @@ def row_gradient(
     Shapes: x and the targets t [..., K] or broadcastable to it, all others [...].
     """
     r = state.r[..., None]
-    e = jnp.exp(x - _apart(*state)[..., None])
+    e = jnp.exp(wide(x) - _apart(*state)[..., None])
     total = total[..., None]
     # D7 over 1 + r, arranged so that a confident label's e_l = 1 = T cancels exactly.
     d = (e * (total - t) - t * ((1 - e) + r)) * g[..., None]

@@ -58,7 +58,6 @@ def _loss_and_lse(
 
 
 def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
-    x = nz.wide(x)
     return _loss_and_lse(x, targets, _state(x, axis_name), axis_name)
 
 
@@ -68,8 +67,8 @@ _rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
 def _rows_fwd(
     x: Array, targets: Targets, axis_name: AxisName
 ) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
-    state = _state(nz.wide(x), axis_name)
-    return _loss_and_lse(nz.wide(x), targets, state, axis_name), (x, targets, state)
+    state = _state(x, axis_name)
+    return _loss_and_lse(x, targets, state, axis_name), (x, targets, state)
 
 
 def _rows_bwd(
@@ -79,14 +78,14 @@ def _rows_bwd(
 ) -> tuple[Array, Targets]:
     x, targets, state = res
     g, g_lse = gs
-    at_label, at_dense = target_gaps(targets, nz.wide(x), state.m, state.log1p_r, axis_name)
+    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
     d_label_target = None if targets.label_target is None else g * at_label
     d_total = g * state.log1p_r
     if axis_name is not None and not is_tracked(axis_name):
         # Without varying types every device holds its share of the cotangent, as for lax.psum.
         g, g_lse = lax.psum((g, g_lse), axis_name)
     t = target_tile(targets, x.shape[-1])
-    d_x = nz.row_gradient(nz.wide(x), t, targets.total, state, g, g_lse)  # D7
+    d_x = nz.row_gradient(x, t, targets.total, state, g, g_lse)  # D7
     d_dense = None
     if targets.dense is not None:
         d_dense = g[..., None] * at_dense  # D0 in t: with d_total, -log q
@@ -105,12 +104,11 @@ def _rows_jvp_rule(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     x, targets = primals
     x_dot, targets_dot = tangents
-    x_wide = nz.wide(x)
-    state = _state(x_wide, axis_name)
+    state = _state(x, axis_name)
     t = target_tile(targets, x.shape[-1])
     ones = jnp.ones_like(state.r)
-    loss, lse = _loss_and_lse(x_wide, targets, state, axis_name)
-    at_label, at_dense = target_gaps(targets, x_wide, state.m, state.log1p_r, axis_name)
+    loss, lse = _loss_and_lse(x, targets, state, axis_name)
+    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
     loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
 
     def over_classes(d: Array, x_dot: Any) -> Array:
@@ -118,9 +116,9 @@ def _rows_jvp_rule(
 
     # A tangent that is zero must not meet an infinite gap, so zeros are symbolic.
     if not isinstance(x_dot, SymbolicZero):
-        d = nz.row_gradient(x_wide, t, targets.total, state, ones)  # D7
+        d = nz.row_gradient(x, t, targets.total, state, ones)  # D7
         loss_dot = loss_dot + over_classes(d, x_dot)
-        q = nz.row_gradient(x_wide, jnp.zeros((1,) * x.ndim, d.dtype), ones, state, ones)
+        q = nz.row_gradient(x, jnp.zeros((1,) * x.ndim, d.dtype), ones, state, ones)
         lse_dot = lse_dot + over_classes(q, x_dot)
     if targets.label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
         loss_dot = loss_dot + targets_dot.label_target * at_label
@@ -142,12 +140,14 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     probability: it is then a constant 0, and its gradient the sum of all others'.
     """
     x = nz.wide(x)
-    state = jax.tree.map(lax.stop_gradient, _state(x, axis_name))
+    state = _state(lax.stop_gradient(x), axis_name)
     confident = (state.r < 1) & (state.m > -jnp.inf)
     top = (x == state.m[..., None]) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
     origin = jnp.where(confident, largest, state.m)
-    loss, lse = _rows(jnp.where(top, 0, x - origin[..., None]), targets, axis_name)
+    x = jnp.where(top, 0, x - origin[..., None])
+    state = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
+    loss, lse = _loss_and_lse(x, targets, state, axis_name)
     return loss, origin + lse
 
 
@@ -236,7 +236,7 @@ def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
 def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
     prepared = _prepare(logits, labels, arrays, static)
     rows = prepared.rows
-    x = nz.wide(rows.logits)
+    x = rows.logits
     state = _state(x, static.axis_name)
     loss, lse = _loss_and_lse(x, rows.targets, state, static.axis_name)
     z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)

@@ -90,7 +90,7 @@ def target_gaps(
     """
 
     def gap(x: Array, m: Array, log1p_r: Array, t: Array) -> Array:
-        return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x)
+        return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x.astype(m.dtype))
 
     label, label_target, dense, _ = targets
     at_label, at_dense = jnp.zeros_like(m), jnp.zeros_like(m)[..., None]
