@@ -107,7 +107,7 @@ def normalize(x: Array) -> Normalizer:
 
     bits = flat
     if flat.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
-        # XLA would widen all of flat, not the slice, in every step of the loop; it can't do integers.
+        # In every step of the loop XLA would widen all of flat, not the slice. Integers it can't.
         bits = lax.bitcast_convert_type(flat, jnp.uint16)
 
     def block(i: Array) -> Normalizer:
