@@ -1,10 +1,13 @@
 """Axes: the class axes of an array, and the mesh axes inside ``jax.shard_map``."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 AxisName = str | tuple[str, ...] | None
 
@@ -61,10 +64,29 @@ def is_tracked(axis_name: AxisName) -> bool:
     return all(name in varying(lax.axis_index(name)) for name in names)
 
 
+def sharding(x: Array) -> tuple[Any, ...]:
+    """The mesh axes that split each axis of x, as an explicit mesh's types have it."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def reshard(x: Array, spec: Sequence[Any]) -> Array:
+    """x typed as split in that way, along its axes that are longer than 1."""
+    spec = tuple(axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
+    return x if sharding(x) == spec else jax.reshard(x, PartitionSpec(*spec))
+
+
 def vary(x: Array, names: frozenset[str]) -> Array:
     """x typed as varying along these mesh axes too, so that its cotangent may vary as well."""
     missing = tuple(sorted(names - varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def vary_like(rows: Any, x: Array) -> Any:
+    """Arrays of a number a row, typed as varying as x does before they are broadcast against it.
+
+    The transpose of that cast is a sum over devices. After the broadcast it would move [N, K].
+    """
+    return jax.tree.map(lambda a: vary(a, varying(x)), rows)
 
 
 def check_axis_name(argument: str, axis_name: AxisName, x: Array) -> None:

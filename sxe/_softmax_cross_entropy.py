@@ -8,6 +8,7 @@ is plain JAX on arrays of a number a row. It is attached in three ways, chosen b
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +29,10 @@ from sxe._axes import (
     classes_last,
     is_tracked,
     psum,
+    reshard,
+    sharding,
     vary,
+    vary_like,
     varying,
 )
 from sxe._options import Arrays, Static
@@ -55,6 +59,14 @@ def _loss_and_lse(
 ) -> tuple[Array, Array]:
     cost = target_cost(targets, x, state.m, state.log1p_r, axis_name)
     return nz.row_loss(state, cost, targets.total), state.lse
+
+
+def _row_gradient(
+    x: Array, targets: Targets, state: nz.Normalizer, g: Array, g_lse: Array | None
+) -> Array:
+    targets, state, g, g_lse = vary_like((targets, state, g, g_lse), x)
+    t = target_tile(targets, x.shape[-1])
+    return nz.row_gradient(x, t, targets.total, state, g, g_lse)
 
 
 def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
@@ -84,11 +96,10 @@ def _rows_bwd(
     if axis_name is not None and not is_tracked(axis_name):
         # Without varying types every device holds its share of the cotangent, as for lax.psum.
         g, g_lse = lax.psum((g, g_lse), axis_name)
-    t = target_tile(targets, x.shape[-1])
-    d_x = nz.row_gradient(x, t, targets.total, state, g, g_lse)  # D7
+    d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
     d_dense = None
     if targets.dense is not None:
-        d_dense = g[..., None] * at_dense  # D0 in t: with d_total, -log q
+        d_dense = vary_like(g, x)[..., None] * at_dense  # D0 in t: with d_total, -log q
         ones = tuple(i for i, n in enumerate(targets.dense.shape) if n < d_dense.shape[i])
         d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
     return d_x.astype(x.dtype), Targets(None, d_label_target, d_dense, d_total)
@@ -105,20 +116,20 @@ def _rows_jvp_rule(
     x, targets = primals
     x_dot, targets_dot = tangents
     state = _state(x, axis_name)
-    t = target_tile(targets, x.shape[-1])
-    ones = jnp.ones_like(state.r)
+    ones, zeros = jnp.ones_like(state.r), jnp.zeros_like(state.r)
     loss, lse = _loss_and_lse(x, targets, state, axis_name)
     at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
     loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
 
-    def over_classes(d: Array, x_dot: Any) -> Array:
-        return psum(jnp.sum(d * x_dot.astype(d.dtype), axis=-1), axis_name)
+    def over_classes(d: Array, x_dot: Array) -> Array:
+        return psum(jnp.sum(d * x_dot, axis=-1), axis_name)
 
     # A tangent that is zero must not meet an infinite gap, so zeros are symbolic.
     if not isinstance(x_dot, SymbolicZero):
-        d = nz.row_gradient(x, t, targets.total, state, ones)  # D7
+        x_dot = nz.wide(x_dot)  # once, so that its transpose rounds once
+        d = _row_gradient(x, targets, state, ones, None)  # D7
+        q = _row_gradient(x, targets, state, zeros, ones)
         loss_dot = loss_dot + over_classes(d, x_dot)
-        q = nz.row_gradient(x, jnp.zeros((1,) * x.ndim, d.dtype), ones, state, ones)
         lse_dot = lse_dot + over_classes(q, x_dot)
     if targets.label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
         loss_dot = loss_dot + targets_dot.label_target * at_label
@@ -141,11 +152,13 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     """
     x = nz.wide(x)
     state = _state(lax.stop_gradient(x), axis_name)
+    # 1, or NaN in a row without a distribution, which is NaN then in every shard's derivative too.
+    x = x * (1 + (state.m - state.m) + (state.r - state.r))[..., None]
     confident = (state.r < 1) & (state.m > -jnp.inf)
     top = (x == state.m[..., None]) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
     origin = jnp.where(confident, largest, state.m)
-    x = jnp.where(top, 0, x - origin[..., None])
+    x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
     state = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
     loss, lse = _loss_and_lse(x, targets, state, axis_name)
     return loss, origin + lse
@@ -169,14 +182,22 @@ class _Prepared(NamedTuple):
     class_mask: Array | None
 
 
-def _vary_together(rows: Rows, axis_name: AxisName) -> Rows:
-    """The same rows, typed as varying along the same mesh axes, so that cotangents may vary too."""
-    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((rows.logits, rows.targets))))
+def _typed_alike(rows: Rows, axis_name: AxisName) -> Rows:
+    """The same rows, typed as varying along the same mesh axes and as split in the same way.
+
+    shard_map and explicit meshes want a cotangent in the type of its input. The rule's cotangents
+    have the joint type of all inputs, so that each input is given that type.
+    """
+    x, targets = rows.logits, rows.targets
+    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     one_a_row = every - set(axis_names(axis_name))
-    dense = rows.targets.dense
-    targets = jax.tree.map(lambda a: vary(a, one_a_row), rows.targets._replace(dense=None))
-    targets = targets._replace(dense=None if dense is None else vary(dense, every))
-    return rows._replace(logits=vary(rows.logits, every), targets=targets)
+    splits = [sharding(a) for a in (x, targets.label, targets.dense) if a is not None]
+    spec = [next(filter(None, at), None) for at in itertools.zip_longest(*splits)]
+
+    def alike(a: Array) -> Array:
+        return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else one_a_row)
+
+    return rows._replace(logits=alike(x), targets=jax.tree.map(alike, targets))
 
 
 def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _Prepared:
@@ -206,7 +227,7 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
         axis_name=static.axis_name,
         dtype=jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32),
     )
-    return _Prepared(_vary_together(rows, static.axis_name), logits, class_mask)
+    return _Prepared(_typed_alike(rows, static.axis_name), logits, class_mask)
 
 
 def _metrics(loss: Array, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
@@ -246,8 +267,7 @@ def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: St
     total = sums(loss, rows, static.batch_axis_name)
     g = rows.weight / denominator(total, static.reduction)
     g_lse = None if z is None else 2 * z * lse * g
-    t = target_tile(rows.targets, x.shape[-1])
-    gradient = nz.row_gradient(x, t, rows.targets.total, state, g, g_lse)  # D7
+    gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
     if prepared.class_mask is not None:
         gradient = jnp.where(prepared.class_mask, gradient, 0)
     axes = class_axes(static.axis, logits.ndim)

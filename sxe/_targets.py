@@ -10,12 +10,12 @@ with class weights c and label smoothing a. The row rule sees nothing but t.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import checkify
+from jax.sharding import PartitionSpec
 
-from sxe._axes import AxisName, psum
+from sxe._axes import AxisName, psum, reshard, sharding, vary_like
 
 
 class Targets(NamedTuple):
@@ -58,7 +58,7 @@ def _both(a: Array | None, b: Array) -> Array:
 
 def _at_label(x: Array, label: Array) -> Array:
     """x_label, [..., K] and [...] to [...], and 0 where the tile does not hold the label."""
-    if jax.typeof(x).sharding.spec[-1] is not None:
+    if sharding(x)[-1] is not None:
         # On an explicit mesh a gather has no rule for a sharded class axis; a comparison has.
         k = lax.broadcasted_iota(jnp.int32, (1,) * label.ndim + x.shape[-1:], label.ndim)
         return jnp.sum(jnp.where(k == label[..., None], x, 0), axis=-1)
@@ -99,6 +99,7 @@ def target_gaps(
         at_label = jnp.where(inside, gap(_at_label(x, label), m, log1p_r, label_target), 0)
         at_label = psum(at_label, axis_name)
     if dense is not None:
+        m, log1p_r = vary_like((m, log1p_r), x)
         at_dense = gap(x, m[..., None], log1p_r[..., None], dense)
     return at_label, at_dense
 
@@ -155,10 +156,11 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
     index = label - classes.first
     inside = (index >= 0) & (index < c.size)
     index = jnp.where(inside, index, 0)
-    spec = jax.typeof(index).sharding.spec
-    # On an explicit mesh a gather has to be told that its result is sharded as the labels are.
-    out = spec if any(axis is not None for axis in spec) else None
-    return psum(jnp.where(inside, c.at[index].get(out_sharding=out), 0), classes.axis_name)
+    # On an explicit mesh a gather is from a whole table, and its result split as the labels are.
+    split = sharding(index)
+    out = PartitionSpec(*split) if any(split) else None
+    found = reshard(c, (None,)).at[index].get(out_sharding=out)
+    return psum(jnp.where(inside, found, 0), classes.axis_name)
 
 
 def _on_class_axis(c: Array, ndim: int) -> Array:
@@ -243,5 +245,7 @@ def make_rows(
     label_weight = jnp.ones_like(w) if c is None else _weight_of(label, c, classes)
     norm = norm if c is None else norm * label_weight
     targets = _label_targets(label, label_weight, a, c, classes)
-    targets = targets._replace(total=jnp.where(bad, jnp.nan, targets.total))
+    # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
+    total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(w))
+    targets = targets._replace(total=total)
     return Rows(keep(logits), targets, counts, w, norm)
