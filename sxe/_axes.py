@@ -71,7 +71,7 @@ def sharding(x: Array) -> tuple[Any, ...]:
 
 def reshard(x: Array, spec: Sequence[Any]) -> Array:
     """x typed as split in that way, along its axes that are longer than 1."""
-    spec = tuple(axis if n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
+    spec = tuple(axis if axis and n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
     return x if sharding(x) == spec else jax.reshard(x, PartitionSpec(*spec))
 
 

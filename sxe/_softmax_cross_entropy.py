@@ -100,7 +100,7 @@ def _rows_bwd(
     d_dense = None
     if targets.dense is not None:
         d_dense = vary_like(g, x)[..., None] * at_dense  # D0 in t: with d_total, -log q
-        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n < d_dense.shape[i])
+        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n == 1)
         d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
     return d_x.astype(x.dtype), Targets(None, d_label_target, d_dense, d_total)
 
@@ -159,8 +159,11 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
     origin = jnp.where(confident, largest, state.m)
     x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
-    state = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
-    loss, lse = _loss_and_lse(x, targets, state, axis_name)
+    moved = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
+    # The move rounded x. r has the value from before it, and the derivative from after it.
+    ratio = jnp.where(moved.r > 0, state.r / jnp.where(moved.r > 0, moved.r, 1), 1)
+    r = moved.r * lax.stop_gradient(ratio)
+    loss, lse = _loss_and_lse(x, targets, moved._replace(r=r), axis_name)
     return loss, origin + lse
 
 
@@ -342,7 +345,7 @@ def softmax_cross_entropy(
     label's, the loss is +inf and the gradient there -1. 0 log 0 = 0, in value and derivatives. A
     row of -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, value and
     gradient, and in no other row. Under ``checkify`` such an index raises an error that names its
-    position, the label and K.
+    position, the label and K; ``sxe.label_checks`` says how to turn that off.
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.

@@ -10,12 +10,19 @@ with class weights c and label smoothing a. The row rule sees nothing but t.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
+
+
+# Whether checkify finds labels out of range. `with sxe.label_checks(False):` turns it off, which is
+# needed to serialise an exported program with integer labels: jax.export has no bytes for a check,
+# not even for one that is not functionalised. JAX keeps it in mind in what it caches.
+label_checks = jax.make_user_context(True)
 
 
 class Targets(NamedTuple):
@@ -135,6 +142,8 @@ def _classes_of(logits: Array, axis_name: AxisName) -> _Classes:
 
 def _check_labels(bad: Array, labels: Array, classes: int) -> None:
     """Under ``checkify``, an error that names the first bad label; otherwise nothing."""
+    if not label_checks.value:
+        return
     # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
     row = jnp.zeros(bad.shape, jnp.int32)
     for axis in range(bad.ndim):

@@ -195,6 +195,19 @@ def test_any_row(seed, classes, scale, offset, lead, ties, rule):
         assert abs(exact) < SMALLEST or oracle.relative_error(actual, exact) < bar
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_leads_that_float32_rounds(rule):
+    """x - m is not a float32 here; taken as one, it would cost the loss up to 4e-6."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(200, 2))
+    x[:, 0] = x.max(-1) + rng.uniform(0, 80, size=200)
+    x = x.astype(np.float32)
+    loss, gradient = value_and_gradients(x, np.zeros(200, int), rule, True)
+    exact = [oracle.exact_row(row, [1, 0]) for row in x]
+    assert worst(loss, [row_loss for row_loss, _ in exact]) < 5e-7
+    assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < 2e-5
+
+
 def test_with_gradient_is_as_exact():
     x, labels, exact = problem("float32")
     loss, gradient = sxe.softmax_cross_entropy_with_gradient(x, labels, reduction="sum")

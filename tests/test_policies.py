@@ -135,6 +135,15 @@ def test_checkify_finds_no_other_error():
     assert f(logits, np.array([4, 0, 2]), **options)[0].get() is None
 
 
+def test_label_checks_can_be_turned_off():
+    f = checkify.checkify(jax.jit(sxe.softmax_cross_entropy))
+    for on in (True, False, True):
+        with sxe.label_checks(on):
+            error, value = f(some_logits(2, 5), np.array([1, 8]))
+        assert np.isnan(value)
+        assert (error.get() is not None) == on
+
+
 # Rows that do not count
 
 
