@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
 
-
 # Whether checkify finds labels out of range. `with sxe.label_checks(False):` turns it off, which is
 # needed to serialise an exported program with integer labels: jax.export has no bytes for a check,
 # not even for one that is not functionalised. JAX keeps it in mind in what it caches.
