@@ -236,7 +236,7 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
 def _metrics(loss: Array, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
     rows = prepared.rows
     total = sums(loss, rows, static.batch_axis_name)
-    lse = lse if rows.counts is None else jnp.where(rows.counts, lse, 0)
+    lse = jnp.where(rows.weight == 0, 0, lse)
     metrics = Metrics(total.loss, total.weight, lse, predict(prepared.logits, static.axis_name))
     return jax.tree.map(lax.stop_gradient, metrics)
 

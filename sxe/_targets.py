@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
 
-# Whether checkify finds labels out of range. `with sxe.label_checks(False):` turns it off, which is
-# needed to serialise an exported program with integer labels: jax.export has no bytes for a check,
-# not even for one that is not functionalised. JAX keeps it in mind in what it caches.
+# Whether checkify finds labels out of range. `with sxe.label_checks(False):` turns it off for what
+# is traced inside. Without checkify the check computes nothing, but JAX keeps its effect in the
+# program, which jax.export can't serialise, and which costs a jitted call some time to dispatch.
 label_checks = jax.make_user_context(True)
 
 
