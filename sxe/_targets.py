@@ -47,7 +47,6 @@ class Rows(NamedTuple):
 
     logits: Array
     targets: Targets
-    counts: Array | None
     weight: Array
     norm: Array
 
@@ -245,7 +244,7 @@ def make_rows(
     w = norm = keep(w)
     if not sparse:
         targets = _dense_targets(keep(labels), a, c, classes)
-        return Rows(keep(logits), targets, counts, w, norm)
+        return Rows(keep(logits), targets, w, norm)
 
     bad = ~good if counts is None else counts & ~good
     _check_labels(bad, labels, classes.number)
@@ -256,4 +255,4 @@ def make_rows(
     # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(w))
     targets = targets._replace(total=total)
-    return Rows(keep(logits), targets, counts, w, norm)
+    return Rows(keep(logits), targets, w, norm)
