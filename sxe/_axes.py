@@ -49,7 +49,7 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
-def psum(x: Array, axis_name: AxisName) -> Array:
+def psum(x: Any, axis_name: AxisName) -> Any:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
@@ -67,6 +67,19 @@ def is_tracked(axis_name: AxisName) -> bool:
 def sharding(x: Array) -> tuple[Any, ...]:
     """The mesh axes that split each axis of x, as an explicit mesh's types have it."""
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def is_local() -> bool:
+    """Whether an array here lies on one device whole: there is one, or shard_map splits them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return manual or jax.device_count() == 1
+
+
+def is_explicit(*arrays: Array | None) -> bool:
+    """Whether types say how any of these arrays is split, and so what may be done with them."""
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
+    return any(mesh.explicit_axes for mesh in meshes)
 
 
 def reshard(x: Array, spec: Sequence[Any]) -> Array:
@@ -89,7 +102,7 @@ def vary_like(rows: Any, x: Array) -> Any:
     return jax.tree.map(lambda a: vary(a, varying(x)), rows)
 
 
-def check_axis_name(argument: str, axis_name: AxisName, x: Array) -> None:
+def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:
     """Raises unless these are mesh axes around this call that split x."""
     for name in axis_names(axis_name):
         try:
@@ -100,6 +113,6 @@ def check_axis_name(argument: str, axis_name: AxisName, x: Array) -> None:
             ) from None
         if is_tracked(name) and name not in varying(x):
             raise ValueError(
-                f"{argument}: expected a mesh axis that splits the logits, got {name!r}, along "
-                f"which they are the same on every device ({jax.typeof(x)})"
+                f"{argument}: expected a mesh axis that splits {name_of_x}, got {name!r}, "
+                f"along which every device has the same ({jax.typeof(x)})"
             )

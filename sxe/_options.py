@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,12 +37,21 @@ class Static(NamedTuple):
     rule: str
 
 
-def _number(name: str, value: Any, upper: float) -> Array | float | None:
+class Projection(NamedTuple):
+    """The head's options for its logits, as ``Arrays``."""
+
+    bias: Array | None
+    logit_scale: Array | float | None
+    softcap: Array | float | None
+
+
+def _number(name: str, value: Any, lower: float, upper: float, off: float) -> Array | float | None:
+    """A number in that range, or None if it is the one that is off; or a scalar array."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
-        if not 0 <= number <= upper:
-            raise ValueError(f"{name}: expected a number in [0, {upper}], got {value}")
-        return number or None
+        if not lower <= number <= upper:
+            raise ValueError(f"{name}: expected a number in [{lower}, {upper}], got {value}")
+        return None if number == off else number
     if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a number or a scalar float array, got {value!r}")
     if jnp.shape(value) != ():
@@ -94,8 +104,8 @@ def parse(
         where=array(where),
         weights=array(weights),
         class_weights=array(class_weights),
-        label_smoothing=_number("label_smoothing", label_smoothing, 1),
-        z_loss=_number("z_loss", z_loss, math.inf),
+        label_smoothing=_number("label_smoothing", label_smoothing, 0, 1, off=0),
+        z_loss=_number("z_loss", z_loss, 0, math.inf, off=0),
     )
     static = Static(
         ignore_index=None if ignore_index is None else int(ignore_index),
@@ -119,6 +129,42 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...]) -> None:
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
     if x.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
+
+
+def parse_projection(
+    bias: ArrayLike | None, logit_scale: ArrayLike, softcap: ArrayLike | None
+) -> Projection:
+    """The options of the head alone, checked as far as that needs no other argument."""
+    if isinstance(softcap, numbers.Real) and softcap == 0:
+        raise ValueError("softcap: expected a number above 0 or None, got 0")
+    return Projection(
+        bias=None if bias is None else jnp.asarray(bias),
+        logit_scale=_number("logit_scale", logit_scale, -sys.float_info.max, sys.float_info.max, 1),
+        softcap=None if softcap is None else _number("softcap", softcap, 0, math.inf, math.inf),
+    )
+
+
+def parse_chunk_size(chunk_size: Any) -> int | None:
+    if chunk_size is None:
+        return None
+    if not isinstance(chunk_size, (int, np.integer)) or isinstance(chunk_size, bool):
+        raise TypeError(f"chunk_size: expected an int or None, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    return int(chunk_size)
+
+
+def check_projection(hidden: Array, kernel: Array, projection: Projection) -> None:
+    """Raises unless hidden states, kernel and its options fit together."""
+    check_logits("hidden", hidden)
+    check_logits("kernel", kernel)
+    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+        raise ValueError(
+            f"kernel: expected shape [D, K] with D = {hidden.shape[-1]}, the last axis of hidden "
+            f"{hidden.shape}, got {kernel.shape}"
+        )
+    if projection.bias is not None:
+        _check_float("bias", projection.bias, kernel.shape[1:])
 
 
 def check_logits(name: str, x: Array) -> None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -34,15 +35,16 @@ class Sums(NamedTuple):
     weight: Array
 
 
-def weighted(loss: Array, rows: Rows) -> Array:
-    """w_i loss_i, where a weight of 0 times an infinite loss is 0."""
-    return rows.weight * jnp.where((rows.weight == 0) & jnp.isinf(loss), 0, loss)
+def weighted(loss: Array, lse: Array, weight: Array, z_loss: Array | None) -> Array:
+    """w_i (loss_i + z lse_i^2), where a weight of 0 times an infinite loss is 0."""
+    if z_loss is not None:
+        loss = loss + z_loss * lse**2
+    return weight * jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
 
 
-def sums(weighted_loss: Array, rows: Rows, batch_axis_name: AxisName) -> Sums:
-    return Sums(
-        psum(jnp.sum(weighted_loss), batch_axis_name), psum(jnp.sum(rows.norm), batch_axis_name)
-    )
+def sums(loss: Array, rows: Rows, batch_axis_name: AxisName) -> Sums:
+    """``loss`` is the sum of this device's weighted row losses."""
+    return Sums(psum(loss, batch_axis_name), psum(jnp.sum(rows.norm), batch_axis_name))
 
 
 def denominator(total: Sums, reduction: str) -> Array:
@@ -50,6 +52,11 @@ def denominator(total: Sums, reduction: str) -> Array:
     if reduction == "sum":
         return jnp.ones_like(total.weight)
     return jnp.where(total.weight == 0, jnp.inf, total.weight)
+
+
+def metrics(total: Sums, lse: Array, rows: Rows, predictions: Array) -> Metrics:
+    lse = jnp.where(rows.weight == 0, 0, lse)
+    return jax.tree.map(lax.stop_gradient, Metrics(total.loss, total.weight, lse, predictions))
 
 
 def predict(x: Array, axis_name: AxisName) -> Array:

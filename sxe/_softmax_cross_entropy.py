@@ -36,11 +36,12 @@ from sxe._axes import (
     varying,
 )
 from sxe._options import Arrays, Static
-from sxe._reduction import Metrics, denominator, predict, sums, weighted
+from sxe._reduction import Metrics, Sums, denominator, metrics, predict, sums, weighted
 from sxe._targets import (
     Rows,
     Targets,
     any_class,
+    keep,
     make_rows,
     target_cost,
     target_gaps,
@@ -76,11 +77,42 @@ def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array
 _rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
 
 
-def _rows_fwd(
+def rows_fwd(
     x: Array, targets: Targets, axis_name: AxisName
 ) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
     state = _state(x, axis_name)
     return _loss_and_lse(x, targets, state, axis_name), (x, targets, state)
+
+
+def rows_bwd(
+    axis_name: AxisName,
+    res: tuple[Array, Targets, nz.Normalizer],
+    gs: tuple[Array, Array | None],
+    shares: bool = False,
+) -> tuple[Array, Targets]:
+    """The gradients for logits, not yet rounded to their dtype, and for targets.
+
+    ``shares``: each device holds a share of the cotangents of results that all devices have.
+    """
+    x, targets, state = res
+    g, g_lse = gs
+    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
+    d_label_target = None if targets.label_target is None else g * at_label
+    d_total = g * state.log1p_r
+    if shares:
+        g, g_lse = psum((g, g_lse), axis_name)
+    d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
+    d_dense = None
+    if targets.dense is not None:
+        d_dense = vary_like(g, x)[..., None] * at_dense  # D0 in t: with d_total, -log q
+        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n == 1)
+        d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
+    return d_x, Targets(None, d_label_target, d_dense, d_total)
+
+
+def holds_shares(axis_name: AxisName) -> bool:
+    """Whether cotangents come in shares, as for lax.psum: in shard_map without varying types."""
+    return axis_name is not None and not is_tracked(axis_name)
 
 
 def _rows_bwd(
@@ -88,24 +120,11 @@ def _rows_bwd(
     res: tuple[Array, Targets, nz.Normalizer],
     gs: tuple[Array, Array],
 ) -> tuple[Array, Targets]:
-    x, targets, state = res
-    g, g_lse = gs
-    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
-    d_label_target = None if targets.label_target is None else g * at_label
-    d_total = g * state.log1p_r
-    if axis_name is not None and not is_tracked(axis_name):
-        # Without varying types every device holds its share of the cotangent, as for lax.psum.
-        g, g_lse = lax.psum((g, g_lse), axis_name)
-    d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
-    d_dense = None
-    if targets.dense is not None:
-        d_dense = vary_like(g, x)[..., None] * at_dense  # D0 in t: with d_total, -log q
-        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n == 1)
-        d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
-    return d_x.astype(x.dtype), Targets(None, d_label_target, d_dense, d_total)
+    d_x, d_targets = rows_bwd(axis_name, res, gs, holds_shares(axis_name))
+    return d_x.astype(res[0].dtype), d_targets
 
 
-_rows_vjp.defvjp(_rows_fwd, _rows_bwd)
+_rows_vjp.defvjp(rows_fwd, _rows_bwd)
 
 _rows_jvp = jax.custom_jvp(_rows, nondiff_argnums=(2,))
 
@@ -167,7 +186,7 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     return loss, origin + lse
 
 
-_RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
+RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
     "vjp": _rows_vjp,
     "jvp": _rows_jvp,
     "autodiff": _rows_autodiff,
@@ -178,20 +197,23 @@ _RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
 
 
 class _Prepared(NamedTuple):
-    """Rows for the rule; the logits with masked classes at -inf; and that mask of classes."""
+    """Rows for the rule; the logits with masked classes at -inf; and that mask of classes.
 
+    ``x`` is the logits once more, with zeros in rows that do not count.
+    """
+
+    x: Array
     rows: Rows
     logits: Array
     class_mask: Array | None
 
 
-def _typed_alike(rows: Rows, axis_name: AxisName) -> Rows:
-    """The same rows, typed as varying along the same mesh axes and as split in the same way.
+def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
+    """Both, typed as varying along the same mesh axes and as split in the same way.
 
     shard_map and explicit meshes want a cotangent in the type of its input. The rule's cotangents
     have the joint type of all inputs, so that each input is given that type.
     """
-    x, targets = rows.logits, rows.targets
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     one_a_row = every - set(axis_names(axis_name))
     splits = [sharding(a) for a in (x, targets.label, targets.dense) if a is not None]
@@ -200,15 +222,15 @@ def _typed_alike(rows: Rows, axis_name: AxisName) -> Rows:
     def alike(a: Array) -> Array:
         return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else one_a_row)
 
-    return rows._replace(logits=alike(x), targets=jax.tree.map(alike, targets))
+    return alike(x), jax.tree.map(alike, targets)
 
 
 def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _Prepared:
     _options.check_logits("logits", logits)
     axes = class_axes(static.axis, logits.ndim)
     _options.check_rows(labels, arrays, static, logits.shape, axes)
-    check_axis_name("axis_name", static.axis_name, logits)
-    check_axis_name("batch_axis_name", static.batch_axis_name, logits)
+    check_axis_name("axis_name", static.axis_name, "the logits", logits)
+    check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
 
     where, class_mask = arrays.where, None
     if labels.shape == logits.shape:
@@ -219,9 +241,14 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
     logits = classes_last(logits, axes)
     if class_mask is not None:
         logits = jnp.where(class_mask, logits, -jnp.inf)
+    finite = None
+    if arrays.weights is not None:
+        m = jnp.max(lax.stop_gradient(logits), axis=-1)
+        finite = jnp.isfinite(m if static.axis_name is None else lax.pmax(m, static.axis_name))
     rows = make_rows(
-        logits,
         labels,
+        shape=logits.shape,
+        finite=finite,
         where=where,
         weights=arrays.weights,
         class_weights=arrays.class_weights,
@@ -230,44 +257,37 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
         axis_name=static.axis_name,
         dtype=jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32),
     )
-    return _Prepared(_typed_alike(rows, static.axis_name), logits, class_mask)
+    x, targets = _typed_alike(keep(rows.counts, logits), rows.targets, static.axis_name)
+    return _Prepared(x, rows._replace(targets=targets), logits, class_mask)
 
 
-def _metrics(loss: Array, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
-    rows = prepared.rows
-    total = sums(loss, rows, static.batch_axis_name)
-    lse = jnp.where(rows.weight == 0, 0, lse)
-    metrics = Metrics(total.loss, total.weight, lse, predict(prepared.logits, static.axis_name))
-    return jax.tree.map(lax.stop_gradient, metrics)
+def _metrics(total: Sums, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
+    return metrics(total, lse, prepared.rows, predict(prepared.logits, static.axis_name))
 
 
 @functools.partial(jax.jit, static_argnames="static", inline=True)
 def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
     prepared = _prepare(logits, labels, arrays, static)
     rows = prepared.rows
-    loss, lse = _RULES[static.rule](rows.logits, rows.targets, static.axis_name)
-    if arrays.z_loss is not None:
-        loss = loss + jnp.asarray(arrays.z_loss, loss.dtype) * lse**2
-    loss = weighted(loss, rows)
-    value = loss
-    if static.reduction != "none":
-        total = sums(loss, rows, static.batch_axis_name)
-        value = total.loss / denominator(total, static.reduction)
-    return (value, _metrics(loss, lse, prepared, static)) if static.return_metrics else value
+    loss, lse = RULES[static.rule](prepared.x, rows.targets, static.axis_name)
+    z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
+    loss = weighted(loss, lse, rows.weight, z)
+    total = sums(jnp.sum(loss), rows, static.batch_axis_name)
+    none = static.reduction == "none"
+    value = loss if none else total.loss / denominator(total, static.reduction)
+    return (value, _metrics(total, lse, prepared, static)) if static.return_metrics else value
 
 
 @functools.partial(jax.jit, static_argnames="static", inline=True)
 def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
     prepared = _prepare(logits, labels, arrays, static)
     rows = prepared.rows
-    x = rows.logits
+    x = prepared.x
     state = _state(x, static.axis_name)
     loss, lse = _loss_and_lse(x, rows.targets, state, static.axis_name)
     z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
-    if z is not None:
-        loss = loss + z * lse**2
-    loss = weighted(loss, rows)
-    total = sums(loss, rows, static.batch_axis_name)
+    loss = weighted(loss, lse, rows.weight, z)
+    total = sums(jnp.sum(loss), rows, static.batch_axis_name)
     g = rows.weight / denominator(total, static.reduction)
     g_lse = None if z is None else 2 * z * lse * g
     gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
@@ -277,7 +297,7 @@ def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: St
     gradient = classes_back(gradient.astype(logits.dtype), axes, logits.shape)
     value = total.loss / denominator(total, static.reduction)
     if static.return_metrics:
-        return (value, _metrics(loss, lse, prepared, static)), gradient
+        return (value, _metrics(total, lse, prepared, static)), gradient
     return value, gradient
 
 
@@ -378,7 +398,7 @@ def softmax_cross_entropy(
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
         rule=rule,
-        rules=tuple(_RULES),
+        rules=tuple(RULES),
     )
     return _loss(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)
 
@@ -435,6 +455,6 @@ def softmax_cross_entropy_with_gradient(
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
         rule="vjp",
-        rules=tuple(_RULES),
+        rules=tuple(RULES),
     )
     return _loss_with_gradient(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)

@@ -39,16 +39,17 @@ class Targets(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Logits and targets of rows, and what each row weighs.
+    """The targets of rows, and what each row weighs.
 
-    A row that does not count has its logits and targets replaced by zeros and weighs 0. ``weight``
-    multiplies the row's loss; ``norm`` is its share of the denominator of the mean.
+    A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
+    ``weight`` multiplies the row's loss; ``norm`` is its share of the denominator of the mean;
+    ``counts`` is None where all of them do.
     """
 
-    logits: Array
     targets: Targets
     weight: Array
     norm: Array
+    counts: Array | None
 
 
 def any_class(x: Array, axis_name: AxisName) -> Array:
@@ -71,6 +72,13 @@ def _at_label(x: Array, label: Array) -> Array:
     index = jnp.where(inside, label, 0)[..., None]
     found = jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
     return jnp.where(inside, found[..., 0], 0)
+
+
+def keep(counts: Array | None, x: Array) -> Array:
+    """x [...] or [..., F], with zeros in rows that do not count, whatever stands in them."""
+    if counts is None:
+        return x
+    return jnp.where(counts if x.ndim == counts.ndim else counts[..., None], x, 0)
 
 
 def target_tile(targets: Targets, classes: int) -> Array:
@@ -130,8 +138,7 @@ class _Classes(NamedTuple):
     axis_name: AxisName
 
 
-def _classes_of(logits: Array, axis_name: AxisName) -> _Classes:
-    local = logits.shape[-1]
+def _classes_of(local: int, axis_name: AxisName) -> _Classes:
     if axis_name is None:
         return _Classes(local, 0, None)
     first = lax.axis_index(axis_name) * local
@@ -194,9 +201,10 @@ def _label_targets(
 
 
 def make_rows(
-    logits: Array,
     labels: Array,
     *,
+    shape: tuple[int, ...],
+    finite: Array | None,
     where: Array | None,
     weights: Array | None,
     class_weights: Array | None,
@@ -205,12 +213,13 @@ def make_rows(
     axis_name: AxisName,
     dtype: jnp.dtype,
 ) -> Rows:
-    """Every option about targets and rows, ended: logits [..., K] and labels to ``Rows``.
+    """Every option about targets and rows, ended: labels for logits of that shape to ``Rows``.
 
     Where a mesh axis splits the classes, logits, dense targets and class weights are this device's.
-    Targets and weights come out in ``dtype``.
+    ``finite`` says which rows have a loss if their label is good, None that all have. Targets and
+    weights come out in ``dtype``.
     """
-    classes = _classes_of(logits, axis_name)
+    classes = _classes_of(shape[-1], axis_name)
     a = None if label_smoothing is None else jnp.asarray(label_smoothing, dtype)
     c = None if class_weights is None else class_weights.astype(dtype)
     sparse = jnp.issubdtype(labels.dtype, jnp.integer)
@@ -227,24 +236,15 @@ def make_rows(
         labels = labels.astype(dtype)
         good = jnp.isfinite(psum(jnp.sum(labels, axis=-1), axis_name))
 
-    w = jnp.ones(logits.shape[:-1], dtype)
+    w = jnp.ones(shape[:-1], dtype)
     if weights is not None:
         w = weights.astype(dtype)
         # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
-        m = jnp.max(lax.stop_gradient(logits), axis=-1)
-        finite = jnp.isfinite(m if axis_name is None else lax.pmax(m, axis_name))
-        counts = _both(counts, (w != 0) | (finite & good))
-
-    def keep(x: Array) -> Array:
-        """x, and 0 in rows that do not count."""
-        if counts is None:
-            return x
-        return jnp.where(counts if x.ndim == counts.ndim else counts[..., None], x, 0)
-
-    w = norm = keep(w)
+        counts = _both(counts, (w != 0) | _both(finite, good))
+    w = norm = keep(counts, w)
     if not sparse:
-        targets = _dense_targets(keep(labels), a, c, classes)
-        return Rows(keep(logits), targets, w, norm)
+        targets = _dense_targets(keep(counts, labels), a, c, classes)
+        return Rows(targets, w, norm, counts)
 
     bad = ~good if counts is None else counts & ~good
     _check_labels(bad, labels, classes.number)
@@ -255,4 +255,4 @@ def make_rows(
     # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(w))
     targets = targets._replace(total=total)
-    return Rows(keep(logits), targets, w, norm)
+    return Rows(targets, w, norm, counts)
