@@ -134,6 +134,14 @@ def classes_per_block(hidden_size: int, classes: int, backend: str) -> int:
     return min(classes, block) if backend == "cpu" else classes
 
 
+def product_dtype(dtype: DTypeLike, backend: str) -> Any:
+    """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
+
+    It is their own, except on a CPU, for which XLA widens float16.
+    """
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and backend == "cpu" else dtype)
+
+
 def gradient_dtype(dtype: DTypeLike, backend: str) -> Any:
     """The dtype in which the gradient of u is multiplied with hidden states and kernel.
 
@@ -155,6 +163,86 @@ def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=wide)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _columns(x: Array, first: Array | int, size: int) -> Array:
+    """x[:, first : first + size]."""
+    bits = x
+    if x.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
+        # XLA would widen all of x once, instead of each block. Integers it can't.
+        bits = lax.bitcast_convert_type(x, jnp.uint16)
+    bits = lax.dynamic_slice_in_dim(bits, first, size, axis=1)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_columns.defjvp
+def _columns_jvp(size: int, primals: tuple[Array, Any], tangents: tuple[Array, Any]) -> Any:
+    (x, first), (x_dot, _) = primals, tangents
+    return _columns(x, first, size), lax.dynamic_slice_in_dim(x_dot, first, size, axis=1)
+
+
+def _over_blocks(body: Callable[..., Any], carry: Any, classes: int, block: int) -> Any:
+    """carry = body(carry, take, put) for each block of classes.
+
+    take(x) is the block of x [..., K], and put(x, part) is x with that block replaced.
+    """
+
+    def at(first: Array | int, size: int, carry: Any) -> Any:
+        def put(x: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, part, first, axis=1)
+
+        return body(carry, lambda x: _columns(x, first, size), put)
+
+    if block >= classes or not is_local():  # a slice of what devices split would be gathered
+        return body(carry, lambda x: x, lambda x, part: part)
+    blocks, left = divmod(classes, block)
+    carry = lax.fori_loop(0, blocks, lambda i, carry: at(i * block, block, carry), carry)
+    return at(blocks * block, left, carry) if left else carry
+
+
+def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros of that shape, float32 or float64 and typed as varying as x."""
+    return vary(jnp.zeros(shape, nz.wide(x).dtype), varying(x))
+
+
+def _product_fwd(hidden: Array, kernel: Array) -> Array:
+    """u [C, K]."""
+    (rows, hidden_size), classes = hidden.shape, kernel.shape[1]
+    dtype = product_dtype(hidden.dtype, jax.default_backend())
+    if dtype == hidden.dtype:
+        return _product(hidden, kernel, (1, 0))
+    hidden = hidden.astype(dtype)
+
+    def block(u: Array, take: Callable[..., Any], put: Callable[..., Any]) -> Array:
+        return put(u, _product(hidden, take(kernel).astype(dtype), (1, 0)))
+
+    size = classes_per_block(hidden_size, classes, jax.default_backend())
+    return _over_blocks(block, _zeros(hidden, (rows, classes)), classes, size)
+
+
+def _product_bwd(
+    d_u: Array, hidden: Array, kernel: Array, d_kernel: Array | None, want_hidden: bool
+) -> tuple[Array | None, Array | None]:
+    """d hidden if wanted, and d_kernel with that of a chunk added unless it is None."""
+    classes, backend = kernel.shape[1], jax.default_backend()
+    dtype = gradient_dtype(hidden.dtype, backend)
+    wide_hidden = hidden.astype(dtype)
+
+    def block(d: Any, take: Callable[..., Any], put: Callable[..., Any]) -> Any:
+        d_hidden, d_kernel = d
+        d_part = take(d_u).astype(dtype)
+        if d_hidden is not None:
+            d_hidden = d_hidden + _product(d_part, take(kernel).astype(dtype), (1, 1))
+        if d_kernel is not None:
+            d_kernel = put(d_kernel, take(d_kernel) + _product(wide_hidden, d_part, (0, 0)))
+        return d_hidden, d_kernel
+
+    size = classes_per_block(hidden.shape[1], classes, backend)
+    if d_kernel is None and dtype == hidden.dtype:
+        size = classes
+    d_hidden = _zeros(d_u, hidden.shape) if want_hidden else None
+    return _over_blocks(block, (d_hidden, d_kernel), classes, size)
+
+
 def _transform(
     u: Array, bias: Array | None, logit_scale: Array | None, softcap: Array | None
 ) -> Array:
@@ -162,6 +250,16 @@ def _transform(
     z = u if logit_scale is None else logit_scale * u
     z = z if bias is None else z + bias[None, :]
     return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
+
+def _narrow(program: _Program, shared: _Shared, rows: _Batch) -> tuple[_Shared, _Batch]:
+    """Hidden states and kernel in the dtype of their product.
+
+    They come in float32. The rules here narrow them before the loop over chunks; where JAX is to
+    differentiate the loop it happens within, so that JAX, too, adds gradients up in float32.
+    """
+    kernel, hidden = shared.kernel.astype(program.dtype), rows.hidden.astype(program.dtype)
+    return shared._replace(kernel=kernel), rows._replace(hidden=hidden)
 
 
 def _targets(shared: _Shared, chunk: _Batch) -> Targets:
@@ -176,52 +274,14 @@ def _logits(
     Where a row does not count u is 0, so that nothing in it or in the kernel is a NaN to come.
     """
     parameters = (shared.bias, shared.logit_scale, shared.softcap)
-    u = _product(chunk.hidden, shared.kernel.astype(program.dtype), (1, 0))
+    shared, chunk = _narrow(program, shared, chunk)
+    u = _product_fwd(chunk.hidden, shared.kernel)
     x, transform_bwd = jax.vjp(_transform, keep(chunk.counts, u), *parameters)
     predictions = None
     if program.metrics:
         everything = x if chunk.counts is None else _transform(u, *parameters)
         predictions = predict(everything, program.axis_name)
     return x, transform_bwd, predictions
-
-
-def _product_bwd(
-    d_u: Array, hidden: Array, kernel: Array, d_hidden: Array | None, d_kernel: Array | None
-) -> tuple[Array | None, Array | None]:
-    """Both with the gradients of a chunk added. What is None is not computed."""
-    backend, classes = jax.default_backend(), kernel.shape[1]
-    dtype = gradient_dtype(hidden.dtype, backend)
-    block = classes_per_block(hidden.shape[1], classes, backend)
-    if not is_local() or (d_kernel is None and dtype == hidden.dtype):
-        block = classes
-    hidden = hidden.astype(dtype)
-
-    def add(
-        first: Array | int, size: int, d_hidden: Array | None, d_kernel: Array | None
-    ) -> tuple[Array | None, Array | None]:
-        def part(x: Array) -> Array:
-            return x if size == classes else lax.dynamic_slice_in_dim(x, first, size, axis=1)
-
-        d = part(d_u).astype(dtype)
-        if d_hidden is not None:
-            d_hidden = d_hidden + _product(d, part(kernel).astype(dtype), (1, 1))
-        if d_kernel is not None:
-            added = part(d_kernel) + _product(hidden, d, (0, 0))
-            d_kernel = lax.dynamic_update_slice_in_dim(d_kernel, added, first, axis=1)
-        return d_hidden, d_kernel
-
-    blocks, left = divmod(classes, block)
-    d = (d_hidden, d_kernel)
-    if blocks == 1:
-        d = add(0, block, *d)
-    else:
-        d = lax.fori_loop(0, blocks, lambda i, d: add(i * block, block, *d), d)
-    return add(blocks * block, left, *d) if left else d
-
-
-def _zeros(x: Array) -> Array:
-    """Zeros to add gradients of x to."""
-    return vary(jnp.zeros(x.shape, nz.wide(x).dtype), varying(x))
 
 
 def _add(a: Array | None, b: Array | None) -> Array | None:
@@ -246,13 +306,12 @@ def _chunk_bwd(
     """
     d_x, d_targets = rows_bwd(program.axis_name, res, gs, shares)  # D7
     d_u, *d_parameters = transform_bwd(d_x)
-    hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
     d_hidden, d_kernel = _product_bwd(
         d_u,
-        hidden,
-        shared.kernel.astype(program.dtype),
-        vary(_zeros(hidden), varying(d_u)) if wanted.batch.hidden else None,
+        keep(chunk.counts, chunk.hidden),  # a NaN there times a d u of 0 is a NaN
+        shared.kernel,
         d_shared.kernel,
+        wanted.batch.hidden,
     )
     d_bias, d_scale, d_softcap = d_parameters
     d_dense = None if shared.dense is None else d_targets.dense
@@ -300,6 +359,8 @@ def _rows_by(
     rule: str, program: _Program, shared: _Shared, batch: _Batch
 ) -> tuple[Array, Array, Array | None]:
     """Row losses, lse and predictions, by one of the rules for logits."""
+    if rule == "vjp":
+        shared, batch = _narrow(program, shared, batch)
 
     def body(carry: None, chunk: _Batch) -> tuple[None, tuple[Array, Array, Array | None]]:
         x, _, predictions = _logits(program, shared, chunk)
@@ -348,6 +409,7 @@ def _weighted_sum_fwd(
 ) -> tuple[tuple[Array, Array, Array | None], tuple[_Shared, _Batch]]:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     wanted = _Wanted(*flags)
+    shared, batch = _narrow(program, shared, batch)
 
     def body(carry: tuple[Array, _Shared], chunk: _Batch) -> Any:
         total, d_shared = carry
@@ -363,7 +425,7 @@ def _weighted_sum_fwd(
         d_chunk = d_chunk._replace(weight=d_weight if wanted.batch.weight else None)
         return (total + jnp.sum(value), d_shared), (lse, predictions, d_chunk)
 
-    zero = jax.tree.map(_zeros, _only(wanted.shared, shared))
+    zero = jax.tree.map(lambda x: _zeros(x, x.shape), _only(wanted.shared, shared))
     total = vary(jnp.zeros((), batch.weight.dtype), varying(batch.weight))
     (total, d_shared), outputs = _over_chunks(body, (total, zero), batch, program.chunks)
     lse, predictions, d_batch = outputs
@@ -394,6 +456,7 @@ def _rows(program: _Program, shared: _Shared, batch: _Batch) -> tuple[Array, Arr
 
 def _rows_fwd(program: _Program, shared_primals: _Shared, batch_primals: _Batch) -> Any:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
+    shared, batch = _narrow(program, shared, batch)
 
     def body(carry: None, chunk: _Batch) -> Any:
         x, _, predictions = _logits(program, shared, chunk)
@@ -417,7 +480,7 @@ def _rows_bwd(program: _Program, res: Any, gs: tuple[Any, Any, Any]) -> tuple[_S
             program, shared, chunk, transform_bwd, res, (g, g_lse), shares, wanted, d_shared
         )
 
-    zero = jax.tree.map(_zeros, _only(wanted.shared, shared))
+    zero = jax.tree.map(lambda x: _zeros(x, x.shape), _only(wanted.shared, shared))
     rows = (batch, state, _instantiate(gs[0]), g_lse)
     return _over_chunks(body, zero, rows, program.chunks)
 

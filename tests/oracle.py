@@ -139,3 +139,47 @@ def relative_error(actual, exact):
     """|actual - exact| / |exact| for floats and mpf, computed exactly."""
     with mpmath.workdps(DIGITS):
         return float(abs(mpmath.mpf(float(actual)) - exact) / abs(exact))
+
+
+def head(hidden, kernel, *, bias=None, logit_scale=1.0, softcap=None):
+    """The head's logits [..., K] in float64, and what takes their gradient to those by name."""
+    h, w = np.asarray(hidden).astype(np.float64), np.asarray(kernel).astype(np.float64)
+    u = h @ w
+    scale = float(logit_scale)
+    z = scale * u + (0 if bias is None else np.asarray(bias).astype(np.float64))
+    cap = None if softcap is None else float(softcap)
+    x = z if cap is None else cap * np.tanh(z / cap)
+
+    def pullback(d_x):
+        rows = tuple(range(d_x.ndim - 1))
+        slope = 1.0 if cap is None else 1 / np.cosh(z / cap) ** 2
+        d_z = d_x * slope
+        gradients = {
+            "hidden": scale * (d_z @ w.T),
+            "kernel": scale * np.tensordot(h, d_z, (rows, rows)),
+            "bias": d_z.sum(rows),
+            "logit_scale": np.sum(d_z * u),
+        }
+        if cap is not None:
+            gradients["softcap"] = np.sum(d_x * (np.tanh(z / cap) - z / cap * slope))
+        return gradients
+
+    return x, pullback
+
+
+def _apart(options):
+    projection = {k: v for k, v in options.items() if k in ("bias", "logit_scale", "softcap")}
+    return projection, {k: v for k, v in options.items() if k not in projection}
+
+
+def head_loss(hidden, kernel, labels, **options):
+    """The value of the head's loss, float64."""
+    projection, rest = _apart(options)
+    return loss(head(hidden, kernel, **projection)[0], labels, **rest)
+
+
+def head_gradients(hidden, kernel, labels, g=1.0, **options):
+    """The gradients of sum(g * loss) for hidden, kernel, bias, logit_scale and softcap, by name."""
+    projection, rest = _apart(options)
+    x, pullback = head(hidden, kernel, **projection)
+    return pullback(gradient(x, labels, g, **rest))
