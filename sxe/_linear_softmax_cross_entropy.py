@@ -39,7 +39,6 @@ from sxe._axes import (
     axis_names,
     check_axis_name,
     is_explicit,
-    is_local,
     psum,
     sharding,
     vary,
@@ -49,6 +48,14 @@ from sxe._options import Arrays, Projection, Static
 from sxe._reduction import Metrics, denominator, metrics, predict, sums, weighted
 from sxe._softmax_cross_entropy import RULES, holds_shares, rows_bwd, rows_fwd
 from sxe._targets import Rows, Targets, keep, make_rows
+from sxe._tiles import (
+    classes_per_block,
+    number_of_chunks,
+    over_chunks,
+    over_classes,
+    over_rows,
+    rows_per_chunk,
+)
 
 
 class _Shared(NamedTuple):
@@ -97,41 +104,7 @@ class _Wanted:
     batch: _Batch
 
 
-# How large the parts are that a call is divided into.
-
-CHUNK_BYTES = 32 * 2**20  # of a chunk's logits
-FEWEST_ROWS = {"cpu": 128}  # of a chunk: with fewer, a matmul waits for the kernel to be read
-FEWEST_ROWS_ELSEWHERE = 1024
-BLOCK_BYTES = 4 * 2**20  # of a block of the kernel's gradient
-
-
-def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: str) -> int:
-    """The default of ``chunk_size``, a power of two.
-
-    What a chunk needs beside the gradients is to stay below 64 MiB or a tenth of all logits. A
-    budget of bytes does that whatever the number of rows. Where it leaves fewer rows than a matmul
-    wants, since each chunk reads the kernel twice and its gradient once, a chunk has as many as it
-    wants, but at most a sixteenth of all rows.
-    """
-    itemsize = 8 if dtype == jnp.float64 else 4
-    wanted = FEWEST_ROWS.get(backend, FEWEST_ROWS_ELSEWHERE)
-    most = max(1, CHUNK_BYTES // (itemsize * classes), min(wanted, rows // 16))
-    return 1 << (most.bit_length() - 1)
-
-
-def number_of_chunks(rows: int, chunk_size: int) -> int:
-    """How many chunks, all of one size that is at most chunk_size, the last one perhaps padded."""
-    return max(1, -(-rows // chunk_size))
-
-
-def classes_per_block(hidden_size: int, classes: int, backend: str) -> int:
-    """How many classes of the kernel's gradient are computed at a time.
-
-    A CPU writes a product out before adding it to what there is, and widens operands narrower than
-    float32 first. Blocks of classes keep both small and in its cache.
-    """
-    block = max(256, BLOCK_BYTES // (4 * max(1, hidden_size)) // 64 * 64)
-    return min(classes, block) if backend == "cpu" else classes
+# One chunk.
 
 
 def product_dtype(dtype: DTypeLike, backend: str) -> Any:
@@ -153,50 +126,11 @@ def gradient_dtype(dtype: DTypeLike, backend: str) -> Any:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-# One chunk.
-
-
 def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
     """The matrix product over one axis of each, accumulated in float32, or float64."""
     dimensions = (((over[0],), (over[1],)), ((), ()))
     wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
     return lax.dot_general(a, b, dimensions, preferred_element_type=wide)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _columns(x: Array, first: Array | int, size: int) -> Array:
-    """x[:, first : first + size]."""
-    bits = x
-    if x.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
-        # XLA would widen all of x once, instead of each block. Integers it can't.
-        bits = lax.bitcast_convert_type(x, jnp.uint16)
-    bits = lax.dynamic_slice_in_dim(bits, first, size, axis=1)
-    return lax.bitcast_convert_type(bits, x.dtype)
-
-
-@_columns.defjvp
-def _columns_jvp(size: int, primals: tuple[Array, Any], tangents: tuple[Array, Any]) -> Any:
-    (x, first), (x_dot, _) = primals, tangents
-    return _columns(x, first, size), lax.dynamic_slice_in_dim(x_dot, first, size, axis=1)
-
-
-def _over_blocks(body: Callable[..., Any], carry: Any, classes: int, block: int) -> Any:
-    """carry = body(carry, take, put) for each block of classes.
-
-    take(x) is the block of x [..., K], and put(x, part) is x with that block replaced.
-    """
-
-    def at(first: Array | int, size: int, carry: Any) -> Any:
-        def put(x: Array, part: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(x, part, first, axis=1)
-
-        return body(carry, lambda x: _columns(x, first, size), put)
-
-    if block >= classes or not is_local():  # a slice of what devices split would be gathered
-        return body(carry, lambda x: x, lambda x, part: part)
-    blocks, left = divmod(classes, block)
-    carry = lax.fori_loop(0, blocks, lambda i, carry: at(i * block, block, carry), carry)
-    return at(blocks * block, left, carry) if left else carry
 
 
 def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
@@ -216,7 +150,7 @@ def _product_fwd(hidden: Array, kernel: Array) -> Array:
         return put(u, _product(hidden, take(kernel).astype(dtype), (1, 0)))
 
     size = classes_per_block(hidden_size, classes, jax.default_backend())
-    return _over_blocks(block, _zeros(hidden, (rows, classes)), classes, size)
+    return over_classes(block, _zeros(hidden, (rows, classes)), classes, size)
 
 
 def _product_bwd(
@@ -240,7 +174,7 @@ def _product_bwd(
     if d_kernel is None and dtype == hidden.dtype:
         size = classes
     d_hidden = _zeros(d_u, hidden.shape) if want_hidden else None
-    return _over_blocks(block, (d_hidden, d_kernel), classes, size)
+    return over_classes(block, (d_hidden, d_kernel), classes, size)
 
 
 def _transform(
@@ -256,7 +190,7 @@ def _narrow(program: _Program, shared: _Shared, rows: _Batch) -> tuple[_Shared, 
     """Hidden states and kernel in the dtype of their product.
 
     They come in float32. The rules here narrow them before the loop over chunks; where JAX is to
-    differentiate the loop it happens within, so that JAX, too, adds gradients up in float32.
+    differentiate the loop it is done within, so that JAX, too, adds gradients up in float32.
     """
     kernel, hidden = shared.kernel.astype(program.dtype), rows.hidden.astype(program.dtype)
     return shared._replace(kernel=kernel), rows._replace(hidden=hidden)
@@ -267,19 +201,17 @@ def _targets(shared: _Shared, chunk: _Batch) -> Targets:
 
 
 def _logits(
-    program: _Program, shared: _Shared, chunk: _Batch
+    program: _Program, shared: _Shared, u: Array, rows: _Batch
 ) -> tuple[Array, Callable[[Array], Any], Array | None]:
-    """The logits of a chunk; from their gradient those of u, bias and so on; the predictions.
+    """The logits of rows; from their gradient those of u, bias and so on; the predictions.
 
-    Where a row does not count u is 0, so that nothing in it or in the kernel is a NaN to come.
+    Where a row does not count u is taken as 0, so that nothing in it, or in the kernel, is a NaN.
     """
     parameters = (shared.bias, shared.logit_scale, shared.softcap)
-    shared, chunk = _narrow(program, shared, chunk)
-    u = _product_fwd(chunk.hidden, shared.kernel)
-    x, transform_bwd = jax.vjp(_transform, keep(chunk.counts, u), *parameters)
+    x, transform_bwd = jax.vjp(_transform, keep(rows.counts, u), *parameters)
     predictions = None
     if program.metrics:
-        everything = x if chunk.counts is None else _transform(u, *parameters)
+        everything = x if rows.counts is None else _transform(u, *parameters)
         predictions = predict(everything, program.axis_name)
     return x, transform_bwd, predictions
 
@@ -289,89 +221,83 @@ def _add(a: Array | None, b: Array | None) -> Array | None:
     return None if a is None or b is None else a + b
 
 
-def _chunk_bwd(
+def _rows_bwd(
     program: _Program,
     shared: _Shared,
-    chunk: _Batch,
     transform_bwd: Callable[[Array], Any],
     res: tuple[Array, Targets, nz.Normalizer],
     gs: tuple[Array, Array | None],
     shares: bool,
-    wanted: "_Wanted",
     d_shared: _Shared,
-) -> tuple[_Shared, _Batch]:
-    """From the gradients of a chunk's row losses and lse to those of its inputs that are wanted.
-
-    Those of what is shared are added to d_shared.
-    """
+) -> tuple[_Shared, Array, Targets]:
+    """d_shared with the gradients of rows added where it is not None; d u; and d targets."""
     d_x, d_targets = rows_bwd(program.axis_name, res, gs, shares)  # D7
-    d_u, *d_parameters = transform_bwd(d_x)
-    d_hidden, d_kernel = _product_bwd(
-        d_u,
-        keep(chunk.counts, chunk.hidden),  # a NaN there times a d u of 0 is a NaN
-        shared.kernel,
-        d_shared.kernel,
-        wanted.batch.hidden,
-    )
-    d_bias, d_scale, d_softcap = d_parameters
-    d_dense = None if shared.dense is None else d_targets.dense
+    d_u, d_bias, d_scale, d_softcap = transform_bwd(d_x)
     d_shared = d_shared._replace(
-        kernel=d_kernel,
         bias=_add(d_shared.bias, d_bias),
         logit_scale=_add(d_shared.logit_scale, d_scale),
         softcap=_add(d_shared.softcap, d_softcap),
-        dense=_add(d_shared.dense, d_dense),
+        dense=_add(d_shared.dense, d_targets.dense),
     )
-    d_chunk = chunk._replace(
-        hidden=None if d_hidden is None else keep(chunk.counts, d_hidden),
-        targets=d_targets if shared.dense is None else d_targets._replace(dense=None),
-        weight=None,
-        counts=None,
-    )
-    return d_shared, _only(wanted.batch, d_chunk)
+    return d_shared, d_u, d_targets if shared.dense is None else d_targets._replace(dense=None)
+
+
+def _chunk_bwd(
+    of_rows: Callable[[Any, Array, Any], tuple[Any, Array, Any]],
+    wanted: "_Wanted",
+    shared: _Shared,
+    carry: tuple[Any, Array | None],
+    chunk: _Batch,
+    rows: Any,
+) -> tuple[tuple[Any, Array | None], tuple[Array | None, Any]]:
+    """From a chunk's hidden states to u, over ``of_rows`` to d u, and back to hidden and kernel."""
+    carry, d_kernel = carry
+    u = _product_fwd(chunk.hidden, shared.kernel)
+    carry, d_u, outputs = over_rows(of_rows, carry, u, rows)
+    hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
+    d_hidden, d_kernel = _product_bwd(d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden)
+    d_hidden = None if d_hidden is None else keep(chunk.counts, d_hidden)
+    return (carry, d_kernel), (d_hidden, outputs)
 
 
 # All chunks.
 
 
-def _over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, n: int) -> Any:
-    """``lax.scan`` of body over n chunks of arrays [N, ...], and of its outputs to [N, ...].
-
-    A chunk takes every n-th row, so that where devices split the rows, each has some of them. If
-    JAX differentiates the loop, it computes a chunk again and keeps nothing of the size of it.
-    """
-    if n == 1:
-        return body(carry, rows)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(carry: Any, i: Array) -> tuple[Any, Any]:
-        def take(x: Array) -> Array:
-            x = x.reshape(-1, n, *x.shape[1:])
-            return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-
-        return body(carry, jax.tree.map(take, rows))
-
-    carry, outputs = lax.scan(step, carry, jnp.arange(n))
-    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
-
-
 def _rows_by(
     rule: str, program: _Program, shared: _Shared, batch: _Batch
 ) -> tuple[Array, Array, Array | None]:
-    """Row losses, lse and predictions, by one of the rules for logits."""
-    if rule == "vjp":
-        shared, batch = _narrow(program, shared, batch)
+    """Row losses, lse and predictions, by one of the rules for logits, differentiated by JAX."""
 
     def body(carry: None, chunk: _Batch) -> tuple[None, tuple[Array, Array, Array | None]]:
-        x, _, predictions = _logits(program, shared, chunk)
-        if rule != "vjp" and chunk.counts is not None:
-            # JAX will multiply hidden with a d u of 0, which is to be 0 in spite of a NaN there.
-            kept = chunk._replace(hidden=keep(chunk.counts, chunk.hidden))
-            x, _, _ = _logits(program._replace(metrics=False), shared, kept)
+        narrow_shared, chunk = _narrow(program, shared, chunk)
+        hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
+        u = _product_fwd(hidden, narrow_shared.kernel)
+        x, _, predictions = _logits(program, shared, u, chunk)
+        if program.metrics and chunk.counts is not None:
+            u = _product_fwd(*lax.stop_gradient((chunk.hidden, narrow_shared.kernel)))
+            _, _, predictions = _logits(program, lax.stop_gradient(shared), u, chunk)
         loss, lse = RULES[rule](x, _targets(shared, chunk), program.axis_name)
         return carry, (loss, lse, predictions)
 
-    return _over_chunks(body, None, batch, program.chunks)[1]
+    return over_chunks(body, None, batch, program.chunks)[1]
+
+
+def _rows_and_state(
+    program: _Program, shared: _Shared, batch: _Batch
+) -> tuple[tuple[Array, Array, Array | None], nz.Normalizer]:
+    """Row losses, lse and predictions, and the state that a backward pass starts from."""
+
+    def of_rows(carry: None, u: Array, rows: _Batch) -> tuple[None, None, Any]:
+        x, _, predictions = _logits(program, shared, u, rows)
+        (loss, lse), (_, _, state) = rows_fwd(x, _targets(shared, rows), program.axis_name)
+        return carry, None, ((loss, lse, predictions), state)
+
+    def body(carry: None, chunk: _Batch) -> tuple[None, Any]:
+        u = _product_fwd(chunk.hidden, shared.kernel)
+        _, _, outputs = over_rows(of_rows, carry, u, chunk._replace(hidden=None))
+        return carry, outputs
+
+    return over_chunks(body, None, batch, program.chunks)[1]
 
 
 def _primals(inputs: Any) -> tuple[Any, Any]:
@@ -400,7 +326,8 @@ def _weighted_sum(
     program: _Program, shared: _Shared, batch: _Batch
 ) -> tuple[Array, Array, Array | None]:
     """sum_i w_i (loss_i + z lse_i^2), and without gradient lse and predictions."""
-    loss, lse, predictions = _rows_by("vjp", program, shared, batch)
+    shared, batch = _narrow(program, shared, batch)
+    (loss, lse, predictions), _ = _rows_and_state(program, shared, batch)
     return jnp.sum(weighted(loss, lse, batch.weight, shared.z_loss)), lse, predictions
 
 
@@ -411,34 +338,39 @@ def _weighted_sum_fwd(
     wanted = _Wanted(*flags)
     shared, batch = _narrow(program, shared, batch)
 
-    def body(carry: tuple[Array, _Shared], chunk: _Batch) -> Any:
+    def of_rows(carry: tuple[Array, _Shared], u: Array, rows: _Batch) -> tuple[Any, Array, Any]:
         total, d_shared = carry
-        x, transform_bwd, predictions = _logits(program, shared, chunk)
-        (loss, lse), res = rows_fwd(x, _targets(shared, chunk), program.axis_name)
-        value, weighted_bwd = jax.vjp(weighted, loss, lse, chunk.weight, shared.z_loss)
+        x, transform_bwd, predictions = _logits(program, shared, u, rows)
+        (loss, lse), res = rows_fwd(x, _targets(shared, rows), program.axis_name)
+        value, weighted_bwd = jax.vjp(weighted, loss, lse, rows.weight, shared.z_loss)
         g, g_lse, d_weight, d_z = weighted_bwd(jnp.ones_like(value))
         gs = (g, None if shared.z_loss is None else g_lse)
-        d_shared, d_chunk = _chunk_bwd(
-            program, shared, chunk, transform_bwd, res, gs, False, wanted, d_shared
+        d_shared, d_u, d_targets = _rows_bwd(
+            program, shared, transform_bwd, res, gs, False, d_shared
         )
         d_shared = d_shared._replace(z_loss=_add(d_shared.z_loss, d_z))
-        d_chunk = d_chunk._replace(weight=d_weight if wanted.batch.weight else None)
-        return (total + jnp.sum(value), d_shared), (lse, predictions, d_chunk)
+        d_rows = _only(wanted.batch, _Batch(None, d_targets, d_weight, None))
+        return (total + jnp.sum(value), d_shared), d_u, (lse, predictions, d_rows)
 
-    zero = jax.tree.map(lambda x: _zeros(x, x.shape), _only(wanted.shared, shared))
+    def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
+        return _chunk_bwd(of_rows, wanted, shared, carry, chunk, chunk._replace(hidden=None))
+
     total = vary(jnp.zeros((), batch.weight.dtype), varying(batch.weight))
-    (total, d_shared), outputs = _over_chunks(body, (total, zero), batch, program.chunks)
+    zeros = _only(wanted.shared, jax.tree.map(lambda x: _zeros(x, x.shape), shared))
+    carry = ((total, zeros._replace(kernel=None)), zeros.kernel)
+    carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
+    (total, d_shared), d_kernel = carry
     lse, predictions, d_batch = outputs
-    return (total, lse, predictions), (d_shared, d_batch)
+    res = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
+    return (total, lse, predictions), res
 
 
 def _weighted_sum_bwd(
     program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Any, Any, Any]
 ) -> tuple[_Shared, _Batch]:
-    d_shared, d_batch = res
     g = _instantiate(gs[0])
     g_tile = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
-    d_shared, d_batch = jax.tree.map(lambda d: g_tile * d, (d_shared, d_batch))
+    d_shared, d_batch = jax.tree.map(lambda d: g_tile * d, res)
     return d_shared, d_batch
 
 
@@ -451,41 +383,47 @@ _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rows(program: _Program, shared: _Shared, batch: _Batch) -> tuple[Array, Array, Array | None]:
     """Row losses, lse and, without gradient, predictions."""
-    return _rows_by("vjp", program, shared, batch)
+    return _rows_and_state(program, *_narrow(program, shared, batch))[0]
 
 
-def _rows_fwd(program: _Program, shared_primals: _Shared, batch_primals: _Batch) -> Any:
+def _single_rows_fwd(program: _Program, shared_primals: _Shared, batch_primals: _Batch) -> Any:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     shared, batch = _narrow(program, shared, batch)
-
-    def body(carry: None, chunk: _Batch) -> Any:
-        x, _, predictions = _logits(program, shared, chunk)
-        (loss, lse), (_, _, state) = rows_fwd(x, _targets(shared, chunk), program.axis_name)
-        return carry, (loss, lse, predictions, state)
-
-    _, (*results, state) = _over_chunks(body, None, batch, program.chunks)
-    return tuple(results), (shared, batch, state, _Wanted(*flags))
+    results, state = _rows_and_state(program, shared, batch)
+    return results, (shared, batch, state, _Wanted(*flags))
 
 
-def _rows_bwd(program: _Program, res: Any, gs: tuple[Any, Any, Any]) -> tuple[_Shared, _Batch]:
+def _single_rows_bwd(
+    program: _Program, res: Any, gs: tuple[Any, Any, Any]
+) -> tuple[_Shared, _Batch]:
     shared, batch, state, wanted = res
+    program = program._replace(metrics=False)
     g_lse = None if isinstance(gs[1], SymbolicZero) else gs[1]
     shares = holds_shares(program.axis_name)
 
-    def body(d_shared: _Shared, rows: tuple[_Batch, nz.Normalizer, Array, Array | None]) -> Any:
-        chunk, state, g, g_lse = rows
-        x, transform_bwd, _ = _logits(program._replace(metrics=False), shared, chunk)
-        res = (x, _targets(shared, chunk), state)
-        return _chunk_bwd(
-            program, shared, chunk, transform_bwd, res, (g, g_lse), shares, wanted, d_shared
+    def of_rows(d_shared: _Shared, u: Array, at_rows: Any) -> tuple[_Shared, Array, Any]:
+        rows, state, g, g_lse = at_rows
+        x, transform_bwd, _ = _logits(program, shared, u, rows)
+        res = (x, _targets(shared, rows), state)
+        d_shared, d_u, d_targets = _rows_bwd(
+            program, shared, transform_bwd, res, (g, g_lse), shares, d_shared
         )
+        return d_shared, d_u, _only(wanted.batch, _Batch(None, d_targets, None, None))
 
-    zero = jax.tree.map(lambda x: _zeros(x, x.shape), _only(wanted.shared, shared))
+    def body(carry: Any, at_chunk: Any) -> tuple[Any, Any]:
+        chunk, *rest = at_chunk
+        rows = (chunk._replace(hidden=None), *rest)
+        return _chunk_bwd(of_rows, wanted, shared, carry, chunk, rows)
+
+    zeros = _only(wanted.shared, jax.tree.map(lambda x: _zeros(x, x.shape), shared))
     rows = (batch, state, _instantiate(gs[0]), g_lse)
-    return _over_chunks(body, zero, rows, program.chunks)
+    carry = (zeros._replace(kernel=None), zeros.kernel)
+    carry, (d_hidden, d_batch) = over_chunks(body, carry, rows, program.chunks)
+    d_shared, d_kernel = carry
+    return d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden)
 
 
-_rows.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
+_rows.defvjp(_single_rows_fwd, _single_rows_bwd, symbolic_zeros=True)
 
 
 # From the caller's arrays to rows, and through one of the above to a result.

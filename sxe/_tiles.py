@@ -1,0 +1,172 @@
+"""How the head divides its work, N rows by K classes: the sizes of the parts, and loops over them.
+
+chunks of rows      their logits exist at a time: one matmul forward, two backward
+blocks of rows      of a chunk, on a CPU: for the row rule, whose temporaries stay in its cache
+blocks of classes   of a chunk, on a CPU: for the backward's matmuls, likewise
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from sxe._axes import is_local
+
+BLOCK_BYTES = 4 * 2**20
+
+
+class Chunk(NamedTuple):
+    """The default size of chunks: logits of so many bytes, and rows that a matmul wants."""
+
+    bytes: int
+    rows: int
+
+
+def chunk_for(backend: str) -> Chunk:
+    """Chunks that need less than 64 MiB in all, with what else is as large as their logits."""
+    if backend != "cpu":
+        return Chunk(32 * 2**20, 1024)  # their gradient in bfloat16
+    if jax.__version_info__ < (0, 11):
+        return Chunk(24 * 2**20, 128)  # a copy that XLA makes, for some options
+    return Chunk(48 * 2**20, 128)
+
+
+def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: str) -> int:
+    """The default of ``chunk_size``.
+
+    What a chunk needs, beside the gradients, is to stay below 64 MiB or a tenth of all logits.
+    Logits of a fixed number of bytes do that whatever the number of rows. Where so many classes
+    leave fewer rows than a matmul wants, which has to read the whole kernel for them, a chunk has
+    as many as it wants, but at most a sixteenth of all rows.
+    """
+    itemsize = 8 if dtype == jnp.float64 else 4
+    most_bytes, wanted = chunk_for(backend)
+    return max(1, most_bytes // (itemsize * classes), min(wanted, rows // 16))
+
+
+def number_of_chunks(rows: int, chunk_size: int) -> int:
+    """How many chunks of one size, which is at most chunk_size, the last one padded if need be.
+
+    Padding moves rows from device to device where they are split. There, up to twice as many chunks
+    as necessary are preferred if they divide the rows.
+    """
+    fewest = max(1, -(-rows // chunk_size))
+    candidates = range(fewest, fewest if is_local() else 2 * fewest + 1)
+    return next((n for n in candidates if rows and rows % n == 0), fewest)
+
+
+def rows_per_block(rows: int, classes: int, backend: str) -> int:
+    """How many rows of a chunk go through the row rule at a time."""
+    block = max(1, BLOCK_BYTES // (4 * classes))
+    return min(rows, block) if backend == "cpu" and is_local() else rows
+
+
+def classes_per_block(hidden_size: int, classes: int, backend: str) -> int:
+    """How many classes of the kernel are multiplied at a time in the backward pass.
+
+    XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
+    operands that are narrower than float32 before it multiplies them.
+    """
+    block = min(4096, max(256, BLOCK_BYTES // (4 * max(1, hidden_size)) // 64 * 64))
+    return min(classes, block) if backend == "cpu" and is_local() else classes
+
+
+def over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, n: int) -> Any:
+    """``lax.scan`` of body over n chunks of arrays [N, ...], and of its outputs to [N, ...].
+
+    A chunk takes every n-th row, so that where devices split the rows, each has some of them. If
+    JAX differentiates the loop, it computes a chunk again and keeps nothing of the size of it.
+    """
+    if n == 1:
+        return body(carry, rows)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: Any, i: Array) -> tuple[Any, Any]:
+        def take(x: Array) -> Array:
+            x = x.reshape(-1, n, *x.shape[1:])
+            return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+
+        return body(carry, jax.tree.map(take, rows))
+
+    carry, outputs = lax.scan(step, carry, jnp.arange(n))
+    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
+
+
+def over_rows(
+    body: Callable[[Any, Array, Any], tuple[Any, Array | None, Any]],
+    carry: Any,
+    tile: Array,
+    rows: Any,
+) -> tuple[Any, Array, Any]:
+    """carry, part, outputs = body(carry, part, rows) for blocks of the rows of a tile [C, K].
+
+    The part that comes back replaces that of the tile, in place; None leaves it.
+    """
+    size = rows_per_block(len(tile), tile.shape[1], jax.default_backend())
+    if size == len(tile):
+        carry, new, outputs = body(carry, tile, rows)
+        return carry, tile if new is None else new, outputs
+    blocks, left = divmod(len(tile), size)
+
+    def at(first: Array | int, n: int, carry: Any, tile: Array) -> tuple[Any, Array, Any]:
+        def take(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, first, n)
+
+        # Without the barrier XLA's CPU backend reads the part after it was replaced, from a copy of
+        # all of the tile.
+        part = lax.optimization_barrier(take(tile))
+        carry, new, outputs = body(carry, part, jax.tree.map(take, rows))
+        if new is not None:
+            tile = lax.dynamic_update_slice_in_dim(tile, new, first, axis=0)
+        return carry, tile, outputs
+
+    def step(state: tuple[Any, Array], i: Array) -> tuple[tuple[Any, Array], Any]:
+        carry, tile, outputs = at(i * size, size, *state)
+        return (carry, tile), outputs
+
+    (carry, tile), outputs = lax.scan(step, (carry, tile), jnp.arange(blocks))
+    outputs = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs)
+    if left:
+        carry, tile, last = at(blocks * size, left, carry, tile)
+        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+    return carry, tile, outputs
+
+
+def over_classes(body: Callable[..., Any], carry: Any, classes: int, size: int) -> Any:
+    """carry = body(carry, take, put) for blocks of so many classes.
+
+    take(x) is the block of x [..., K], and put(x, part) is x with that block replaced, in place.
+    """
+    if size == classes:
+        return body(carry, lambda x: x, lambda x, part: part)
+
+    def at(first: Array | int, size: int, carry: Any) -> Any:
+        def put(x: Array, part: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(x, part, first, axis=1)
+
+        return body(carry, lambda x: _columns(x, first, size), put)
+
+    blocks, left = divmod(classes, size)
+    carry = lax.fori_loop(0, blocks, lambda i, carry: at(i * size, size, carry), carry)
+    return at(blocks * size, left, carry) if left else carry
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _columns(x: Array, first: Array | int, size: int) -> Array:
+    """x[:, first : first + size]."""
+    bits = x
+    if x.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
+        # XLA would widen all of x once, instead of each block. Integers it can't.
+        bits = lax.bitcast_convert_type(x, jnp.uint16)
+    bits = lax.dynamic_slice_in_dim(bits, first, size, axis=1)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_columns.defjvp
+def _columns_jvp(size: int, primals: tuple[Array, Any], tangents: tuple[Array, Any]) -> Any:
+    (x, first), (x_dot, _) = primals, tangents
+    return _columns(x, first, size), lax.dynamic_slice_in_dim(x_dot, first, size, axis=1)
