@@ -1,12 +1,18 @@
-"""The command line: `python -m sxe check` measures the derivation and the loss."""
+"""The command line: `python -m sxe check` measures the derivation and the loss, and `python -m sxe
+plan` says what the head would do for inputs of some size."""
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from sxe import _check
+import jax
+
+from sxe import _check, _options, _plan
+from sxe._softmax_cross_entropy import RULES
 from sxe.derivation import Line
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sxe", description="Softmax cross-entropy.")
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_check(commands.add_parser("check", help="measure the derivation, line by line"))
+    _add_plan(commands.add_parser("plan", help="what the head does for inputs of some size"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)
@@ -42,6 +49,56 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         help="in which the lines are evaluated (default: float64)",
     )
     parser.set_defaults(run=partial(_run_check, parser))
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What sxe.linear_softmax_cross_entropy does for hidden states [rows, hidden] and a kernel "
+        "[hidden, classes] on this machine's default backend: how it gets the gradients, in how "
+        "many chunks, with how many FLOPs and how much memory. Nothing is run."
+    )
+    parser.add_argument("--rows", type=_size, required=True, help="N, on one device")
+    parser.add_argument("--hidden", type=_size, required=True, help="D")
+    parser.add_argument("--classes", type=_size, required=True, help="K, on one device")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument(
+        "--differentiate",
+        nargs="*",
+        choices=_plan.INPUTS,
+        default=_plan.INPUTS,
+        help="what gets a gradient (default: both; none of them: the value alone)",
+    )
+    parser.add_argument("--reduction", choices=_options.REDUCTIONS, default="mean")
+    parser.add_argument("--rule", choices=tuple(RULES), default="vjp")
+    parser.add_argument("--chunk-size", type=_size, help="rows in a chunk, at most")
+    parser.add_argument(
+        "--options", nargs="*", choices=_plan.TILE_OPTIONS, default=(), help="options in use"
+    )
+    parser.set_defaults(run=_run_plan)
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    names = ("rows", "hidden", "classes", "dtype", "differentiate", "reduction", "rule")
+    call = {name: getattr(arguments, name) for name in (*names, "chunk_size", "options")}
+    p = _plan.plan(**call)
+
+    def size(n: int) -> str:
+        return f"{n / 2**20:,.1f} MiB"
+
+    padding = f", {p.padding} of them padding in the last" if p.padding else ""
+    for name, text in (
+        ("backend", f"{jax.default_backend()}, JAX {jax.__version__}"),
+        ("path", p.path),
+        ("chunks", f"{p.chunks:,} of {p.chunk_size:,} rows{padding}"),
+        ("gradient of the logits", f"multiplied in {p.gradient_dtype}"),
+        ("matrix products", f"{p.flops / 1e9:,.1f} GFLOP"),
+        ("temporaries, about", size(p.temporary_bytes)),
+        ("peak, about", f"{size(p.peak_bytes)}, with arguments and results"),
+        ("logits, if they existed", size(p.logits_bytes)),
+        ("peak with logits, at least", size(p.logits_peak_bytes)),
+    ):
+        print(f"{name:28}{text}")
+    return 0
 
 
 def _size(text: str) -> int:

@@ -661,8 +661,8 @@ def linear_softmax_cross_entropy(
       >>> sxe.linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none")
       Array([4.12231e-09, 2.39545e-01], dtype=float32)
       >>> jax.grad(sxe.linear_softmax_cross_entropy)(hidden, kernel, labels)
-      Array([[-1.03058e-08,  2.06115e-09],
-             [ 2.66252e-01, -1.06507e-01]], dtype=float32)
+      Array([[-1.03058e-08,  1.03058e-09],
+             [ 2.66267e-01, -1.06507e-01]], dtype=float32)
     """
     arrays, static = _options.parse(
         where=where,

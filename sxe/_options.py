@@ -59,7 +59,7 @@ def _number(name: str, value: Any, lower: float, upper: float, off: float) -> Ar
     return value
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
@@ -110,11 +110,11 @@ def parse(
     static = Static(
         ignore_index=None if ignore_index is None else int(ignore_index),
         axis=tuple(axis) if isinstance(axis, list) else axis,
-        reduction=_one_of("reduction", reduction, reductions),
+        reduction=one_of("reduction", reduction, reductions),
         return_metrics=bool(return_metrics),
         axis_name=_mesh_axes("axis_name", axis_name),
         batch_axis_name=_mesh_axes("batch_axis_name", batch_axis_name),
-        rule=_one_of("rule", rule, rules),
+        rule=one_of("rule", rule, rules),
     )
     both = set(axis_names(static.axis_name)) & set(axis_names(static.batch_axis_name))
     if both:
@@ -167,12 +167,18 @@ def check_projection(hidden: Array, kernel: Array, projection: Projection) -> No
         _check_float("bias", projection.bias, kernel.shape[1:])
 
 
+def check_dtype(name: str, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype, if it is one that the losses compute with."""
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        raise TypeError(
+            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}"
+        )
+    return dtype
+
+
 def check_logits(name: str, x: Array) -> None:
     """Raises unless x has one of the dtypes that the losses compute with, and an axis."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-        raise TypeError(
-            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {x.dtype}"
-        )
+    check_dtype(name, x.dtype)
     if x.ndim == 0:
         raise ValueError(f"{name}: expected at least one axis, got a scalar")
 

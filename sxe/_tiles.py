@@ -51,12 +51,12 @@ def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: str) -> i
 def number_of_chunks(rows: int, chunk_size: int) -> int:
     """How many chunks of one size, which is at most chunk_size, the last one padded if need be.
 
-    Padding moves rows from device to device where they are split. There, up to twice as many chunks
-    as necessary are preferred if they divide the rows.
+    Padding copies the hidden states and, where devices split the rows, moves them. Half as many
+    chunks more than necessary are better, or there twice as many, if they divide the rows.
     """
     fewest = max(1, -(-rows // chunk_size))
-    candidates = range(fewest, fewest if is_local() else 2 * fewest + 1)
-    return next((n for n in candidates if rows and rows % n == 0), fewest)
+    most = fewest * 3 // 2 if is_local() else fewest * 2
+    return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
 def rows_per_block(rows: int, classes: int, backend: str) -> int:
