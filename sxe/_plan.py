@@ -114,7 +114,8 @@ def plan(
         path = VALUE
     else:
         path = FORWARD if rule == "vjp" and reduction != "none" else RECOMPUTE
-    products = 1 + sum(wanted) + (path == RECOMPUTE)
+    # Of a single chunk XLA sees that both passes compute the same logits, and keeps them.
+    products = 1 + sum(wanted) + (path == RECOMPUTE and chunks > 1)
 
     itemsize, wide = dtype.itemsize, 8 if dtype == jnp.float64 else 4
     logits = rows * classes * wide
