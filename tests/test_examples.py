@@ -1,5 +1,6 @@
 """The examples run as a user runs them: each as a process of its own, warnings as errors."""
 
+import math
 import os
 import re
 import struct
@@ -9,24 +10,37 @@ from pathlib import Path
 
 import pytest
 
-for _module in ("matplotlib", "sklearn", "tqdm"):
+for _module in ("flax", "matplotlib", "sklearn", "tokenizers", "tqdm"):
     pytest.importorskip(_module, reason="the examples need `pip install -e '.[examples]'`")
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_digits(directory, *options):
-    """The lines that examples/digits.py prints, and the figure that it leaves in `directory`."""
+def run_example(name, directory, *options):
+    """The finished process of examples/`name`, run in `directory`."""
     # What conftest.py sets for this process, its virtual devices for one, is not the user's.
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / "digits.py", *options],
+    return subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / name, *options],
         cwd=directory,
         env=env | {"PYTHONPATH": os.fspath(ROOT)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
+
+
+def assert_figure(png):
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", png[16:24])  # the header chunk comes first
+    assert width >= 1000
+    assert height >= 500
+    assert len(png) > 20_000
+
+
+def run_digits(directory, *options):
+    """The lines that examples/digits.py prints, and the figure that it leaves in `directory`."""
+    done = run_example("digits.py", directory, *options)
     assert done.returncode == 0, done.stderr
     assert "training: 100%" in done.stderr  # the progress bar
     return done.stdout.splitlines(), (directory / "digits.png").read_bytes()
@@ -59,13 +73,67 @@ def test_digits_holds_the_closed_form_gradient_against_autodiff_and_float64(defa
 
 def test_digits_writes_a_figure(default_run):
     _, png = default_run
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", png[16:24])  # the header chunk comes first
-    assert width >= 1000
-    assert height >= 500
-    assert len(png) > 20_000
+    assert_figure(png)
 
 
 def test_digits_is_repeatable(default_run, tmp_path):
     defaults = "--epochs=40 --batch-size=64 --learning-rate=5e-3 --seed=0 --figure=digits.png"
     assert run_digits(tmp_path, *defaults.split()) == default_run
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory):
+    """What examples/language_model.py --smoke prints, and its figure."""
+    directory = tmp_path_factory.mktemp("language_model")
+    done = run_example("language_model.py", directory, "--smoke")
+    assert done.returncode == 0, done.stderr
+    for loss in ("optax", "sxe"):
+        assert f"training with {loss}: 100%" in done.stderr  # the progress bars
+    return done.stdout, (directory / "language_model.png").read_bytes()
+
+
+def row(output, title):
+    """The numbers of a row of the table, for optax and for sxe."""
+    found = re.search(rf"^ *{title} +([\d.,]+)(?: MiB)? +([\d.,]+)(?: MiB)?$", output, re.MULTILINE)
+    assert found, output
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+def test_language_model_learns_the_same_with_both_losses(smoke_run):
+    output, _ = smoke_run
+    found = re.search(r"largest difference between the loss curves: (\S+) nats", output)
+    assert float(found[1]) < 1e-4
+    for title in (r"train loss, last \d+ steps", "held-out loss"):
+        optax_loss, sxe_loss = row(output, title)
+        assert abs(optax_loss - sxe_loss) < 1e-3
+        assert sxe_loss < math.log(16_384) - 0.1  # where an untrained model starts
+
+
+def test_language_model_measures_both_losses(smoke_run):
+    output, _ = smoke_run
+    assert min(row(output, "tokens per second")) > 0
+    peaks, before = row(output, "peak memory of the process"), row(output, "before the first step")
+    assert all(100 < b <= p < 4000 for b, p in zip(before, peaks, strict=True))
+    # 8 * 128 tokens * 16,384 classes are 64 MiB of logits, and optax's gradient is as large.
+    optax_mib, sxe_mib = row(output, "temporaries of a step")
+    assert optax_mib > 128
+    assert sxe_mib < optax_mib - 64
+
+
+def test_language_model_writes_code(smoke_run):
+    output, _ = smoke_run
+    _, sample = output.split("a sample of the model trained with sxe:\n")
+    assert sample.startswith("def")
+    assert len(sample) > 100
+
+
+def test_language_model_writes_a_figure(smoke_run):
+    _, png = smoke_run
+    assert_figure(png)
+
+
+def test_language_model_says_how_much_text_it_needs(tmp_path):
+    done = run_example("language_model.py", tmp_path, "--text-bytes=500000")
+    assert done.returncode == 1
+    assert re.search(r"give a vocabulary of [\d,]+ byte pairs, not 16,384: raise", done.stderr)
+    assert "Traceback" not in done.stderr

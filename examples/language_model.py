@@ -1,0 +1,354 @@
+"""Train a small transformer on the Python standard library's sources, with optax's loss and sxe's.
+
+The vocabulary, 16,384 byte pairs, is what makes this loss large: optax's takes logits, 128 MiB of
+them for the 2,048 tokens of a step, and its gradient as many again. sxe's takes the hidden states
+and the kernel of the last layer instead, and never makes the logits. Both losses train the same
+model on the same batches, each in a process of its own. At the end the script prints loss, speed
+and peak memory of both, lets the model write some code, and draws the loss curves:
+
+    python examples/language_model.py --loss both --figure language_model.png
+"""
+
+import argparse
+import multiprocessing
+import random
+import re
+import resource
+import sys
+import sysconfig
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import sxe
+
+# Installed packages are not the standard library, and its tests are most of it; encodings and
+# pydoc_data are tables and text.
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
+
+MIB = 2**20
+
+# Seconds rather than minutes, with the full vocabulary.
+SMOKE = {
+    "steps": 8,
+    "context": 128,
+    "dim": 32,
+    "layers": 1,
+    "heads": 2,
+    "text_bytes": 4_000_000,
+    "held_out_files": 4,
+}
+
+
+def read_sources(text_bytes, held_out_files):
+    """The texts of the standard library's modules for training, and those of a few held out."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path.relative_to(library) for path in library.rglob("*.py"))
+    files = [file for file in files if not SKIPPED.intersection(file.parts)]
+    random.Random(0).shuffle(files)  # or the limit would cut off the end of the alphabet
+    texts = []
+    for file in files:
+        if text_bytes <= 0:
+            break
+        source = (library / file).read_bytes()
+        text_bytes -= len(source)
+        texts.append(source.decode("utf-8", errors="replace"))
+    return texts[held_out_files:], texts[:held_out_files]
+
+
+def train_tokenizer(texts, vocabulary):
+    """Byte pairs, as in GPT-2: bytes are the alphabet, so that no text is out of vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != vocabulary:
+        size = sum(len(text.encode()) for text in texts)
+        raise SystemExit(
+            f"{len(texts)} files with {size:,} bytes give a vocabulary of {found:,} byte pairs, "
+            f"not {vocabulary:,}: raise --text-bytes or lower --vocabulary"
+        )
+    return tokenizer
+
+
+def encode(tokenizer, texts):
+    """The tokens of all texts, one after the other."""
+    return np.concatenate([np.array(e.ids, np.int32) for e in tokenizer.encode_batch(texts)])
+
+
+class Block(nnx.Module):
+    """Attention and a perceptron, each behind a norm and around a shortcut."""
+
+    def __init__(self, dim, heads, *, rngs):
+        zeros = nnx.initializers.zeros  # at first each block is the identity: learns much faster
+        self.attention_norm = nnx.RMSNorm(dim, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            heads,
+            dim,
+            use_bias=False,
+            decode=False,
+            out_kernel_init=zeros,
+            rngs=rngs,
+        )
+        self.mlp_norm = nnx.RMSNorm(dim, rngs=rngs)
+        self.up = nnx.Linear(dim, 4 * dim, rngs=rngs)
+        self.down = nnx.Linear(4 * dim, dim, kernel_init=zeros, rngs=rngs)
+
+    def __call__(self, x, mask):
+        x = x + self.attention(self.attention_norm(x), mask=mask)
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+
+
+class Transformer(nnx.Module):
+    """From tokens [B, T] to the hidden states [B, T, D] in front of the last layer."""
+
+    def __init__(self, args, *, rngs):
+        small = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(args.vocabulary, args.dim, embedding_init=small, rngs=rngs)
+        self.position = nnx.Embed(args.context, args.dim, embedding_init=small, rngs=rngs)
+        self.blocks = nnx.List([Block(args.dim, args.heads, rngs=rngs) for _ in range(args.layers)])
+        self.norm = nnx.RMSNorm(args.dim, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
+        mask = nnx.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    @property
+    def kernel(self):
+        """[D, K], of the last layer: the embedding once more, transposed."""
+        return self.embedding.embedding[...].T
+
+
+def optax_loss(hidden, kernel, labels):
+    logits = hidden @ kernel
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+LOSSES = {"optax": optax_loss, "sxe": sxe.linear_softmax_cross_entropy}
+
+
+class Run(NamedTuple):
+    """What a training run hands back to the process that compares the two."""
+
+    device: str
+    losses: np.ndarray  # of every step
+    held_out: float
+    tokens_per_second: float
+    peak_of: str  # the device's memory or the process's
+    peak_bytes: int
+    peak_bytes_before: int  # the first step: imports, compilers, parameters
+    temporary_bytes: int
+    sample: list[int]
+
+
+def peak_memory():
+    """The largest amount of memory in use so far, and whose: the device's, or the process's."""
+    stats = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    if "peak_bytes_in_use" in stats:
+        return "device", stats["peak_bytes_in_use"]
+    # Not ru_maxrss where there is a choice: on Linux it starts from the peak of the parent process,
+    # which has trained the tokenizer.
+    status = Path("/proc/self/status")
+    found = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    if found:
+        return "process", int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return "process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def train(name, args, tokens, held_out, prompt):
+    """Train with the loss of this name, and return a Run."""
+    model = Transformer(args, rngs=nnx.Rngs(args.seed))
+    graph, params = nnx.split(model, nnx.Param)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, args.steps // 10, args.steps
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+    def loss_fn(params, windows):
+        model = nnx.merge(graph, params)
+        return LOSSES[name](model(windows[:, :-1]), model.kernel, windows[:, 1:])
+
+    def step(params, opt_state, windows):
+        loss, grads = jax.value_and_grad(loss_fn)(params, windows)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def generate(params, tokens, length, key):
+        """Fill up tokens [1, T] behind the first `length`: the mask hides what is not there yet."""
+        model = nnx.merge(graph, params)
+
+        def add_one(i, tokens):
+            logits = model(tokens)[0, i - 1] @ model.kernel
+            token = jax.random.categorical(jax.random.fold_in(key, i), logits / args.temperature)
+            return tokens.at[0, i].set(token)
+
+        return jax.lax.fori_loop(length, tokens.shape[1], add_one, tokens)
+
+    # A window has one token more than the model sees: the label of the last.
+    window = np.arange(args.context + 1)
+    starts = np.random.default_rng(args.seed).integers(
+        len(tokens) - args.context, size=(args.steps, args.batch_size)
+    )
+    opt_state = optimizer.init(params)
+    first = tokens[starts[0, :, None] + window]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, first).compile()
+    _, peak_bytes_before = peak_memory()
+    losses, seconds = [], []
+    progress = tqdm(starts, desc=f"training with {name}", unit="step")
+    for start in progress:
+        began = time.perf_counter()
+        params, opt_state, loss = compiled(params, opt_state, tokens[start[:, None] + window])
+        losses.append(float(loss))  # waits for the step, so that its time can be taken
+        seconds.append(time.perf_counter() - began)
+        progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
+
+    # Whole batches only, so that one program serves them all.
+    evaluate = jax.jit(loss_fn)
+    count = (len(held_out) - 1) // (args.batch_size * args.context)
+    starts = args.context * np.arange(count * args.batch_size).reshape(count, args.batch_size, 1)
+    held_out_loss = np.mean([float(evaluate(params, held_out[s + window])) for s in starts])
+    peak_of, peak_bytes = peak_memory()
+
+    sample = np.zeros((1, args.context), np.int32)
+    sample[0, : len(prompt)] = prompt
+    sample = generate(params, sample, len(prompt), jax.random.key(args.seed))
+    return Run(
+        device=jax.devices()[0].device_kind,
+        losses=np.array(losses),
+        held_out=float(held_out_loss),
+        tokens_per_second=args.batch_size * args.context / float(np.median(seconds)),
+        peak_of=peak_of,
+        peak_bytes=peak_bytes,
+        peak_bytes_before=peak_bytes_before,
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        sample=np.asarray(sample)[0].tolist(),
+    )
+
+
+def in_new_process(function, *args):
+    """Call the function in a process that starts from nothing, as a peak of memory never falls."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def report(runs):
+    """Print a table with a column for each loss, and how far the curves are apart."""
+    some = next(iter(runs.values()))
+    tail = min(20, len(some.losses))
+    rows = [
+        (f"train loss, last {tail} steps", "{:.4f}", lambda run: run.losses[-tail:].mean()),
+        ("held-out loss", "{:.4f}", lambda run: run.held_out),
+        ("tokens per second", "{:,.0f}", lambda run: run.tokens_per_second),
+        (f"peak memory of the {some.peak_of}", "{:,.0f} MiB", lambda run: run.peak_bytes / MIB),
+        ("  before the first step", "{:,.0f} MiB", lambda run: run.peak_bytes_before / MIB),
+        ("temporaries of a step", "{:,.0f} MiB", lambda run: run.temporary_bytes / MIB),
+    ]
+    print(f"{'on ' + some.device:32}" + "".join(f"{name:>12}" for name in runs))
+    for title, form, value in rows:
+        print(f"{title:32}" + "".join(f"{form.format(value(run)):>12}" for run in runs.values()))
+    if len(runs) == 2:
+        difference = np.max(np.abs(np.subtract(*(r.losses for r in runs.values()))))
+        print(f"largest difference between the loss curves: {difference:.1e} nats")
+
+
+def draw(runs, path):
+    """Left the loss of every step, right what a step takes: time, and memory."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(4, 5))
+    ax = left.subplots()
+    # The curves lie on each other, so the second is a thin line inside of the first.
+    for width, color, (name, run) in zip((5, 1.5), ("C0", "C1"), runs.items(), strict=False):
+        ax.plot(np.arange(1, len(run.losses) + 1), run.losses, color, linewidth=width, label=name)
+    ax.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy (nats per token)")
+    ax.grid(alpha=0.3)
+    ax.legend()
+
+    peak_of = next(iter(runs.values())).peak_of
+    bars = {
+        "tokens per second": [run.tokens_per_second for run in runs.values()],
+        f"peak memory\nof the {peak_of} (MiB)": [run.peak_bytes / MIB for run in runs.values()],
+        "temporaries\nof a step (MiB)": [run.temporary_bytes / MIB for run in runs.values()],
+    }
+    for ax, (title, values) in zip(right.subplots(1, len(bars)), bars.items(), strict=True):
+        drawn = ax.bar(list(runs), values, color=("C0", "C1")[: len(runs)])
+        ax.bar_label(drawn, fmt="{:,.0f}")
+        ax.set_title(title, fontsize="medium")
+        ax.set_yticks([])
+        ax.spines[["left", "top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Train a language model with optax's loss and sxe's."
+    )
+    parser.add_argument("--loss", choices=("both", *LOSSES), default="both")
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context", type=int, default=256, help="tokens that the model sees")
+    parser.add_argument("--dim", type=int, default=128, help="size of the hidden states")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="how much to read")
+    parser.add_argument("--held-out-files", type=int, default=8)
+    parser.add_argument("--prompt", default="def", help="what the sample begins with")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", default="language_model.png", help="where to write the figure")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps")
+    if parser.parse_args().smoke:
+        parser.set_defaults(**SMOKE)
+    args = parser.parse_args()
+
+    texts, held_out_texts = read_sources(args.text_bytes, args.held_out_files)
+    tokenizer = train_tokenizer(texts, args.vocabulary)
+    tokens, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
+    if len(held_out) <= args.batch_size * args.context:
+        raise SystemExit(f"{len(held_out)} held-out tokens are no batch: raise --held-out-files")
+    print(f"{len(texts)} files, {len(tokens):,} tokens; {len(held_out_texts)} files held out")
+
+    names = LOSSES if args.loss == "both" else (args.loss,)
+    prompt = tokenizer.encode(args.prompt).ids
+    runs = {name: in_new_process(train, name, args, tokens, held_out, prompt) for name in names}
+    report(runs)
+    draw(runs, args.figure)
+    print(f"loss curves, speed and memory: {args.figure}")
+    name, run = list(runs.items())[-1]
+    print(f"a sample of the model trained with {name}:\n{tokenizer.decode(run.sample)}")
+
+
+if __name__ == "__main__":
+    main()
