@@ -87,14 +87,6 @@ class _Program(NamedTuple):
     metrics: bool
 
 
-class _PerRow(NamedTuple):
-    """Results [N]. No gradient passes through the predictions, which are None if unwanted."""
-
-    loss: Array
-    lse: Array
-    predictions: Array | None
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
@@ -244,7 +236,7 @@ def _rows_bwd(
 
 def _chunk_bwd(
     of_rows: Callable[[Any, Array, Any], tuple[Any, Array, Any]],
-    wanted: "_Wanted",
+    wanted: _Wanted,
     shared: _Shared,
     carry: tuple[Any, Array | None],
     chunk: _Batch,
@@ -368,10 +360,18 @@ def _weighted_sum_fwd(
 def _weighted_sum_bwd(
     program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Any, Any, Any]
 ) -> tuple[_Shared, _Batch]:
+    d_shared, d_batch = res
     g = _instantiate(gs[0])
-    g_tile = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
-    d_shared, d_batch = jax.tree.map(lambda d: g_tile * d, res)
-    return d_shared, d_batch
+    g_all = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
+
+    def times(g: Array, d: Any) -> Any:
+        return jax.tree.map(lambda d: g * d, d)
+
+    d_targets = times(g, d_batch.targets)._replace(dense=times(g_all, d_batch.targets.dense))
+    return (
+        times(g_all, d_shared)._replace(z_loss=times(g, d_shared.z_loss)),
+        times(g, d_batch)._replace(hidden=times(g_all, d_batch.hidden), targets=d_targets),
+    )
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
