@@ -19,7 +19,6 @@ in one of two ways:
 Rules other than "vjp" leave all of this to JAX, which differentiates the same chunks one by one.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -84,16 +83,15 @@ class _Program(NamedTuple):
     chunks: int
     dtype: DTypeLike  # of the product of hidden states and kernel
     axis_name: AxisName
+    weighted: bool  # whether a row may weigh 0 that has no loss
     metrics: bool
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """True for each input that is differentiated: no other's gradient is computed."""
 
-    shared: _Shared
-    batch: _Batch
+    shared: Any
+    batch: Any
 
 
 # One chunk.
@@ -192,20 +190,34 @@ def _targets(shared: _Shared, chunk: _Batch) -> Targets:
     return chunk.targets if shared.dense is None else chunk.targets._replace(dense=shared.dense)
 
 
-def _logits(
-    program: _Program, shared: _Shared, u: Array, rows: _Batch
-) -> tuple[Array, Callable[[Array], Any], Array | None]:
-    """The logits of rows; from their gradient those of u, bias and so on; the predictions.
+class _Logits(NamedTuple):
+    """The logits of rows, and which of these rows count.
 
-    Where a row does not count u is taken as 0, so that nothing in it, or in the kernel, is a NaN.
+    ``bwd`` takes their gradient to those of u, bias, logit_scale and softcap.
     """
+
+    x: Array
+    bwd: Callable[[Array], Any]
+    counts: Array | None
+    predictions: Array | None
+
+
+def _logits(program: _Program, shared: _Shared, u: Array, rows: _Batch) -> _Logits:
+    """Where a row does not count u is taken as 0, so that nothing there or in the kernel is NaN."""
     parameters = (shared.bias, shared.logit_scale, shared.softcap)
-    x, transform_bwd = jax.vjp(_transform, keep(rows.counts, u), *parameters)
+    counts = rows.counts
+    if program.weighted:
+        # Hidden states that are finite may still have logits that are not.
+        m = jnp.max(lax.stop_gradient(_transform(u, *parameters)), axis=-1)
+        m = m if program.axis_name is None else lax.pmax(m, program.axis_name)
+        has_loss = (rows.weight != 0) | jnp.isfinite(m)
+        counts = has_loss if counts is None else counts & has_loss
+    x, bwd = jax.vjp(_transform, keep(counts, u), *parameters)
     predictions = None
     if program.metrics:
-        everything = x if rows.counts is None else _transform(u, *parameters)
+        everything = x if counts is None else _transform(u, *parameters)
         predictions = predict(everything, program.axis_name)
-    return x, transform_bwd, predictions
+    return _Logits(x, bwd, counts, predictions)
 
 
 def _add(a: Array | None, b: Array | None) -> Array | None:
@@ -264,12 +276,12 @@ def _rows_by(
         narrow_shared, chunk = _narrow(program, shared, chunk)
         hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
         u = _product_fwd(hidden, narrow_shared.kernel)
-        x, _, predictions = _logits(program, shared, u, chunk)
+        x, _, counts, predictions = _logits(program, shared, u, chunk)
         if program.metrics and chunk.counts is not None:
             u = _product_fwd(*lax.stop_gradient((chunk.hidden, narrow_shared.kernel)))
-            _, _, predictions = _logits(program, lax.stop_gradient(shared), u, chunk)
+            predictions = _logits(program, lax.stop_gradient(shared), u, chunk).predictions
         loss, lse = RULES[rule](x, _targets(shared, chunk), program.axis_name)
-        return carry, (loss, lse, predictions)
+        return carry, (keep(counts, loss), keep(counts, lse), predictions)
 
     return over_chunks(body, None, batch, program.chunks)[1]
 
@@ -280,9 +292,9 @@ def _rows_and_state(
     """Row losses, lse and predictions, and the state that a backward pass starts from."""
 
     def of_rows(carry: None, u: Array, rows: _Batch) -> tuple[None, None, Any]:
-        x, _, predictions = _logits(program, shared, u, rows)
+        x, _, counts, predictions = _logits(program, shared, u, rows)
         (loss, lse), (_, _, state) = rows_fwd(x, _targets(shared, rows), program.axis_name)
-        return carry, None, ((loss, lse, predictions), state)
+        return carry, None, ((keep(counts, loss), keep(counts, lse), predictions), state)
 
     def body(carry: None, chunk: _Batch) -> tuple[None, Any]:
         u = _product_fwd(chunk.hidden, shared.kernel)
@@ -304,6 +316,22 @@ def _only(wanted: Any, gradients: Any) -> Any:
     return jax.tree.map(
         lambda w, d: d if w else None, wanted, gradients, is_leaf=lambda x: x is None
     )
+
+
+# JAX may take the structure of the residuals from another call of the same function, in which other
+# inputs were differentiated. So there is one structure, and empty arrays for what is not wanted.
+
+
+def _marked(wanted: Any, gradients: Any) -> Any:
+    """The gradients that are wanted, and an empty array for all others."""
+    return jax.tree.map(
+        lambda w, d: d if w else jnp.zeros((0,)), wanted, gradients, is_leaf=lambda x: x is None
+    )
+
+
+def _unmarked(gradients: Any) -> Any:
+    """The same with None again."""
+    return jax.tree.map(lambda d: None if d.shape == (0,) else d, gradients)
 
 
 def _instantiate(g: Any) -> Array:
@@ -332,8 +360,9 @@ def _weighted_sum_fwd(
 
     def of_rows(carry: tuple[Array, _Shared], u: Array, rows: _Batch) -> tuple[Any, Array, Any]:
         total, d_shared = carry
-        x, transform_bwd, predictions = _logits(program, shared, u, rows)
+        x, transform_bwd, counts, predictions = _logits(program, shared, u, rows)
         (loss, lse), res = rows_fwd(x, _targets(shared, rows), program.axis_name)
+        loss, lse = keep(counts, loss), keep(counts, lse)
         value, weighted_bwd = jax.vjp(weighted, loss, lse, rows.weight, shared.z_loss)
         g, g_lse, d_weight, d_z = weighted_bwd(jnp.ones_like(value))
         gs = (g, None if shared.z_loss is None else g_lse)
@@ -353,14 +382,14 @@ def _weighted_sum_fwd(
     carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
     (total, d_shared), d_kernel = carry
     lse, predictions, d_batch = outputs
-    res = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
-    return (total, lse, predictions), res
+    gradients = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
+    return (total, lse, predictions), _marked(tuple(wanted), gradients)
 
 
 def _weighted_sum_bwd(
     program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Any, Any, Any]
 ) -> tuple[_Shared, _Batch]:
-    d_shared, d_batch = res
+    d_shared, d_batch = _unmarked(res)
     g = _instantiate(gs[0])
     g_all = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
 
@@ -390,20 +419,21 @@ def _single_rows_fwd(program: _Program, shared_primals: _Shared, batch_primals: 
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     shared, batch = _narrow(program, shared, batch)
     results, state = _rows_and_state(program, shared, batch)
-    return results, (shared, batch, state, _Wanted(*flags))
+    return results, (shared, batch, state, jax.tree.map(lambda w: jnp.zeros((int(w),)), flags))
 
 
 def _single_rows_bwd(
     program: _Program, res: Any, gs: tuple[Any, Any, Any]
 ) -> tuple[_Shared, _Batch]:
-    shared, batch, state, wanted = res
+    shared, batch, state, flags = res
+    wanted = _Wanted(*jax.tree.map(lambda w: w.size > 0, flags))
     program = program._replace(metrics=False)
     g_lse = None if isinstance(gs[1], SymbolicZero) else gs[1]
     shares = holds_shares(program.axis_name)
 
     def of_rows(d_shared: _Shared, u: Array, at_rows: Any) -> tuple[_Shared, Array, Any]:
         rows, state, g, g_lse = at_rows
-        x, transform_bwd, _ = _logits(program, shared, u, rows)
+        x, transform_bwd, _, _ = _logits(program, shared, u, rows)
         res = (x, _targets(shared, rows), state)
         d_shared, d_u, d_targets = _rows_bwd(
             program, shared, transform_bwd, res, (g, g_lse), shares, d_shared
@@ -508,7 +538,9 @@ def _prepare(
     )
     batch = _Batch(hidden.astype(wide), targets, rows.weight, counts)
     batch = jax.tree.map(flat, batch)
-    program = _Program(chunks, dtype, static.axis_name, static.return_metrics)
+    program = _Program(
+        chunks, dtype, static.axis_name, arrays.weights is not None, static.return_metrics
+    )
     return program, *_typed_alike(shared, batch, static.axis_name), rows
 
 
