@@ -247,20 +247,23 @@ def _rows_bwd(
 
 
 def _chunk_bwd(
-    of_rows: Callable[[Any, Array, Any], tuple[Any, Array, Any]],
+    of_rows: Callable[[Any, Array, Any], tuple[Any, Array, tuple[Array | None, Any]]],
     wanted: _Wanted,
     shared: _Shared,
     carry: tuple[Any, Array | None],
     chunk: _Batch,
     rows: Any,
 ) -> tuple[tuple[Any, Array | None], tuple[Array | None, Any]]:
-    """From a chunk's hidden states to u, over ``of_rows`` to d u, and back to hidden and kernel."""
+    """From a chunk's hidden states to u, over ``of_rows`` to d u, and back to hidden and kernel.
+
+    ``of_rows`` gives d u, which rows count, and what else is to come out.
+    """
     carry, d_kernel = carry
     u = _product_fwd(chunk.hidden, shared.kernel)
-    carry, d_u, outputs = over_rows(of_rows, carry, u, rows)
-    hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
+    carry, d_u, (counts, outputs) = over_rows(of_rows, carry, u, rows)
+    hidden = keep(counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
     d_hidden, d_kernel = _product_bwd(d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden)
-    d_hidden = None if d_hidden is None else keep(chunk.counts, d_hidden)
+    d_hidden = None if d_hidden is None else keep(counts, d_hidden)
     return (carry, d_kernel), (d_hidden, outputs)
 
 
@@ -371,7 +374,7 @@ def _weighted_sum_fwd(
         )
         d_shared = d_shared._replace(z_loss=_add(d_shared.z_loss, d_z))
         d_rows = _only(wanted.batch, _Batch(None, d_targets, d_weight, None))
-        return (total + jnp.sum(value), d_shared), d_u, (lse, predictions, d_rows)
+        return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, predictions, d_rows))
 
     def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
         return _chunk_bwd(of_rows, wanted, shared, carry, chunk, chunk._replace(hidden=None))
@@ -433,12 +436,12 @@ def _single_rows_bwd(
 
     def of_rows(d_shared: _Shared, u: Array, at_rows: Any) -> tuple[_Shared, Array, Any]:
         rows, state, g, g_lse = at_rows
-        x, transform_bwd, _, _ = _logits(program, shared, u, rows)
+        x, transform_bwd, counts, _ = _logits(program, shared, u, rows)
         res = (x, _targets(shared, rows), state)
         d_shared, d_u, d_targets = _rows_bwd(
             program, shared, transform_bwd, res, (g, g_lse), shares, d_shared
         )
-        return d_shared, d_u, _only(wanted.batch, _Batch(None, d_targets, None, None))
+        return d_shared, d_u, (counts, _only(wanted.batch, _Batch(None, d_targets, None, None)))
 
     def body(carry: Any, at_chunk: Any) -> tuple[Any, Any]:
         chunk, *rest = at_chunk

@@ -1,0 +1,597 @@
+"""The head: every option, precision, edges and cost, against logits in float64 NumPy."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax.experimental import checkify
+from oracle import assert_close
+
+import sxe
+
+RULES = ["vjp", "jvp", "autodiff"]
+every_rule = pytest.mark.parametrize("rule", RULES)
+N, D, K = 13, 5, 11
+INF, NAN = np.inf, np.nan
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def problem(dense=False, n=N, dtype=np.float32):
+    """Hidden states, kernel and labels."""
+    labels = np.random.default_rng(1).integers(0, K, size=n)
+    if dense:
+        labels = np.maximum(normal(n, K, seed=1), 0)
+    hidden, kernel = jnp.asarray(2 * normal(n, D), dtype), jnp.asarray(normal(D, K), dtype)
+    return {"hidden": hidden, "kernel": kernel, "labels": jnp.asarray(labels)}
+
+
+def options():
+    """One value for each option."""
+    weights = np.abs(normal(N))
+    weights[2] = 0
+    return {
+        "where": np.random.default_rng(2).uniform(size=N) < 0.8,
+        "weights": weights,
+        "class_weights": np.abs(normal(K)),
+        "label_smoothing": np.float32(0.3),
+        "z_loss": np.float32(0.05),
+        "ignore_index": int(problem()["labels"][4]),
+        "bias": normal(K, seed=2),
+        "logit_scale": np.float32(0.7),
+        "softcap": np.float32(3),
+    }
+
+
+def floats(p):
+    """What can be differentiated."""
+    return {k: v for k, v in p.items() if jnp.issubdtype(jnp.result_type(v), jnp.floating)}
+
+
+def head(p, **static):
+    return sxe.linear_softmax_cross_entropy(**p, **static)
+
+
+def cotangents(n=N):
+    return {"mean": jnp.float32(1.7), "sum": jnp.float32(0.6), "none": jnp.asarray(normal(n))}
+
+
+# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
+@functools.cache
+def program(by, reductions, metrics, static, compiler_options):
+    """A jitted function of p, its entries ``by``, and a cotangent for each of these reductions."""
+
+    def run(given, p, g):
+        def losses(given):
+            out, found = {}, None
+            for r in reductions:
+                out[r] = head(p | given, reduction=r, return_metrics=metrics, **dict(static))
+                if metrics:
+                    out[r], found = out[r]
+            return out, found
+
+        value, pullback, found = jax.vjp(losses, given, has_aux=True)
+        return value, pullback(g)[0], found
+
+    return jax.jit(run, compiler_options=dict(compiler_options))
+
+
+def value_and_gradients(p, g, by=None, metrics=False, compiler_options=QUICK, **static):
+    """The losses by the reductions in g, the gradients of their sum with these weights, metrics.
+
+    The gradients are those for ``by``, by default for all that have one.
+    """
+    static |= {k: v for k, v in p.items() if isinstance(v, int)}
+    p = {k: v for k, v in p.items() if k not in static}
+    by = tuple(floats(p) if by is None else by)
+    run = program(by, tuple(g), metrics, tuple(static.items()), tuple(compiler_options.items()))
+    return jax.tree.map(np.asarray, run({k: p[k] for k in by}, p, g))
+
+
+def expected(p, g):
+    """The same by the oracle: of the head's arguments by hand, of the other options numerically."""
+
+    def losses(p):
+        return {r: oracle.head_loss(**p, reduction=r) for r in g}
+
+    def total(p):
+        return sum(np.vdot(g[r], loss) for r, loss in losses(p).items())
+
+    each = [oracle.head_gradients(**p, g=np.float64(g[r]), reduction=r) for r in g]
+    gradients = {k: sum(d[k] for d in each) for k in each[0] if k in p}
+    for name in set(floats(p)) - set(gradients):
+        a, step = np.asarray(p[name], np.float64), 1e-6
+        gradients[name] = np.zeros(a.shape)
+        for i in np.ndindex(a.shape):
+            e = np.zeros(a.shape)
+            e[i] = step
+            change = total(p | {name: a + e}) - total(p | {name: a - e})
+            gradients[name][i] = change / (2 * step)
+    return losses(p), gradients
+
+
+def check(actual, p, g):
+    for found, right in zip(actual[:2], expected(p, g), strict=True):
+        for name, a in found.items():
+            try:
+                assert_close(a, right[name], scale=max(1, np.abs(right[name]).max(initial=0)))
+            except AssertionError as error:
+                error.add_note(name)
+                raise
+
+
+# Options
+
+
+def orthogonal():
+    """24 choices of 12 things, of which any three are met in each of 8 ways: on, off, and mixed.
+
+    They are the rows of a Hadamard matrix of order 12, by the squares modulo 11, and of its
+    negative.
+    """
+    squares = {i * i % 11 for i in range(11)}
+    inner = [[(i - j) % 11 in squares for j in range(11)] for i in range(11)]
+    half = np.array([[True] * 12, *([False, *row] for row in inner)])
+    return np.concatenate([half, ~half])
+
+
+def choices():
+    for i, pick in enumerate(orthogonal()):
+        dense, *on = pick
+        names = [name for name, is_on in zip(options(), on, strict=False) if is_on]
+        yield names, dense, CHUNK_SIZES[i % len(CHUNK_SIZES)], "vjp"
+    for dense in (False, True):
+        for rule in ("jvp", "autodiff"):
+            yield list(options()), dense, 4, rule
+
+
+# One row, ragged, one row left over, one short of two chunks, all rows, more than there are, auto.
+CHUNK_SIZES = (1, 4, 12, 7, 13, 100, None)
+
+
+@pytest.mark.parametrize(("names", "dense", "chunk_size", "rule"), list(choices()))
+def test_options(names, dense, chunk_size, rule):
+    """Values, gradients for every argument, and metrics, rows that do not count included."""
+    p, g = problem(dense), cotangents()
+    p |= {n: options()[n] for n in names if not (dense and n == "ignore_index")}
+    actual = value_and_gradients(p, g, metrics=True, rule=rule, chunk_size=chunk_size)
+    check(actual, p, g)
+    projection = {k: p[k] for k in ("bias", "logit_scale", "softcap") if k in p}
+    x, _ = oracle.head(p["hidden"], p["kernel"], **projection)
+    rest = {k: v for k, v in p.items() if k not in ("hidden", "kernel", "z_loss", *projection)}
+    _, _, counts, _, norm = oracle.rows(x, **rest)
+    metrics = actual[2]
+    assert_close(metrics.loss_sum, oracle.head_loss(**p, reduction="sum"))
+    assert_close(metrics.weight_sum, (norm * counts).sum())
+    assert_close(metrics.lse, np.where(counts, np.logaddexp.reduce(x, axis=-1), 0))
+    np.testing.assert_array_equal(metrics.predictions, x.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "by", [("hidden",), ("kernel",), ("labels", "softcap"), ("bias", "weights"), ("class_weights",)]
+)
+def test_the_gradients_that_are_asked_for(by):
+    """Some without the others, which are not computed."""
+    p, g = problem(dense=True), cotangents()
+    p |= {n: options()[n] for n in ("bias", "softcap", "weights", "class_weights")}
+    check(value_and_gradients(p, g, by, chunk_size=4), p, g)
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "classes"),
+    [((), 3, 4), ((1,), 1, 1), ((0,), 3, 4), ((2, 3), 1, 4), ((2, 0, 3), 3, 4), ((5,), 3, 1)],
+)
+@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+def test_leading_dimensions(shape, width, classes, rule):
+    """One row, one class, a hidden size of 1, and none: a loss of 0 and gradients of zeros."""
+    p = {"hidden": normal(*shape, width), "kernel": normal(width, classes)}
+    p["labels"] = np.random.default_rng(0).integers(classes, size=shape)
+    g = {"mean": np.float32(1.7), "none": normal(*shape)}
+    value, gradients, _ = value_and_gradients(p, g, chunk_size=2, rule=rule)
+    if 0 in shape:
+        assert value["none"].shape == shape
+        assert gradients["hidden"].shape == p["hidden"].shape
+        assert value["mean"] == 0
+        assert not gradients["kernel"].any()
+    else:
+        check((value, gradients), p, g)
+
+
+# Dtypes and precision
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kernel", "x64"),
+    [
+        ("bfloat16", "bfloat16", False),
+        ("float16", "float16", True),
+        ("float32", "float32", True),
+        ("float64", "float64", True),
+        ("bfloat16", "float32", False),
+        ("float16", "bfloat16", False),
+        ("bfloat16", "float64", True),
+    ],
+)
+def test_dtypes(hidden, kernel, x64):
+    """Different dtypes are promoted as in hidden @ kernel; each gradient has its input's."""
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_dtype_promotion("strict" if hidden == kernel else "standard"),
+    ):
+        p = problem() | {n: options()[n] for n in ("weights", "bias")}
+        p |= {"hidden": p["hidden"].astype(hidden), "kernel": p["kernel"].astype(kernel)}
+        p["bias"] = p["bias"].astype("float16")
+        product = jnp.promote_types(hidden, kernel)
+        wide = jnp.dtype("float64" if product == "float64" else "float32")
+        g = {r: a.astype(wide) for r, a in cotangents().items()}
+        value, gradients, _ = value_and_gradients(p, g, chunk_size=4, logit_scale=0.5, z_loss=0.25)
+    q = p | {"logit_scale": 0.5, "z_loss": 0.25}
+    right, right_gradients = expected(q, g)
+    for r, a in value.items():
+        assert a.dtype == wide
+        assert_close(a, right[r])
+    for name, a in gradients.items():
+        assert a.dtype == p[name].dtype
+        assert_close(a, right_gradients[name], None if name in p else "float32")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_precision(dtype, reduction):
+    """As precise as float32 logits of the same inputs, and one rounding.
+
+    A gradient of the kernel that is added up in the inputs' dtype is not, by this same measure.
+    """
+    n, width, classes, chunk_size = 257, 24, 61, 16
+    hidden = jnp.asarray(3 * normal(n, width), dtype)
+    kernel = jnp.asarray(normal(width, classes) + 0.5, dtype)
+    labels = np.random.default_rng(0).integers(classes, size=n)
+    g = np.float32(100) if reduction == "mean" else normal(n)
+
+    def ours(hidden, kernel):
+        options = {"reduction": reduction, "chunk_size": chunk_size}
+        each = sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options)
+        return jnp.sum(g * each), each
+
+    def theirs(hidden, kernel):
+        each = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
+        each = each.mean() if reduction == "mean" else each
+        return jnp.sum(g * each), each
+
+    run = [
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*arrays)
+        for f, arrays in [
+            (ours, (hidden, kernel)),
+            (theirs, (hidden.astype(jnp.float32), kernel.astype(jnp.float32))),
+        ]
+    ]
+    x, pullback = oracle.head(hidden, kernel)
+    d_x = oracle.gradient(x, labels, g, reduction=reduction)
+    gradients = pullback(d_x)
+    right = [oracle.loss(x, labels, reduction=reduction), gradients["hidden"], gradients["kernel"]]
+
+    def within(actual, float32, right, to):
+        actual, float32 = (np.asarray(a).astype(np.float64) for a in (actual, float32))
+        info = jnp.finfo(to)
+        once = np.maximum(float(info.eps) * np.abs(right), float(info.smallest_subnormal)) / 2
+        return np.all(np.abs(actual - right) <= np.abs(float32 - right).max() + once)
+
+    ours, theirs = ([each, *gradients] for (_, each), gradients in run)
+    for a, b, c, to in zip(ours, theirs, right, ("float32", dtype, dtype), strict=True):
+        assert within(a, b, c, to)
+
+    d_kernel = np.zeros((width, classes), dtype)
+    for i in range(0, n, chunk_size):
+        rows = slice(i, i + chunk_size)
+        of_rows = np.asarray(hidden, np.float64)[rows].T @ d_x[rows]
+        d_kernel = (d_kernel.astype(np.float64) + of_rows).astype(dtype)
+    assert not within(d_kernel, theirs[2], right[2], dtype)
+
+
+@every_rule
+def test_digits_of_extreme_rows(rule):
+    """Confident rows and large offsets, where one hidden unit a row makes the logits exact."""
+    x = normal(8, 16)
+    for i, lead in enumerate([20, 40, 80, 20, 40]):
+        x[i, 3] = x[i].max() + lead
+    x[5:] = 8 * np.round(2 * x[5:]) + np.float32(1e8)
+    labels = np.array([3, 3, 3, 0, 1, 3, 4, 5])
+    g = np.exp2(np.arange(8) - 4).astype(np.float32)
+    p = {"hidden": np.eye(8, dtype=np.float32), "kernel": x, "labels": labels}
+    value, gradients, _ = value_and_gradients(
+        p, {"none": g}, rule=rule, chunk_size=3, compiler_options={}
+    )
+    exact = [oracle.exact_row(row, np.eye(16)[y]) for row, y in zip(x, labels, strict=True)]
+    d_x = g[:, None] * np.array([d for _, d in exact], np.float64)
+    assert (np.abs(d_x) > 1e-37).all()
+    np.testing.assert_allclose(value["none"], [float(loss) for loss, _ in exact], rtol=1e-6)
+    np.testing.assert_allclose(gradients["kernel"], d_x, rtol=2e-5)
+    wide = x.astype(np.float64)
+    bound = 2e-5 * (np.abs(d_x) @ np.abs(wide).T)
+    assert (np.abs(gradients["hidden"] - d_x @ wide.T) <= bound).all()
+
+
+# Rows that do not count, and rows that are bad
+
+
+def edges(rule, p):
+    """Losses and gradients; one program serves all tests of this section."""
+    g = {"mean": np.float32(1.7), "none": normal(N)}
+    options = {"where": np.ones(N, bool), "weights": np.ones(N, np.float32), "bias": normal(K)}
+    by = ("hidden", "kernel", "bias", "weights")
+    p = problem() | options | p
+    return *value_and_gradients(p, g, by, rule=rule, chunk_size=4, ignore_index=99)[:2], p, g
+
+
+@every_rule
+@pytest.mark.parametrize("reason", ["where", "weights", "ignore_index"])
+def test_a_row_that_does_not_count_contributes_nothing(reason, rule):
+    """NaN and infinity in hidden states, labels out of range."""
+    out = [0, 3, 7, 8, 12]
+    counts = ~np.isin(range(N), out)
+    hidden, labels = np.array(problem()["hidden"]), np.array(problem()["labels"])
+    hidden[[0, 3]], hidden[7], hidden[8, 2], labels[[3, 12]] = NAN, INF, -INF, (K, -1)
+    change = {
+        "where": {"where": counts},
+        "weights": {"weights": np.where(counts, np.abs(normal(N)), 0)},
+        "ignore_index": {"labels": np.where(counts, labels, 99)},
+    }[reason]
+    value, gradients, p, g = edges(rule, {"hidden": hidden, "labels": labels} | change)
+    check((value, gradients), p | problem() | {"where": counts}, g)
+    for a in (value["none"], gradients["hidden"], gradients["weights"]):
+        assert not a[out].any()
+
+
+# With rules that leave the kernel's product to JAX, a cotangent of 0 meets the kernel's infinity.
+@pytest.mark.parametrize(
+    ("reason", "rule"), [*(("where", rule) for rule in RULES), ("weights", "vjp")]
+)
+def test_logits_that_overflow_where_they_do_not_count(reason, rule):
+    """Of finite hidden states; the kernel's infinity is a class that cannot occur for the rest."""
+    counts, others = np.arange(N) % 3 > 0, np.arange(K) != 4
+    hidden, kernel = (np.array(problem()[name]) for name in ("hidden", "kernel"))
+    hidden[:, 0] = np.where(counts, -np.abs(hidden[:, 0]), 3e38)
+    kernel[0], kernel[0, 4] = 3, INF
+    labels = np.where(problem()["labels"] == 4, 1, problem()["labels"])
+    change = {"where": counts} if reason == "where" else {"weights": counts.astype(np.float32)}
+    value, gradients, p, g = edges(
+        rule, {"hidden": hidden, "kernel": kernel, "labels": labels} | change
+    )
+    p |= {"hidden": np.where(counts[:, None], hidden, 0), "kernel": kernel[:, others]}
+    p |= {"labels": labels - (labels > 4), "bias": p["bias"][others]}
+    right, right_gradients = expected(p, g)
+    for r in g:
+        assert_close(value[r], right[r])
+    for name in ("kernel", "bias"):
+        assert_close(gradients[name][..., others], right_gradients[name])
+        assert not gradients[name][..., 4].any()
+    assert not gradients["hidden"][~counts].any()
+
+
+@every_rule
+def test_a_bad_row_is_nan_alone(rule):
+    """NaN or infinity in its hidden states, a label out of range."""
+    bad = np.isin(range(N), [1, 4, 5, 12])
+    hidden, labels = np.array(problem()["hidden"]), np.array(problem()["labels"])
+    hidden[1, 2], hidden[4, 0], labels[[5, 12]] = NAN, INF, (K, -1)
+    value, gradients, p, g = edges(rule, {"hidden": hidden, "labels": labels})
+    right, right_gradients = expected(p | problem(), g)
+    assert np.isnan(value["mean"])
+    assert_close(value["none"], np.where(bad, NAN, right["none"]))
+    d_hidden = np.where(bad[:, None], NAN, right_gradients["hidden"])
+    assert_close(gradients["hidden"], d_hidden)
+
+
+def test_checkify_names_position_label_and_classes():
+    p = problem(n=6)
+    p = {k: a.reshape(2, 3, *a.shape[1:]) if k != "kernel" else a for k, a in p.items()}
+    labels = np.array([[0, 1, 2], [3, 99, -7]])
+    f = checkify.checkify(jax.jit(jax.grad(functools.partial(head, chunk_size=2), allow_int=True)))
+    message = f(p | {"labels": labels})[0].get()
+    assert f"[0, {K})" in message
+    assert "got 99" in message
+    assert "[1 1]" in message
+    assert f(p)[0].get() is None
+    where = np.array([[True] * 3, [True, False, False]])
+    assert f(p | {"labels": labels, "where": where})[0].get() is None
+
+
+@every_rule
+def test_a_bias_of_minus_infinity_cannot_occur(rule):
+    """No gradient there; if it is the label's, the loss is infinite and its gradient -1."""
+    bias = np.where(np.arange(K) == 4, -INF, normal(K)).astype(np.float32)
+    labels = np.where(problem()["labels"] == 4, 1, problem()["labels"])
+    value, gradients, p, g = edges(rule, {"bias": bias, "labels": labels})
+    check((value, gradients), p, g)
+    assert gradients["bias"][4] == 0
+    assert not gradients["kernel"][:, 4].any()
+    labels[6] = 4
+    value, gradients, p, g = edges(rule, {"bias": bias, "labels": labels})
+    assert value["none"][6] == value["mean"] == INF
+    right = [oracle.head_gradients(**p, g=g[r], reduction=r) for r in g]
+    for name in ("hidden", "kernel", "bias"):
+        assert_close(gradients[name], sum(d[name] for d in right))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": np.zeros((3, 2), int)}, TypeError, "hidden: expected dtype bfloat16.*got int"),
+        ({"hidden": np.float32(1)}, ValueError, "hidden: expected at least one axis"),
+        ({"kernel": np.zeros((2, 5), int)}, TypeError, "kernel: expected dtype bfloat16.*got int"),
+        (
+            {"kernel": np.zeros((5, 2), "f")},
+            ValueError,
+            r"kernel: .*D = 2,.*\(3, 2\), got \(5, 2\)",
+        ),
+        ({"kernel": np.zeros(2, "f")}, ValueError, r"kernel: .*\[D, K\].*got \(2,\)"),
+        ({"kernel": np.zeros((1, 2, 5), "f")}, ValueError, r"kernel: .*got \(1, 2, 5\)"),
+        ({"kernel": np.zeros((2, 0), "f")}, ValueError, "at least one class"),
+        ({"bias": np.zeros(4, "f")}, ValueError, r"bias: expected shape \(5,\), got \(4,\)"),
+        ({"bias": np.zeros((1, 5), "f")}, ValueError, r"bias: .*got \(1, 5\)"),
+        ({"bias": np.zeros(5, int)}, TypeError, "bias: expected a float dtype, got int"),
+        ({"logit_scale": np.ones(3, "f")}, ValueError, r"logit_scale: expected a scalar.*\(3,\)"),
+        ({"logit_scale": NAN}, ValueError, "logit_scale: .*got nan"),
+        ({"logit_scale": None}, TypeError, "logit_scale: .*got None"),
+        ({"softcap": 0}, ValueError, "softcap: .*above 0.*got 0"),
+        ({"softcap": -30.0}, ValueError, "softcap: .*got -30"),
+        ({"softcap": np.ones(1, "f")}, ValueError, r"softcap: expected a scalar.*\(1,\)"),
+        ({"softcap": "30"}, TypeError, "softcap: .*got '30'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
+        ({"chunk_size": 1.5}, TypeError, "chunk_size: expected an int or None, got 1.5"),
+        ({"chunk_size": True}, TypeError, "chunk_size: .*got True"),
+        ({"where": np.ones((3, 5), bool)}, ValueError, r"where: .*rows.*\(3,\), got \(3, 5\)"),
+        ({"where": np.ones(5, bool)}, ValueError, r"where: .*got \(5,\)"),
+        ({"where": np.ones(3, "f")}, TypeError, "where: expected dtype bool"),
+        ({"labels": np.zeros((3, 1), int)}, ValueError, r"labels: .*\(3,\).*got \(3, 1\)"),
+        ({"labels": np.zeros((3, 2), "f")}, ValueError, r"labels: .*\(3, 5\).*got \(3, 2\)"),
+        ({"labels": np.zeros(3, bool)}, TypeError, "labels: .*got bool"),
+        ({"weights": np.ones((3, 1), "f")}, ValueError, r"weights: .*got \(3, 1\)"),
+        ({"class_weights": np.ones(2, "f")}, ValueError, r"class_weights: .*got \(2,\)"),
+        ({"label_smoothing": 2}, ValueError, "label_smoothing: .*got 2"),
+        ({"z_loss": -1}, ValueError, "z_loss: .*got -1"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an int"),
+        ({"reduction": "max"}, ValueError, "reduction: .*got 'max'"),
+        ({"rule": "forward"}, ValueError, "rule: .*'vjp', 'jvp', 'autodiff', got 'forward'"),
+        ({"axis_name": "model"}, ValueError, "axis_name: .*shard_map.*'model'"),
+        ({"batch_axis_name": "data"}, ValueError, "batch_axis_name: .*shard_map.*'data'"),
+    ],
+)
+def test_errors_name_what_came(change, error, message):
+    arguments = {"hidden": np.zeros((3, 2), "f"), "kernel": np.zeros((2, 5), "f")}
+    arguments |= {"labels": np.zeros(3, int)} | change
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: head(arguments))
+
+
+# Cost
+
+
+@pytest.mark.parametrize(
+    ("of", "reduction", "products"),
+    [
+        ((), "mean", 1),
+        (("hidden", "kernel"), "mean", 3),
+        (("hidden",), "mean", 2),
+        (("kernel",), "sum", 2),
+        (("hidden", "kernel"), "none", 4),
+    ],
+)
+def test_flops(of, reduction, products):
+    """2 N D K for each product; one more where the backward pass computes the logits again.
+
+    XLA counts what a loop computes once: two chunks are a half, and one needs no loop.
+    """
+    n, width, classes = 64, 1024, 256
+    chunks = 2 if reduction == "none" else 1
+    p = {"hidden": jnp.zeros((n, width)), "kernel": jnp.zeros((width, classes))}
+    p |= {"labels": jnp.zeros(n, int)}
+
+    def run(given, rest, g):
+        value, pullback = jax.vjp(
+            lambda given: head(rest | given, reduction=reduction, chunk_size=n // chunks), given
+        )
+        return value, pullback(g)
+
+    given = {k: p.pop(k) for k in of}
+    g = normal(n) if reduction == "none" else np.float32(2)
+    flops = jax.jit(run).lower(given, p, g).compile().cost_analysis()["flops"]
+    assert flops == pytest.approx(2 * n // chunks * width * classes * products, rel=0.05)
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np, sxe
+
+assert jax.device_count() == 1
+n, width, classes = 200, 64, 16411
+rng = np.random.default_rng(0)
+weights = rng.uniform(size=n).astype("float32")
+bias, class_weights = rng.normal(size=(2, classes)).astype("float32")
+options = {"weights": weights, "where": weights < 0.8, "class_weights": abs(class_weights)}
+options |= {"label_smoothing": 0.1, "z_loss": 0.01}
+for dtype, reduction, dense, options in [
+    ("float32", "none", True, options),
+    ("bfloat16", "mean", False, options),
+    ("float16", "none", False, {}),
+]:
+    hidden = jnp.asarray(rng.normal(size=(n, width)), dtype)
+    kernel = jnp.asarray(0.3 * rng.normal(size=(width, classes)), dtype)
+    labels = rng.integers(classes, size=n)
+    labels = rng.uniform(size=(n, classes)).astype("float32") if dense else labels
+    g = 100 * rng.normal(size=(n,) if reduction == "none" else ()).astype("float32")
+    static = {"reduction": reduction, "return_metrics": True} | options
+
+    def head(hidden, kernel, bias, labels):
+        value, metrics = sxe.linear_softmax_cross_entropy(
+            hidden, kernel, labels, bias=bias, softcap=5.0, chunk_size=90, **static
+        )
+        return jnp.sum(g * value), (value, metrics)
+
+    def materialised(hidden, kernel, bias, labels):
+        logits = 5 * jnp.tanh((hidden @ kernel + bias) / 5)
+        value, metrics = sxe.softmax_cross_entropy(logits, labels, **static)
+        return jnp.sum(g * value), (value, metrics)
+
+    (_, results), gradients = jax.jit(jax.value_and_grad(head, (0, 1, 2), has_aux=True))(
+        hidden, kernel, bias, labels
+    )
+    (_, right), right_gradients = jax.jit(
+        jax.value_and_grad(materialised, (0, 1, 2), has_aux=True)
+    )(hidden.astype("float32"), kernel.astype("float32"), bias, labels)
+    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(right)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, right_gradients):
+        eps = float(jnp.finfo(a.dtype).eps)
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=eps, atol=1e-5 * abs(b).max())
+
+for dtype in ("float32", "bfloat16"):
+    temporaries = []
+    for n in (2048, 4096):
+        arrays = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, width), (width, classes))]
+        labels = jax.ShapeDtypeStruct((n,), "int32")
+        f = jax.jit(jax.value_and_grad(sxe.linear_softmax_cross_entropy, (0, 1)))
+        memory = f.lower(*arrays, labels).compile().memory_analysis()
+        temporaries.append(memory.temp_size_in_bytes)
+    print(dtype, temporaries)
+    assert max(temporaries) < 64 * 2**20 + width * classes * 4, temporaries
+    # An array or two of [N, D], and chunks that are a little larger; the logits are 128 MiB more.
+    assert temporaries[1] - temporaries[0] < 8 * 2**20, temporaries
+"""
+
+
+def test_one_cpu_device_takes_blocks_of_classes():
+    """And of rows, with remainders, and memory that does not grow with the rows.
+
+    In a process of its own: here the tests see several devices, and blocks are ruled out.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ONE_DEVICE],
+        cwd=Path(sxe.__file__).parents[1],
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr

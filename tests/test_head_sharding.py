@@ -1,0 +1,308 @@
+"""The head on a mesh: in shard_map, and under jit on Auto and on Explicit meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+from test_sharding import collectives, make_mesh, naming, use_mesh
+
+import sxe
+
+RULES = ("vjp", "jvp", "autodiff")
+N, D, K = 8, 3, 16
+
+# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def problem(*names, dense=False, dtype="float32", seed=0, shape=(N, D, K)):
+    """The array arguments of a call by name, with the options named."""
+    rows, width, classes = shape
+    rng = np.random.default_rng(seed)
+    options = {
+        "bias": rng.normal(size=classes),
+        "class_weights": rng.uniform(0.5, 2, size=classes),
+        "label_smoothing": np.array(0.3),
+        "logit_scale": np.array(0.7),
+        "softcap": np.array(3),
+        "weights": np.where(np.arange(rows) == 3, 0, rng.uniform(0.5, 2, size=rows)),
+        "z_loss": np.array(0.05),
+    }
+    p = {name: a.astype(np.float32) for name, a in options.items() if name in names}
+    if "where" in names:
+        p["where"] = np.arange(rows) != 5
+    labels = rng.integers(classes, size=rows).astype(np.int32)
+    p["labels"] = rng.uniform(size=(rows, classes)).astype(np.float32) if dense else labels
+    p["hidden"] = rng.normal(size=(rows, width)).astype(jnp.dtype(dtype))
+    p["kernel"] = rng.normal(size=(width, classes)).astype(jnp.dtype(dtype))
+    return p
+
+
+EVERY = ("bias", "class_weights", "label_smoothing", "logit_scale", "softcap", "where", "weights")
+EVERY += ("z_loss",)
+
+
+def cases(rule="vjp"):
+    """Every option with either kind of labels, none, and each reduction: p and the rest of a call.
+
+    The last has bfloat16 operands.
+    """
+    static = {"rule": rule, "chunk_size": 3}
+    p = problem(*EVERY)
+    return [
+        (p, static | {"reduction": "mean", "ignore_index": int(p["labels"][1])}),
+        (problem(*EVERY, dense=True), static | {"reduction": "none"}),
+        (problem(dtype="bfloat16", seed=1), static | {"reduction": "sum"}),
+    ]
+
+
+def cotangent(p, static):
+    shape = len(p["hidden"]) if static["reduction"] == "none" else ()
+    return np.asarray(np.random.default_rng(2).normal(size=shape), np.float32)
+
+
+def spec(p, rows, classes):
+    """How the arguments lie on a mesh that splits rows and classes along these axes."""
+    layouts = {
+        "hidden": P(rows, None),
+        "kernel": P(None, classes),
+        "labels": P(rows, classes) if p["labels"].ndim == 2 else P(rows),
+        **dict.fromkeys(("bias", "class_weights"), P(classes)),
+        **dict.fromkeys(("where", "weights"), P(rows)),
+    }
+    return {name: layouts.get(name, P()) for name in p}
+
+
+def out_spec(static, rows):
+    return P(rows) if static["reduction"] == "none" else P()
+
+
+def floats(p):
+    return {name: a for name, a in p.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+
+
+def head(static):
+    return lambda p: sxe.linear_softmax_cross_entropy(**p, **static)
+
+
+def with_gradients(loss):
+    """p and g to the loss, and to the gradients of g * loss for all arguments that have one."""
+
+    def call(p, g):
+        value, pull = jax.vjp(lambda q: loss(p | q), floats(p))
+        return value, *pull(g)
+
+    return call
+
+
+def outside(p, static, mesh, rows, classes, **options):
+    """The gradient of the loss in shard_map."""
+    loss = head(static | {"axis_name": classes, "batch_axis_name": rows})
+    options |= {"in_specs": (spec(p, rows, classes),), "out_specs": out_spec(static, rows)}
+    return with_gradients(jax.shard_map(loss, mesh=mesh, **options))
+
+
+def inside(p, static, mesh, rows, classes):
+    """The gradient in shard_map."""
+    layout, g = spec(p, rows, classes), out_spec(static, rows)
+    return jax.shard_map(
+        with_gradients(head(static | {"axis_name": classes, "batch_axis_name": rows})),
+        mesh=mesh,
+        in_specs=(layout, g),
+        out_specs=(g, {name: layout[name] for name in floats(p)}),
+    )
+
+
+_ONE_DEVICE = {}
+
+
+def on_one_device(p, static):
+    """The gradients of the same call, which many tests share, by rule "vjp" and in one chunk."""
+    key = p["kernel"].dtype, p["kernel"].shape, p["labels"].ndim, static["reduction"], tuple(p)
+    if key not in _ONE_DEVICE:
+        static = {k: v for k, v in static.items() if k not in ("rule", "chunk_size")}
+        _, gradients = quick_jit(with_gradients(head(static)))(p, cotangent(p, static))
+        _ONE_DEVICE[key] = {n: np.asarray(a).astype(np.float64) for n, a in gradients.items()}
+    return _ONE_DEVICE[key]
+
+
+def compare(functions, calls, place=lambda p, static: (p, cotangent(p, static))):
+    """One program with these functions against the oracle, and against the calls on one device."""
+    run = quick_jit(lambda each: [f(*a) for f, a in zip(functions, each, strict=True)])
+    results = run([place(*call) for call in calls])
+    for (p, static), (value, gradients) in zip(calls, results, strict=True):
+        with naming(*static.values(), *p):
+            numbers = {k: v for k, v in static.items() if k in ("reduction", "ignore_index")}
+            assert_close(value, oracle.head_loss(**p, **numbers))
+            for name, right in on_one_device(p, static).items():
+                with naming(name):
+                    assert gradients[name].dtype == p[name].dtype
+                    assert_close(gradients[name], right, scale=max(1, np.abs(right).max()))
+    return results
+
+
+# shard_map
+
+
+unchecked = functools.partial(outside, check_vma=False)
+
+
+@pytest.mark.parametrize(
+    ("transform", "rule"),
+    [(f, rule) for f in (outside, inside, unchecked) for rule in RULES[: 2 + (f is outside)]],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", "unchecked"),
+)
+def test_shard_map(transform, rule):
+    """Rows and classes split; the gradient outside, with check_vma on and off, and inside."""
+    calls = cases(rule)
+    compare([transform(*call, make_mesh(2, 4), "data", "model") for call in calls], calls)
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [("data", None), (None, "model"), (("data", "model"), None), (None, ("model", "data"))],
+)
+def test_one_axis_or_several(rows, classes):
+    calls = cases()
+    transforms = (inside, outside, unchecked)
+    mesh = make_mesh(2, 4)
+    functions = [f(*call, mesh, rows, classes) for f, call in zip(transforms, calls, strict=True)]
+    compare(functions, calls)
+
+
+def test_blocks_in_shard_map(monkeypatch):
+    """Of one row and of 256 classes, of a shard's 300."""
+    monkeypatch.setattr("sxe._tiles.BLOCK_BYTES", 1)
+    shape, static = (N, 2, 1200), {"chunk_size": 3}
+    calls = [
+        (problem(*EVERY, shape=shape), static | {"reduction": "mean"}),
+        (problem("bias", "softcap", dtype="bfloat16", shape=shape), static | {"reduction": "none"}),
+    ]
+    transforms = (inside, outside)
+    mesh = make_mesh(2, 4)
+    compare([f(*c, mesh, "data", "model") for f, c in zip(transforms, calls, strict=True)], calls)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_do_not_count(rule):
+    """NaN and labels out of range there, and in bad rows, which are NaN alone on every device."""
+    p, static = problem("bias", "weights", "softcap"), {"rule": rule, "reduction": "none"}
+    good = p | {"where": ~np.isin(range(N), [0, 4, 6])}
+    bad = good | {"hidden": p["hidden"].copy(), "labels": p["labels"].copy()}
+    bad["hidden"][[0, 3, 4]], bad["labels"][6] = np.nan, K
+    worse = {name: a for name, a in bad.items() if name not in ("where", "weights")}
+    functions = [outside(q, static, make_mesh(2, 4), "data", "model") for q in (bad, worse)]
+    g = cotangent(p, static)
+    run = quick_jit(lambda *qs: [f(q, g) for f, q in zip(functions, qs, strict=True)])
+    (value, gradients), (worse_value, worse_gradients) = run(bad, worse)
+    right = oracle.head_gradients(**good, g=g, reduction="none")
+    assert_close(value, oracle.head_loss(**good, reduction="none"))
+    for name in ("hidden", "kernel", "bias"):
+        assert_close(gradients[name], right[name])
+    del good["where"], good["weights"]
+    nan = np.isin(range(N), [0, 3, 4, 6])
+    right = oracle.head_gradients(**good, g=g, reduction="none")["hidden"]
+    assert_close(worse_value, np.where(nan, np.nan, oracle.head_loss(**good, reduction="none")))
+    assert_close(worse_gradients["hidden"], np.where(nan[:, None], np.nan, right))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis_name": "other"}, "^axis_name: .*shard_map.*'other'"),
+        ({"axis_name": "data"}, "^axis_name: .*splits the kernel.*'data'.*same"),
+        ({"batch_axis_name": "model"}, "^batch_axis_name: .*splits the hidden.*'model'.*same"),
+        ({"axis_name": "model", "batch_axis_name": "model"}, "^batch_axis_name: .*'model'"),
+    ],
+)
+def test_wrong_use(options, message):
+    p = problem()
+    layout = spec(p, "data", "model")
+    loss = jax.shard_map(head(options), mesh=make_mesh(2, 4), in_specs=(layout,), out_specs=P())
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(loss, p)
+
+
+# jit on global arrays, which JAX splits
+
+
+@pytest.mark.parametrize("layout", [("data", None), (None, "model"), ("data", "model")], ids=str)
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_global_arrays(kind, layout):
+    """Every reduction; on an explicit mesh a gradient is split as its argument."""
+    mesh, context = use_mesh(kind)
+    rule = RULES[[("data", None), (None, "model"), ("data", "model")].index(layout)]
+    calls = cases()[:2] + cases(rule)[2:]
+
+    def place(p, static):
+        layouts = spec(p, *layout), out_spec(static, layout[0])
+        return jax.tree.map(
+            lambda x, s: jax.device_put(x, NamedSharding(mesh, s)),
+            (p, cotangent(p, static)),
+            layouts,
+        )
+
+    functions = [with_gradients(head(static)) for _, static in calls]
+    with context:
+        results = compare(functions, calls, place)
+    if kind == "explicit":
+        for (p, static), (value, gradients) in zip(calls, results, strict=True):
+            layouts = {name: NamedSharding(mesh, s) for name, s in spec(p, *layout).items()}
+            for name, a in gradients.items():
+                assert a.sharding.is_equivalent_to(layouts[name], a.ndim), name
+            if static["reduction"] == "none":
+                assert value.sharding.is_equivalent_to(layouts["where"], 1)
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
+def test_metrics(kind):
+    """The first of the largest logits wins, in whichever shard it lies."""
+    p = problem("weights", "where", "bias")
+    p["hidden"][0], p["hidden"][1] = 0, 0
+    p["bias"][[5, 13]] = 9
+    static = {"chunk_size": 3, "return_metrics": True}
+    layout = spec(p, "data", "model")
+    mesh, context = use_mesh(kind)
+    call = head(static)
+    if kind == "shard_map":
+        out = P(), sxe.Metrics(P(), P(), P("data"), P("data"))
+        call = head(static | {"axis_name": "model", "batch_axis_name": "data"})
+        call = jax.shard_map(call, mesh=mesh, in_specs=(layout,), out_specs=out)
+    with context:
+        q = {name: jax.device_put(a, NamedSharding(mesh, layout[name])) for name, a in p.items()}
+        value, metrics = quick_jit(call)(q)
+    x, _ = oracle.head(p["hidden"], p["kernel"], bias=p["bias"])
+    rest = {name: p[name] for name in ("labels", "weights", "where")}
+    _, _, counts, weights, _ = oracle.rows(x, **rest)
+    assert_close(value, oracle.loss(x, **rest))
+    assert_close(metrics.loss_sum, oracle.loss(x, **rest, reduction="sum"))
+    assert_close(metrics.weight_sum, (weights * counts).sum())
+    assert_close(metrics.lse, np.where(counts, np.logaddexp.reduce(x, axis=-1), 0))
+    np.testing.assert_array_equal(metrics.predictions, x.argmax(-1))
+    assert np.asarray(metrics.predictions)[0] == 5
+
+
+# What the compiled program moves
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+def test_collectives(rule, reduction):
+    """Statistics of rows, and once the gradient of the hidden states: not the kernel, no logits."""
+    rows, width, classes = 32, 12, 512
+    p = problem(*EVERY, shape=(rows, width, classes))
+    static = {"rule": rule, "reduction": reduction, "chunk_size": 8}
+    f = outside(p, static, make_mesh(1, 8), None, "model")
+    program = quick_jit(f).lower(p, cotangent(p, static)).compile()
+    sizes = sorted((size for _, size in collectives(program.as_text())), reverse=True)
+    assert sizes[0] == rows * width
+    assert all(size <= rows for size in sizes[1:]), sizes

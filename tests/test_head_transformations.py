@@ -1,0 +1,453 @@
+"""The head under every transformation of JAX, against logits in float64."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from jax import export
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.flatten_util import ravel_pytree
+from oracle import assert_close
+
+import sxe
+
+N, D, K, B = 5, 2, 4, 3
+RULES = ("vjp", "jvp", "autodiff")
+FORWARD = ("jvp", "autodiff")  # the rules that forward mode can differentiate
+REDUCTIONS = ("mean", "none")
+
+# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+
+
+@pytest.fixture
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def problem(dense=False, dtype="float32", lead=(), seed=0):
+    """The array arguments of a call by name, with these leading axes."""
+    rng = np.random.default_rng(seed)
+    wide = "float64" if dtype == "float64" else "float32"
+
+    def positive(*shape):
+        return jnp.asarray(rng.uniform(0.5, 2, size=(*lead, *shape)), wide)
+
+    labels = jnp.asarray(rng.integers(K, size=(*lead, N)), jnp.int32)
+    return {
+        "hidden": jnp.asarray(rng.normal(size=(*lead, N, D)), dtype),
+        "kernel": jnp.asarray(rng.normal(size=(*lead, D, K)), dtype),
+        "labels": positive(N, K).astype(dtype) if dense else labels,
+        "bias": jnp.asarray(rng.normal(size=(*lead, K)), wide),
+        "logit_scale": positive(),
+        "softcap": positive(),
+        "where": jnp.asarray(np.arange(N) != rng.integers(N, size=(*lead, 1))),
+        "weights": positive(N),
+        "class_weights": positive(K),
+        "label_smoothing": positive() / 5,
+        "z_loss": positive() / 10,
+    }
+
+
+def plain(p):
+    """Without the options."""
+    return {name: p[name] for name in ("hidden", "kernel", "labels")}
+
+
+def cotangents(lead=(), dtype="float32"):
+    """For both reductions, random and with a sign of its own for each row."""
+    rng = np.random.default_rng(1)
+    shapes = {"mean": lead, "none": (*lead, N)}
+    return {r: jnp.asarray(rng.normal(size=shape), dtype) for r, shape in shapes.items()}
+
+
+def head(rule="vjp", chunk_size=2):
+    """p to the loss by both reductions, which take different ways to the gradient."""
+
+    def losses(p):
+        call = functools.partial(sxe.linear_softmax_cross_entropy, chunk_size=chunk_size, rule=rule)
+        return {r: call(**p, reduction=r) for r in REDUCTIONS}
+
+    return losses
+
+
+DIFFERENTIATED = ("hidden", "kernel", "bias", "logit_scale", "softcap")
+
+
+def with_gradients(losses, by=DIFFERENTIATED):
+    """p and g to the losses, and to the gradients of their sum weighted by g."""
+
+    def call(p, g):
+        given = {name: p[name] for name in by if name in p}
+        value, pull = jax.vjp(lambda q: losses(p | q), given)
+        return value, *pull(g)
+
+    return call
+
+
+def assert_matches(actual, p, g, dtype=None):
+    value, gradients = actual
+    each = {r: oracle.head_gradients(**p, g=np.float64(g[r]), reduction=r) for r in value}
+    for r, loss in value.items():
+        assert_close(loss, oracle.head_loss(**p, reduction=r), dtype)
+    for name, gradient in gradients.items():
+        right = sum(d[name] for d in each.values())
+        scale = max(np.abs(d[name]).max(initial=0) for d in each.values())
+        # A scalar's gradient is a sum with cancellation.
+        assert_close(gradient, right, dtype, scale if np.ndim(right) else max(10, scale))
+        assert gradient.dtype == p[name].dtype
+
+
+def materialised(p):
+    """The losses as anyone would write them, in JAX, from logits."""
+    z = p["logit_scale"] * (p["hidden"] @ p["kernel"]) + p["bias"][None, :]
+    x = p["softcap"] * jnp.tanh(z / p["softcap"])
+    log_q, a = jax.nn.log_softmax(x), p["label_smoothing"]
+    y = p["labels"] if p["labels"].ndim == 2 else jax.nn.one_hot(p["labels"], K, dtype=x.dtype)
+    t = p["class_weights"][None, :] * ((1 - a) * y + a / K)
+    w = jnp.where(p["where"], p["weights"], 0)
+    loss = w * (p["z_loss"] * jax.nn.logsumexp(x, axis=-1) ** 2 - jnp.sum(t * log_q, axis=-1))
+    norm = w if p["labels"].ndim == 2 else w * p["class_weights"][p["labels"]]
+    return {"mean": loss.sum() / norm.sum(), "none": loss}
+
+
+def at(p, i):
+    return jax.tree.map(lambda a: a[i], p)
+
+
+def floats(p):
+    return {name: a for name, a in p.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+
+
+# jit, and none of it
+
+
+@every_rule
+def test_without_jit(rule):
+    """Eager, and every primitive on its own, where JAX looks for a NaN in what each of them gives.
+
+    One class cannot occur.
+    """
+    p, g = problem(), cotangents()
+    p = {name: p[name] for name in p if name not in ("label_smoothing", "softcap")}
+    p["bias"] = p["bias"].at[2].set(-jnp.inf)
+    p["labels"] = jnp.where(p["labels"] == 2, 3, p["labels"])
+    call = with_gradients(head(rule))
+    with jax.debug_nans(True):
+        if rule == "vjp":
+            assert_matches(call(p, g), p, g)
+        with jax.disable_jit():
+            assert_matches(call(p, g), p, g)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@every_rule
+def test_eval_shape(rule, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        p = problem(True, dtype)
+        wide = p["weights"].dtype
+
+        def loss(q, reduction="mean"):
+            options = {"return_metrics": True, "rule": rule, "reduction": reduction}
+            return sxe.linear_softmax_cross_entropy(**(p | q), **options, chunk_size=2)
+
+        def of(*shapes_and_dtypes):
+            return [jax.ShapeDtypeStruct(*a) for a in shapes_and_dtypes]
+
+        metrics = of(((), wide), ((), wide), ((N,), wide), ((N,), jnp.int32))
+        for reduction, shape in [("mean", ()), ("sum", ()), ("none", (N,))]:
+            value, found = jax.eval_shape(functools.partial(loss, reduction=reduction), p)
+            assert [value, *found] == [*of((shape, wide)), *metrics]
+        gradients, _ = jax.eval_shape(jax.grad(loss, has_aux=True), floats(p))
+        assert gradients == jax.eval_shape(lambda q: q, floats(p))
+
+
+# vmap
+
+
+@pytest.mark.parametrize(
+    ("rule", "mapped"),
+    [
+        ("vjp", ("hidden",)),
+        ("vjp", ("kernel",)),
+        ("vjp", ("hidden", "kernel")),
+        ("vjp", ("labels",)),
+        ("vjp", ("bias", "softcap", "where", "z_loss")),
+        ("vjp", tuple(problem())),
+        ("jvp", tuple(problem())),
+        ("autodiff", ("kernel", "labels", "weights")),
+    ],
+)
+def test_vmap(rule, mapped):
+    """Over some of the arguments, and the cotangents."""
+    batch, g = problem(lead=(B,)), cotangents((B,))
+    p = {name: a if name in mapped else a[0] for name, a in batch.items()}
+    axes = {name: 0 if name in mapped else None for name in p}
+    out = quick_jit(jax.vmap(with_gradients(head(rule)), in_axes=(axes, 0)))(p, g)
+    for i in range(B):
+        each = {name: a[i] if name in mapped else a for name, a in p.items()}
+        assert_matches(at(out, i), each, at(g, i))
+
+
+@every_rule
+def test_gradient_of_vmap_sums_over_a_shared_kernel(rule):
+    batch, g = problem(lead=(B,)), cotangents((B,))
+    axes = {name: None if name in ("kernel", "bias") else 0 for name in batch}
+    p = {name: a[0] if axes[name] is None else a for name, a in batch.items()}
+    losses = jax.vmap(head(rule), in_axes=(axes,))
+    _, gradients = quick_jit(with_gradients(losses, ("kernel", "bias")))(p, g)
+    each = [
+        oracle.head_gradients(
+            **(at(batch, i) | {n: p[n] for n in gradients}), g=g[r][i], reduction=r
+        )
+        for i in range(B)
+        for r in REDUCTIONS
+    ]
+    for name, gradient in gradients.items():
+        assert_close(gradient, sum(d[name] for d in each))
+
+
+# Derivatives
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("rule", FORWARD)
+def test_forward_mode(rule, dense):
+    """jvp, linearize and its transpose, and jacfwd, in every argument."""
+    p, g = problem(dense, "float64"), cotangents(dtype="float64")
+    p_dot = jax.tree.map(lambda a: jnp.sin(1 + 5 * a), floats(p))
+
+    def ways(losses, q, q_dot):
+        def f(q):
+            return losses(p | q)
+
+        value, linear = jax.linearize(f, q)
+        jacobian = jax.jacfwd(lambda kernel: f(q | {"kernel": kernel}))(q["kernel"])
+        transposed = jax.linear_transpose(linear, q)(g)
+        return jax.jvp(f, (q,), (q_dot,)), (value, linear(q_dot)), transposed, jacobian
+
+    actual = quick_jit(functools.partial(ways, head(rule)))(floats(p), p_dot)
+    expected = quick_jit(functools.partial(ways, materialised))(floats(p), p_dot)
+    jax.tree.map(assert_close, actual, expected)
+
+
+def test_rule_vjp_has_no_forward_mode():
+    p = plain(problem())
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jacfwd(lambda kernel: head()(p | {"kernel": kernel}))(p["kernel"])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_do_not_depend_on_those_taken_before(reduction):
+    """For both arguments after for one of them: JAX keeps what it knows of a custom rule."""
+    p = plain(problem())
+    static = {"labels": p["labels"], "reduction": reduction, "chunk_size": 2}
+    kernels = jnp.stack([p["kernel"], 2 * p["kernel"]])
+
+    def loss(hidden, kernel):
+        return jnp.sum(sxe.linear_softmax_cross_entropy(hidden, kernel, **static))
+
+    def of_vmap(hidden):
+        return jnp.sum(jax.vmap(loss, in_axes=(None, 0))(hidden, kernels))
+
+    both = jax.grad(loss, argnums=(0, 1))
+    first = both(p["hidden"], p["kernel"])
+    jax.grad(of_vmap)(p["hidden"])
+    again = quick_jit(both)(p["hidden"], p["kernel"])
+    third = jax.grad(jax.checkpoint(loss), argnums=(0, 1))(p["hidden"], p["kernel"])
+    for gradients in (again, third):
+        jax.tree.map(assert_close, gradients, first)
+
+
+# The product of the Hessian of f at x and v, and the Hessian.
+SECOND = {
+    "hessian": lambda f, x, v: jax.hessian(f)(x) @ v,
+    "jvp of grad": lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
+    "grad of grad": lambda f, x, v: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x),
+}
+FORWARD_SECOND = {
+    "grad of jvp": lambda f, x, v: jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1])(x),
+    "jacfwd(jacfwd)": lambda f, x, v: jax.jacfwd(jax.jacfwd(f))(x) @ v,
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("rule", "reduction"),
+    [("vjp", "mean"), ("vjp", "none"), ("jvp", "none"), ("autodiff", "mean")],
+)
+def test_second_derivatives(rule, reduction):
+    """In hidden states, kernel, bias, scale, cap and weights at once, mixed ones included."""
+    p, g = problem(rule == "autodiff", "float64"), cotangents(dtype="float64")[reduction]
+    x, unravel = ravel_pytree({name: p[name] for name in (*DIFFERENTIATED, "weights")})
+    v = jnp.sin(1 + 5 * x)
+
+    def total(losses, x):
+        return jnp.sum(g * losses(p | unravel(x))[reduction])
+
+    ways = SECOND | (FORWARD_SECOND if rule in FORWARD else {})
+    f = functools.partial(total, head(rule))
+    actual = quick_jit(lambda x: {name: way(f, x, v) for name, way in ways.items()})(x)
+    expected = quick_jit(jax.hessian(functools.partial(total, materialised)))(x) @ v
+    for product in actual.values():
+        assert_close(product, expected)
+
+
+@pytest.mark.parametrize("policy", [None, "everything_saveable", "dots_saveable"])
+@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+def test_checkpoint(rule, policy):
+    p, g = problem(), cotangents()
+    policy = policy and getattr(jax.checkpoint_policies, policy)
+    call = with_gradients(jax.checkpoint(head(rule), policy=policy))
+    assert_matches(quick_jit(call)(p, g), p, g)
+
+
+# Sizes
+
+
+def avals(jaxpr):
+    """Of every value that a program computes, those within loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars)
+        for x in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)
+        ):
+            if isinstance(x, Jaxpr | ClosedJaxpr):
+                yield from avals(getattr(x, "jaxpr", x))
+
+
+# For vjp of grad, by the other rules, JAX keeps what its own backward loop computes.
+@pytest.mark.parametrize(
+    ("rule", "derivative"),
+    [
+        ("vjp", "vjp of grad"),
+        *itertools.product(RULES, ["none", "grad", "jvp of grad"]),
+    ],
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_has_the_size_of_the_logits(rule, reduction, derivative):
+    rows, width, classes, chunk_size = 64, 3, 40, 4
+    p = {"hidden": jnp.ones((rows, width)), "kernel": jnp.ones((width, classes))}
+    static = {"chunk_size": chunk_size, "reduction": reduction, "rule": rule}
+    static |= {"labels": jnp.ones(rows, int), "label_smoothing": 0.1, "softcap": 3.0}
+    static |= {"where": jnp.arange(rows) > 5, "class_weights": jnp.ones(classes)}
+
+    def total(p):
+        return jnp.sum(sxe.linear_softmax_cross_entropy(**p, **static) ** 2)
+
+    gradient = jax.grad(total)
+    f = {
+        "none": total,
+        "grad": gradient,
+        "jvp of grad": lambda p: jax.jvp(gradient, (p,), (p,)),
+        "vjp of grad": lambda p: jax.vjp(gradient, p)[1](p),
+    }[derivative]
+    sizes = [math.prod(a.shape) for a in avals(jax.make_jaxpr(f)(p).jaxpr)]
+    assert chunk_size * classes in sizes
+    assert max(sizes) < rows * classes
+
+
+# Training
+
+
+def test_steps_of_an_optimizer_in_a_scan():
+    """In bfloat16: the carry, parameters and the optimizer's state, keeps its dtypes."""
+    optimizer, steps = optax.sgd(0.1, momentum=0.9), 3
+    p = plain(problem(dtype="bfloat16"))
+    params = {"hidden": p["hidden"], "kernel": p["kernel"]}
+
+    def step(carry, _):
+        params, state = carry
+        value, gradients = jax.value_and_grad(lambda params: head()(p | params)["mean"])(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    carry = params, optimizer.init(params)
+    (actual, _), losses = quick_jit(lambda c: jax.lax.scan(step, c, length=steps))(carry)
+    wide = jax.tree.map(lambda a: np.asarray(a).astype(np.float64), params)
+    trace = dict.fromkeys(wide, 0)
+    for i in range(steps):
+        assert_close(losses[i], oracle.head_loss(**(p | wide)), "bfloat16")
+        gradients = oracle.head_gradients(**(p | wide))
+        trace = {n: gradients[n] + 0.9 * trace[n] for n in wide}
+        wide = {n: wide[n] - 0.1 * trace[n] for n in wide}
+    for name, a in actual.items():
+        assert a.dtype == jnp.bfloat16
+        assert_close(a, wide[name])
+
+
+def test_donation():
+    """Hidden states and kernel give their memory to their gradients."""
+    p, g = problem(), cotangents()
+
+    def step(hidden, kernel):
+        return with_gradients(head(), ("hidden", "kernel"))(
+            p | {"hidden": hidden, "kernel": kernel}, g
+        )
+
+    given = jnp.copy(p["hidden"]), jnp.copy(p["kernel"])
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(a.nbytes for a in given)
+    value, gradients = compiled(*given)
+    assert all(a.is_deleted() for a in given)
+    assert_matches((value, gradients), p, g)
+
+
+# Modes of JAX
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@every_rule
+def test_float32_stays_float32_when_x64_is_on(rule, dense):
+    """No float64 on the way, and float64 options change nothing."""
+    p, g = problem(dense), cotangents()
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.5, "softcap": 3.0}
+    q = {name: p[name] for name in p if name not in (*numbers, "weights")}
+    call = jax.jit(with_gradients(lambda q: head(rule)(q | numbers)))
+    text = call.lower(q, g).as_text()
+    assert "xf32>" in text
+    assert "xf64>" not in text
+    if not dense:
+        wide = {n: a.astype(jnp.float64) for n, a in floats(p).items() if a.ndim < 2}
+        wide["labels"] = p["labels"].astype(jnp.int64)
+        out = quick_jit(with_gradients(head(rule)))(p | wide, g)
+        assert out[0]["none"].dtype == jnp.float32
+        assert_matches(out, p | wide, g, "float32")
+
+
+# Export
+
+
+@pytest.mark.parametrize(
+    ("rule", "dense"), [("vjp", False), ("vjp", True), ("jvp", False), ("autodiff", True)]
+)
+def test_export_round_trip(rule, dense):
+    """Through bytes; the program is for every platform."""
+    p, g = problem(dense), cotangents()
+    with sxe.label_checks(False):  # jax.export has no bytes for a check of labels
+        f = jax.jit(with_gradients(head(rule)))
+        exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(p, g)
+    again = export.deserialize(exported.serialize())
+    assert_matches(again.call(p, g), p, g)
+
+
+def test_gradient_of_the_exported_loss():
+    p, g = problem(), cotangents()
+    with sxe.label_checks(False):
+        exported = export.export(jax.jit(head()))(p)
+    again = export.deserialize(exported.serialize(vjp_order=1))
+    assert_matches(with_gradients(again.call)(p, g), p, g)
