@@ -18,7 +18,9 @@ from oracle import assert_close
 import sxe
 
 RULES = ["vjp", "jvp", "autodiff"]
-every_rule = pytest.mark.parametrize("rule", RULES)
+every_rule = pytest.mark.parametrize(
+    "rule", ["vjp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
+)
 N, D, K = 13, 5, 11
 INF, NAN = np.inf, np.nan
 REDUCTIONS = ("mean", "sum", "none")
@@ -115,15 +117,25 @@ def expected(p, g):
 
     each = [oracle.head_gradients(**p, g=np.float64(g[r]), reduction=r) for r in g]
     gradients = {k: sum(d[k] for d in each) for k in each[0] if k in p}
+    value, step = losses(p), 1e-6
+    if "labels" in floats(p):
+        # Linear, row by row: each class of all rows at once.
+        rows = functools.partial(oracle.head_loss, reduction="none")
+        total_of_rows = rows(**p).sum()
+        ratio = {r: loss / total_of_rows if r != "none" else 1 for r, loss in value.items()}
+        share = sum(np.asarray(g[r]) * ratio[r] for r in g) * np.ones(len(p["labels"]))
+        labels = np.asarray(p["labels"], np.float64)
+        ahead = [rows(**(p | {"labels": labels + e})) for e in np.eye(labels.shape[-1])]
+        gradients["labels"] = share[:, None] * (np.stack(ahead, axis=-1) - rows(**p)[:, None])
     for name in set(floats(p)) - set(gradients):
-        a, step = np.asarray(p[name], np.float64), 1e-6
+        a = np.asarray(p[name], np.float64)
         gradients[name] = np.zeros(a.shape)
         for i in np.ndindex(a.shape):
             e = np.zeros(a.shape)
             e[i] = step
             change = total(p | {name: a + e}) - total(p | {name: a - e})
             gradients[name][i] = change / (2 * step)
-    return losses(p), gradients
+    return value, gradients
 
 
 def check(actual, p, g):
@@ -251,9 +263,11 @@ def test_dtypes(hidden, kernel, x64):
         assert_close(a, right_gradients[name], None if name in p else "float32")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("rule", "reduction"), [("vjp", "mean"), ("vjp", "none"), ("jvp", "none"), ("autodiff", "mean")]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_precision(dtype, reduction):
+def test_precision(dtype, rule, reduction):
     """As precise as float32 logits of the same inputs, and one rounding.
 
     A gradient of the kernel that is added up in the inputs' dtype is not, by this same measure.
@@ -265,7 +279,7 @@ def test_precision(dtype, reduction):
     g = np.float32(100) if reduction == "mean" else normal(n)
 
     def ours(hidden, kernel):
-        options = {"reduction": reduction, "chunk_size": chunk_size}
+        options = {"reduction": reduction, "chunk_size": chunk_size, "rule": rule}
         each = sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options)
         return jnp.sum(g * each), each
 
@@ -514,6 +528,8 @@ def test_flops(of, reduction, products):
 
     given = {k: p.pop(k) for k in of}
     g = normal(n) if reduction == "none" else np.float32(2)
+    # JAX is not given what XLA would have to remove.
+    assert str(jax.make_jaxpr(run)(given, p, g)).count("dot_general[") == products
     flops = jax.jit(run).lower(given, p, g).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * n // chunks * width * classes * products, rel=0.05)
 
@@ -522,7 +538,7 @@ ONE_DEVICE = """
 import jax, jax.numpy as jnp, numpy as np, sxe
 
 assert jax.device_count() == 1
-n, width, classes = 200, 64, 16411
+n, width, classes = 199, 64, 16411  # 2 chunks of 63 + 37 rows and of 4 * 4096 + 27 classes
 rng = np.random.default_rng(0)
 weights = rng.uniform(size=n).astype("float32")
 bias, class_weights = rng.normal(size=(2, classes)).astype("float32")
@@ -542,7 +558,7 @@ for dtype, reduction, dense, options in [
 
     def head(hidden, kernel, bias, labels):
         value, metrics = sxe.linear_softmax_cross_entropy(
-            hidden, kernel, labels, bias=bias, softcap=5.0, chunk_size=90, **static
+            hidden, kernel, labels, bias=bias, softcap=5.0, chunk_size=100, **static
         )
         return jnp.sum(g * value), (value, metrics)
 
@@ -564,9 +580,9 @@ for dtype, reduction, dense, options in [
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=eps, atol=1e-5 * abs(b).max())
 
-for dtype in ("float32", "bfloat16"):
+for dtype, sizes in [("float32", [4096]), ("bfloat16", [2048, 4096])]:
     temporaries = []
-    for n in (2048, 4096):
+    for n in sizes:
         arrays = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, width), (width, classes))]
         labels = jax.ShapeDtypeStruct((n,), "int32")
         f = jax.jit(jax.value_and_grad(sxe.linear_softmax_cross_entropy, (0, 1)))
@@ -575,7 +591,7 @@ for dtype in ("float32", "bfloat16"):
     print(dtype, temporaries)
     assert max(temporaries) < 64 * 2**20 + width * classes * 4, temporaries
     # An array or two of [N, D], and chunks that are a little larger; the logits are 128 MiB more.
-    assert temporaries[1] - temporaries[0] < 8 * 2**20, temporaries
+    assert temporaries[-1] - temporaries[0] < 8 * 2**20, temporaries
 """
 
 
