@@ -179,8 +179,7 @@ def _transform(
 def _narrow(program: _Program, shared: _Shared, rows: _Batch) -> tuple[_Shared, _Batch]:
     """Hidden states and kernel in the dtype of their product.
 
-    They come in float32. The rules here narrow them before the loop over chunks; where JAX is to
-    differentiate the loop it is done within, so that JAX, too, adds gradients up in float32.
+    They come in float32, so that their gradients leave in it.
     """
     kernel, hidden = shared.kernel.astype(program.dtype), rows.hidden.astype(program.dtype)
     return shared._replace(kernel=kernel), rows._replace(hidden=hidden)
@@ -276,12 +275,13 @@ def _rows_by(
     """Row losses, lse and predictions, by one of the rules for logits, differentiated by JAX."""
 
     def body(carry: None, chunk: _Batch) -> tuple[None, tuple[Array, Array, Array | None]]:
-        narrow_shared, chunk = _narrow(program, shared, chunk)
+        # In float32, which holds the operands' products: or JAX would round the kernel's gradient
+        # to the operands' dtype in every chunk.
         hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
-        u = _product_fwd(hidden, narrow_shared.kernel)
+        u = _product_fwd(hidden, shared.kernel)
         x, _, counts, predictions = _logits(program, shared, u, chunk)
         if program.metrics and chunk.counts is not None:
-            u = _product_fwd(*lax.stop_gradient((chunk.hidden, narrow_shared.kernel)))
+            u = _product_fwd(*lax.stop_gradient((chunk.hidden, shared.kernel)))
             predictions = _logits(program, lax.stop_gradient(shared), u, chunk).predictions
         loss, lse = RULES[rule](x, _targets(shared, chunk), program.axis_name)
         return carry, (keep(counts, loss), keep(counts, lse), predictions)
@@ -653,7 +653,7 @@ def linear_softmax_cross_entropy(
       kernel: [D, K], likewise; a tied embedding [K, D] passes its transpose. If the dtypes differ
         they are promoted as in ``hidden @ kernel``.
       labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
-      bias: float [K]. A class with a bias of -inf cannot occur.
+      bias: float [K]. Without softcap, a class with a bias of -inf cannot occur.
       logit_scale: a number or a scalar array, for example 1 / temperature.
       softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
       chunk_size: the most rows that a chunk may have. By default a power of two for which a chunk's
@@ -667,7 +667,7 @@ def linear_softmax_cross_entropy(
         batch_axis_name: as for ``softmax_cross_entropy``.
       rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as
         ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
-        differentiates one chunk after the other.
+        differentiates one chunk after the other, and matmuls are in float32.
 
     Returns:
       The loss, float32 (float64 if hidden or kernel is), or ``(loss, sxe.Metrics)``. Gradients

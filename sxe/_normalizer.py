@@ -55,7 +55,8 @@ def _apart(m: Array, after: Array) -> Array:
     the gradient share their terms, it writes the terms out instead: an array of the size of x.
     """
     if jax.default_backend() == "cpu":
-        m, _ = lax.optimization_barrier((m, after))
+        # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
+        m, _ = lax.optimization_barrier((m, lax.stop_gradient(after)))
     return m
 
 
