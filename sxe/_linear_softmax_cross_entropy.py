@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from sxe import _normalizer as nz
@@ -39,19 +38,25 @@ from sxe._axes import (
     check_axis_name,
     is_explicit,
     psum,
-    sharding,
     vary,
     varying,
 )
+from sxe._layout import layout_of
 from sxe._options import Arrays, Projection, Static
-from sxe._reduction import Metrics, denominator, metrics, predict, sums, weighted
-from sxe._softmax_cross_entropy import RULES, holds_shares, rows_bwd, rows_fwd
+from sxe._projection import gather_rows, product_bwd, product_fwd, transform, zeros_as
+from sxe._reduction import Best, best, denominator, first_of, metrics, specs, sums, weighted
+from sxe._softmax_cross_entropy import (
+    RULES,
+    holds_shares,
+    merge_shares,
+    rows_bwd,
+    rows_fwd,
+    share,
+)
 from sxe._targets import Rows, Targets, keep, make_rows
 from sxe._tiles import (
-    classes_per_block,
     number_of_chunks,
     over_chunks,
-    over_classes,
     over_rows,
     rows_per_chunk,
 )
@@ -97,85 +102,6 @@ class _Wanted(NamedTuple):
 # One chunk.
 
 
-def product_dtype(dtype: DTypeLike, backend: str) -> Any:
-    """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
-
-    It is their own, except on a CPU, for which XLA widens float16.
-    """
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and backend == "cpu" else dtype)
-
-
-def gradient_dtype(dtype: DTypeLike, backend: str) -> Any:
-    """The dtype in which the gradient of u is multiplied with hidden states and kernel.
-
-    An accelerator multiplies bfloat16 with bfloat16 only, so that the gradient is rounded to it. A
-    CPU gains little by that, and float16 would lose every probability below 6e-8.
-    """
-    if dtype == jnp.bfloat16 and backend != "cpu":
-        return jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """The matrix product over one axis of each, accumulated in float32, or float64."""
-    dimensions = (((over[0],), (over[1],)), ((), ()))
-    wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    return lax.dot_general(a, b, dimensions, preferred_element_type=wide)
-
-
-def _zeros(x: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros of that shape, float32 or float64 and typed as varying as x."""
-    return vary(jnp.zeros(shape, nz.wide(x).dtype), varying(x))
-
-
-def _product_fwd(hidden: Array, kernel: Array) -> Array:
-    """u [C, K]."""
-    (rows, hidden_size), classes = hidden.shape, kernel.shape[1]
-    dtype = product_dtype(hidden.dtype, jax.default_backend())
-    if dtype == hidden.dtype:
-        return _product(hidden, kernel, (1, 0))
-    hidden = hidden.astype(dtype)
-
-    def block(u: Array, take: Callable[..., Any], put: Callable[..., Any]) -> Array:
-        return put(u, _product(hidden, take(kernel).astype(dtype), (1, 0)))
-
-    size = classes_per_block(hidden_size, classes, jax.default_backend())
-    return over_classes(block, _zeros(hidden, (rows, classes)), classes, size)
-
-
-def _product_bwd(
-    d_u: Array, hidden: Array, kernel: Array, d_kernel: Array | None, want_hidden: bool
-) -> tuple[Array | None, Array | None]:
-    """d hidden if wanted, and d_kernel with that of a chunk added unless it is None."""
-    classes, backend = kernel.shape[1], jax.default_backend()
-    dtype = gradient_dtype(hidden.dtype, backend)
-    wide_hidden = hidden.astype(dtype)
-
-    def block(d: Any, take: Callable[..., Any], put: Callable[..., Any]) -> Any:
-        d_hidden, d_kernel = d
-        d_part = take(d_u).astype(dtype)
-        if d_hidden is not None:
-            d_hidden = d_hidden + _product(d_part, take(kernel).astype(dtype), (1, 1))
-        if d_kernel is not None:
-            d_kernel = put(d_kernel, take(d_kernel) + _product(wide_hidden, d_part, (0, 0)))
-        return d_hidden, d_kernel
-
-    size = classes_per_block(hidden.shape[1], classes, backend)
-    if d_kernel is None and dtype == hidden.dtype:
-        size = classes
-    d_hidden = _zeros(d_u, hidden.shape) if want_hidden else None
-    return over_classes(block, (d_hidden, d_kernel), classes, size)
-
-
-def _transform(
-    u: Array, bias: Array | None, logit_scale: Array | None, softcap: Array | None
-) -> Array:
-    """The logits, from the product of hidden states and kernel."""
-    z = u if logit_scale is None else logit_scale * u
-    z = z if bias is None else z + bias[None, :]
-    return z if softcap is None else softcap * jnp.tanh(z / softcap)
-
-
 def _narrow(program: _Program, shared: _Shared, rows: _Batch) -> tuple[_Shared, _Batch]:
     """Hidden states and kernel in the dtype of their product.
 
@@ -198,7 +124,18 @@ class _Logits(NamedTuple):
     x: Array
     bwd: Callable[[Array], Any]
     counts: Array | None
-    predictions: Array | None
+    best: Best | None
+
+
+def _have_loss(program: _Program, rows: _Batch, m: Array) -> Array | None:
+    """The rows that count and whose largest logit m is finite, unless they weigh something.
+
+    Hidden states that are finite may still have logits that are not.
+    """
+    if not program.weighted:
+        return rows.counts
+    have = (rows.weight != 0) | jnp.isfinite(m)
+    return have if rows.counts is None else rows.counts & have
 
 
 def _logits(program: _Program, shared: _Shared, u: Array, rows: _Batch) -> _Logits:
@@ -206,17 +143,14 @@ def _logits(program: _Program, shared: _Shared, u: Array, rows: _Batch) -> _Logi
     parameters = (shared.bias, shared.logit_scale, shared.softcap)
     counts = rows.counts
     if program.weighted:
-        # Hidden states that are finite may still have logits that are not.
-        m = jnp.max(lax.stop_gradient(_transform(u, *parameters)), axis=-1)
+        m = jnp.max(lax.stop_gradient(transform(u, *parameters)), axis=-1)
         m = m if program.axis_name is None else lax.pmax(m, program.axis_name)
-        has_loss = (rows.weight != 0) | jnp.isfinite(m)
-        counts = has_loss if counts is None else counts & has_loss
-    x, bwd = jax.vjp(_transform, keep(counts, u), *parameters)
-    predictions = None
+        counts = _have_loss(program, rows, m)
+    x, bwd = jax.vjp(transform, keep(counts, u), *parameters)
+    largest = None
     if program.metrics:
-        everything = x if counts is None else _transform(u, *parameters)
-        predictions = predict(everything, program.axis_name)
-    return _Logits(x, bwd, counts, predictions)
+        largest = best(x if counts is None else transform(u, *parameters))
+    return _Logits(x, bwd, counts, largest)
 
 
 def _add(a: Array | None, b: Array | None) -> Array | None:
@@ -258,10 +192,10 @@ def _chunk_bwd(
     ``of_rows`` gives d u, which rows count, and what else is to come out.
     """
     carry, d_kernel = carry
-    u = _product_fwd(chunk.hidden, shared.kernel)
+    u = product_fwd(chunk.hidden, shared.kernel)
     carry, d_u, (counts, outputs) = over_rows(of_rows, carry, u, rows)
     hidden = keep(counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
-    d_hidden, d_kernel = _product_bwd(d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden)
+    d_hidden, d_kernel = product_bwd(d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden)
     d_hidden = None if d_hidden is None else keep(counts, d_hidden)
     return (carry, d_kernel), (d_hidden, outputs)
 
@@ -269,42 +203,55 @@ def _chunk_bwd(
 # All chunks.
 
 
-def _rows_by(
-    rule: str, program: _Program, shared: _Shared, batch: _Batch
-) -> tuple[Array, Array, Array | None]:
-    """Row losses, lse and predictions, by one of the rules for logits, differentiated by JAX."""
+class _Results(NamedTuple):
+    """Of the rows, or of the sum of their losses."""
 
-    def body(carry: None, chunk: _Batch) -> tuple[None, tuple[Array, Array, Array | None]]:
+    loss: Array
+    lse: Array
+    best: Best | None  # without gradient, of this shard's classes
+
+
+def _rows_by(rule: str, program: _Program, shared: _Shared, batch: _Batch) -> _Results:
+    """The rows, by one of the rules for logits, differentiated by JAX."""
+
+    def body(carry: None, chunk: _Batch) -> tuple[None, _Results]:
         # In float32, which holds the operands' products: or JAX would round the kernel's gradient
         # to the operands' dtype in every chunk.
         hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
-        u = _product_fwd(hidden, shared.kernel)
-        x, _, counts, predictions = _logits(program, shared, u, chunk)
+        u = product_fwd(hidden, shared.kernel)
+        x, _, counts, largest = _logits(program, shared, u, chunk)
         if program.metrics and chunk.counts is not None:
-            u = _product_fwd(*lax.stop_gradient((chunk.hidden, shared.kernel)))
-            predictions = _logits(program, lax.stop_gradient(shared), u, chunk).predictions
+            u = product_fwd(*lax.stop_gradient((chunk.hidden, shared.kernel)))
+            largest = _logits(program, lax.stop_gradient(shared), u, chunk).best
         loss, lse = RULES[rule](x, _targets(shared, chunk), program.axis_name)
-        return carry, (keep(counts, loss), keep(counts, lse), predictions)
+        return carry, _Results(keep(counts, loss), keep(counts, lse), largest)
 
     return over_chunks(body, None, batch, program.chunks)[1]
 
 
 def _rows_and_state(
     program: _Program, shared: _Shared, batch: _Batch
-) -> tuple[tuple[Array, Array, Array | None], nz.Normalizer]:
-    """Row losses, lse and predictions, and the state that a backward pass starts from."""
+) -> tuple[_Results, nz.Normalizer, Array | None]:
+    """The rows, the state that a backward pass starts from, and which of them count.
+
+    Shards of the classes meet behind the loop, once for all rows.
+    """
+    unweighted = program._replace(weighted=False)
 
     def of_rows(carry: None, u: Array, rows: _Batch) -> tuple[None, None, Any]:
-        x, _, counts, predictions = _logits(program, shared, u, rows)
-        (loss, lse), (_, _, state) = rows_fwd(x, _targets(shared, rows), program.axis_name)
-        return carry, None, ((keep(counts, loss), keep(counts, lse), predictions), state)
+        x, _, _, largest = _logits(unweighted, shared, u, rows)
+        return carry, None, (share(x, _targets(shared, rows), program.axis_name), largest)
 
     def body(carry: None, chunk: _Batch) -> tuple[None, Any]:
-        u = _product_fwd(chunk.hidden, shared.kernel)
+        u = product_fwd(chunk.hidden, shared.kernel)
         _, _, outputs = over_rows(of_rows, carry, u, chunk._replace(hidden=None))
         return carry, outputs
 
-    return over_chunks(body, None, batch, program.chunks)[1]
+    _, (shares, largest) = over_chunks(body, None, batch, program.chunks)
+    (loss, lse), state = merge_shares(shares, batch.targets.total, program.axis_name)
+    counts = _have_loss(program, batch, state.m)
+    loss, lse, state = jax.tree.map(functools.partial(keep, counts), (loss, lse, state))
+    return _Results(loss, lse, largest), state, counts
 
 
 def _primals(inputs: Any) -> tuple[Any, Any]:
@@ -345,25 +292,24 @@ def _instantiate(g: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(
-    program: _Program, shared: _Shared, batch: _Batch
-) -> tuple[Array, Array, Array | None]:
-    """sum_i w_i (loss_i + z lse_i^2), and without gradient lse and predictions."""
+def _weighted_sum(program: _Program, shared: _Shared, batch: _Batch) -> _Results:
+    """sum_i w_i (loss_i + z lse_i^2), and without gradient lse."""
     shared, batch = _narrow(program, shared, batch)
-    (loss, lse, predictions), _ = _rows_and_state(program, shared, batch)
-    return jnp.sum(weighted(loss, lse, batch.weight, shared.z_loss)), lse, predictions
+    rows, _, _ = _rows_and_state(program, shared, batch)
+    loss = weighted(rows.loss, rows.lse, batch.weight, shared.z_loss)
+    return rows._replace(loss=jnp.sum(loss))
 
 
 def _weighted_sum_fwd(
     program: _Program, shared_primals: _Shared, batch_primals: _Batch
-) -> tuple[tuple[Array, Array, Array | None], tuple[_Shared, _Batch]]:
+) -> tuple[_Results, tuple[_Shared, _Batch]]:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     wanted = _Wanted(*flags)
     shared, batch = _narrow(program, shared, batch)
 
     def of_rows(carry: tuple[Array, _Shared], u: Array, rows: _Batch) -> tuple[Any, Array, Any]:
         total, d_shared = carry
-        x, transform_bwd, counts, predictions = _logits(program, shared, u, rows)
+        x, transform_bwd, counts, largest = _logits(program, shared, u, rows)
         (loss, lse), res = rows_fwd(x, _targets(shared, rows), program.axis_name)
         loss, lse = keep(counts, loss), keep(counts, lse)
         value, weighted_bwd = jax.vjp(weighted, loss, lse, rows.weight, shared.z_loss)
@@ -374,26 +320,26 @@ def _weighted_sum_fwd(
         )
         d_shared = d_shared._replace(z_loss=_add(d_shared.z_loss, d_z))
         d_rows = _only(wanted.batch, _Batch(None, d_targets, d_weight, None))
-        return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, predictions, d_rows))
+        return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, largest, d_rows))
 
     def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
         return _chunk_bwd(of_rows, wanted, shared, carry, chunk, chunk._replace(hidden=None))
 
     total = vary(jnp.zeros((), batch.weight.dtype), varying(batch.weight))
-    zeros = _only(wanted.shared, jax.tree.map(lambda x: _zeros(x, x.shape), shared))
+    zeros = _only(wanted.shared, jax.tree.map(lambda x: zeros_as(x, x.shape), shared))
     carry = ((total, zeros._replace(kernel=None)), zeros.kernel)
     carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
     (total, d_shared), d_kernel = carry
-    lse, predictions, d_batch = outputs
+    lse, largest, d_batch = outputs
     gradients = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
-    return (total, lse, predictions), _marked(tuple(wanted), gradients)
+    return _Results(total, lse, largest), _marked(tuple(wanted), gradients)
 
 
 def _weighted_sum_bwd(
-    program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Any, Any, Any]
+    program: _Program, res: tuple[_Shared, _Batch], gs: _Results
 ) -> tuple[_Shared, _Batch]:
     d_shared, d_batch = _unmarked(res)
-    g = _instantiate(gs[0])
+    g = _instantiate(gs.loss)
     g_all = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
 
     def times(g: Array, d: Any) -> Any:
@@ -413,25 +359,23 @@ _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(program: _Program, shared: _Shared, batch: _Batch) -> tuple[Array, Array, Array | None]:
-    """Row losses, lse and, without gradient, predictions."""
+def _rows(program: _Program, shared: _Shared, batch: _Batch) -> _Results:
     return _rows_and_state(program, *_narrow(program, shared, batch))[0]
 
 
 def _single_rows_fwd(program: _Program, shared_primals: _Shared, batch_primals: _Batch) -> Any:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     shared, batch = _narrow(program, shared, batch)
-    results, state = _rows_and_state(program, shared, batch)
+    results, state, counts = _rows_and_state(program, shared, batch)
+    batch = batch._replace(counts=counts)
     return results, (shared, batch, state, jax.tree.map(lambda w: jnp.zeros((int(w),)), flags))
 
 
-def _single_rows_bwd(
-    program: _Program, res: Any, gs: tuple[Any, Any, Any]
-) -> tuple[_Shared, _Batch]:
+def _single_rows_bwd(program: _Program, res: Any, gs: _Results) -> tuple[_Shared, _Batch]:
     shared, batch, state, flags = res
     wanted = _Wanted(*jax.tree.map(lambda w: w.size > 0, flags))
-    program = program._replace(metrics=False)
-    g_lse = None if isinstance(gs[1], SymbolicZero) else gs[1]
+    program = program._replace(metrics=False, weighted=False)  # counts has it
+    g_lse = None if isinstance(gs.lse, SymbolicZero) else gs.lse
     shares = holds_shares(program.axis_name)
 
     def of_rows(d_shared: _Shared, u: Array, at_rows: Any) -> tuple[_Shared, Array, Any]:
@@ -448,8 +392,8 @@ def _single_rows_bwd(
         rows = (chunk._replace(hidden=None), *rest)
         return _chunk_bwd(of_rows, wanted, shared, carry, chunk, rows)
 
-    zeros = _only(wanted.shared, jax.tree.map(lambda x: _zeros(x, x.shape), shared))
-    rows = (batch, state, _instantiate(gs[0]), g_lse)
+    zeros = _only(wanted.shared, jax.tree.map(lambda x: zeros_as(x, x.shape), shared))
+    rows = (batch, state, _instantiate(gs.loss), g_lse)
     carry = (zeros._replace(kernel=None), zeros.kernel)
     carry, (d_hidden, d_batch) = over_chunks(body, carry, rows, program.chunks)
     d_shared, d_kernel = carry
@@ -484,16 +428,19 @@ def _typed_alike(shared: _Shared, batch: _Batch, axis_name: AxisName) -> tuple[_
     )
 
 
+class _Inputs(NamedTuple):
+    hidden: Array
+    kernel: Array
+    labels: Array
+    projection: Projection
+    arrays: Arrays
+
+
 def _prepare(
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    projection: Projection,
-    arrays: Arrays,
-    static: Static,
-    chunk_size: int | None,
+    inputs: _Inputs, static: Static, chunk_size: int | None
 ) -> tuple[_Program, _Shared, _Batch, Rows]:
     """A call as what all rows share and what each has, padded to whole chunks; and the rows."""
+    hidden, kernel, labels, projection, arrays = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     dtype = jnp.result_type(hidden, kernel)
     wide = jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
@@ -531,8 +478,12 @@ def _prepare(
         return None if x is None else jnp.asarray(x, wide)
 
     # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
+    if static.layout is None or static.layout.fsdp is None:
+        kernel = kernel.astype(wide)
+    else:
+        kernel = gather_rows(kernel, static.layout.fsdp, varying(hidden), wide)
     shared = _Shared(
-        kernel=kernel.astype(wide),
+        kernel=kernel,
         bias=None if projection.bias is None else projection.bias.astype(wide),
         logit_scale=number(projection.logit_scale),
         softcap=number(projection.softcap),
@@ -547,25 +498,16 @@ def _prepare(
     return program, *_typed_alike(shared, batch, static.axis_name), rows
 
 
-def _result(
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    projection: Projection,
-    arrays: Arrays,
-    *,
-    static: Static,
-    chunk_size: int | None,
-) -> Any:
-    program, shared, batch, rows = _prepare(
-        hidden, kernel, labels, projection, arrays, static, chunk_size
-    )
+def _result(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
+    check_axis_name("axis_name", static.axis_name, "the kernel", inputs.kernel)
+    check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", inputs.hidden)
+    program, shared, batch, rows = _prepare(inputs, static, chunk_size)
     loss = None
     if static.rule == "vjp" and static.reduction != "none":
-        loss_sum, lse, predictions = _weighted_sum(program, shared, batch)
+        loss_sum, lse, largest = _weighted_sum(program, shared, batch)
     else:
         run = _rows if static.rule == "vjp" else functools.partial(_rows_by, static.rule)
-        loss, lse, predictions = run(program, shared, batch)
+        loss, lse, largest = run(program, shared, batch)
         loss = weighted(loss, lse, batch.weight, shared.z_loss)
         loss_sum = jnp.sum(loss)
 
@@ -576,43 +518,31 @@ def _result(
     value = total.loss / denominator(total, static.reduction)
     if static.reduction == "none":
         value = rows_of(loss)
-    if not static.return_metrics:
+    if largest is None:
         return value
+    predictions = first_of(largest, inputs.kernel.shape[1], static.axis_name)
     return value, metrics(total, rows_of(lse), rows, rows_of(predictions))
 
 
 @functools.partial(jax.jit, static_argnames=("static", "chunk_size"), inline=True)
-def _loss(
-    hidden: Array,
-    kernel: Array,
-    labels: Array,
-    projection: Projection,
-    arrays: Arrays,
-    static: Static,
-    chunk_size: int | None,
-) -> Any:
+def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
+    hidden, kernel, labels, projection, arrays = inputs
     _options.check_projection(hidden, kernel, projection)
-    shape = (*hidden.shape[:-1], kernel.shape[1])
-    _options.check_rows(labels, arrays, static, shape, (hidden.ndim - 1,))
+    shape, axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
+    _options.check_rows(labels, arrays, static, shape, axes)
     if arrays.where is not None and arrays.where.ndim == hidden.ndim:
         raise ValueError(
             f"where: expected a mask of rows, of shape {shape[:-1]}, got {arrays.where.shape}; "
             "masks of classes need softmax_cross_entropy, or a bias of -inf"
         )
-    check_axis_name("axis_name", static.axis_name, "the kernel", kernel)
-    check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", hidden)
-
-    run: Callable[..., Any] = functools.partial(_result, static=static, chunk_size=chunk_size)
-    if is_explicit(hidden, kernel, labels):
-        # Types can't say how the chunks of a split batch are split. The compiler can, given types
-        # of what goes in and comes out.
-        a_row = PartitionSpec(*sharding(hidden)[:-1])
-        one = PartitionSpec()
-        value = a_row if static.reduction == "none" else one
-        of_metrics: Any = (one, one, a_row, a_row)
-        out = (value, Metrics(*of_metrics)) if static.return_metrics else value
-        run = jax.sharding.auto_axes(run, out_sharding=out)
-    return run(hidden, kernel, labels, projection, arrays)
+    if static.layout is None and is_explicit(hidden, kernel):
+        # Types say how the inputs are split. Those of the chunks of split rows they can't.
+        static = static._replace(layout=layout_of(hidden, kernel))
+    result = functools.partial(_result, chunk_size=chunk_size)
+    layout = static.layout
+    if layout is None:
+        return result(inputs, static)
+    return layout.run(result, inputs, static, len(shape), axes, specs(static, layout.of_rows()))
 
 
 def linear_softmax_cross_entropy(
@@ -656,8 +586,8 @@ def linear_softmax_cross_entropy(
       bias: float [K]. Without softcap, a class with a bias of -inf cannot occur.
       logit_scale: a number or a scalar array, for example 1 / temperature.
       softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
-      chunk_size: the most rows that a chunk may have. By default a power of two for which a chunk's
-        logits take 32 MiB, so that memory does not grow with the rows; more where that would be
+      chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
+        on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
         less than 128 rows on a CPU, 1024 on an accelerator, up to a sixteenth of the rows.
       where: bool [...], the rows that count. The head has no mask of classes.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
@@ -715,12 +645,7 @@ def linear_softmax_cross_entropy(
         rules=tuple(RULES),
     )
     projection = _options.parse_projection(bias, logit_scale, softcap)
-    return _loss(
-        jnp.asarray(hidden),
-        jnp.asarray(kernel),
-        jnp.asarray(labels),
-        projection,
-        arrays,
-        static=static,
-        chunk_size=_options.parse_chunk_size(chunk_size),
+    inputs = _Inputs(
+        jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels), projection, arrays
     )
+    return _loss(inputs, static=static, chunk_size=_options.parse_chunk_size(chunk_size))

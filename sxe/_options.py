@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sxe._axes import AxisName, axis_names
+from sxe._layout import Layout
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -35,6 +36,7 @@ class Static(NamedTuple):
     axis_name: AxisName
     batch_axis_name: AxisName
     rule: str
+    layout: Layout | None  # of global arrays, over a mesh
 
 
 class Projection(NamedTuple):
@@ -65,7 +67,7 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _mesh_axes(name: str, value: Any) -> AxisName:
+def mesh_axes(name: str, value: Any) -> AxisName:
     names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if value is None or names == ():
         return None
@@ -86,12 +88,18 @@ def parse(
     reduction: str,
     reductions: tuple[str, ...] = REDUCTIONS,
     return_metrics: bool,
-    axis_name: AxisName,
+    axis_name: AxisName | Layout,
     batch_axis_name: AxisName,
     rule: str,
     rules: tuple[str, ...],
 ) -> tuple[Arrays, Static]:
-    """The options of one call, checked as far as that needs no other argument."""
+    """The options of one call, checked as far as that needs no other argument.
+
+    ``over_mesh`` gives a layout for ``axis_name``.
+    """
+    layout = None
+    if isinstance(axis_name, Layout):
+        layout, axis_name = axis_name, None
     if ignore_index is not None and (
         not isinstance(ignore_index, (int, np.integer)) or isinstance(ignore_index, bool)
     ):
@@ -112,9 +120,10 @@ def parse(
         axis=tuple(axis) if isinstance(axis, list) else axis,
         reduction=one_of("reduction", reduction, reductions),
         return_metrics=bool(return_metrics),
-        axis_name=_mesh_axes("axis_name", axis_name),
-        batch_axis_name=_mesh_axes("batch_axis_name", batch_axis_name),
+        axis_name=mesh_axes("axis_name", axis_name),
+        batch_axis_name=mesh_axes("batch_axis_name", batch_axis_name),
         rule=one_of("rule", rule, rules),
+        layout=layout,
     )
     both = set(axis_names(static.axis_name)) & set(axis_names(static.batch_axis_name))
     if both:

@@ -1,12 +1,14 @@
 """Row losses to the result: weights, the three reductions, and the metrics beside them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum
+from sxe._options import Static
 from sxe._targets import Rows
 
 
@@ -59,13 +61,31 @@ def metrics(total: Sums, lse: Array, rows: Rows, predictions: Array) -> Metrics:
     return jax.tree.map(lax.stop_gradient, Metrics(total.loss, total.weight, lse, predictions))
 
 
-def predict(x: Array, axis_name: AxisName) -> Array:
-    """The first class with the row's largest logit, over all shards, [..., K] to [...]."""
-    x = lax.stop_gradient(x)
-    k = jnp.argmax(x, axis=-1).astype(jnp.int32)
+def specs(static: Static, rows: PartitionSpec) -> Any:
+    """How a result is split over a mesh that splits the rows so: sums are on every device."""
+    one = PartitionSpec()
+    value = rows if static.reduction == "none" else one
+    of_metrics: Any = Metrics(one, one, rows, rows)  # type: ignore[arg-type]
+    return (value, of_metrics) if static.return_metrics else value
+
+
+class Best(NamedTuple):
+    """The first of the largest logits of a tile's classes, [...]: its class and its value."""
+
+    k: Array
+    x: Array
+
+
+def best(x: Array) -> Best:
+    """[..., K] to [...]."""
+    return Best(jnp.argmax(x, axis=-1).astype(jnp.int32), lax.stop_gradient(jnp.max(x, axis=-1)))
+
+
+def first_of(best: Best, classes: int, axis_name: AxisName) -> Array:
+    """The class of the first of all shards' largest logits, where a shard has so many classes."""
     if axis_name is None:
-        return k
-    k = k + lax.axis_index(axis_name) * x.shape[-1]
-    largest = jnp.max(x, axis=-1)
-    behind = largest < lax.pmax(largest, axis_name)
+        return best.k
+    k = best.k + lax.axis_index(axis_name) * classes
+    x = lax.stop_gradient(best.x)  # a custom rule's result
+    behind = x < lax.pmax(x, axis_name)
     return lax.pmin(jnp.where(behind, jnp.iinfo(jnp.int32).max, k), axis_name)

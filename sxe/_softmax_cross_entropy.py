@@ -36,7 +36,17 @@ from sxe._axes import (
     varying,
 )
 from sxe._options import Arrays, Static
-from sxe._reduction import Metrics, Sums, denominator, metrics, predict, sums, weighted
+from sxe._reduction import (
+    Metrics,
+    Sums,
+    best,
+    denominator,
+    first_of,
+    metrics,
+    specs,
+    sums,
+    weighted,
+)
 from sxe._targets import (
     Rows,
     Targets,
@@ -45,21 +55,51 @@ from sxe._targets import (
     make_rows,
     target_cost,
     target_gaps,
+    target_sum,
     target_tile,
 )
 
 # The rule for rows: logits [..., K] and targets to the row loss and lse, both [...].
 
 
-def _state(x: Array, axis_name: AxisName) -> nz.Normalizer:
-    return nz.merge_over(nz.normalize(x), axis_name)
+class Share(NamedTuple):
+    """What the classes of one tile contribute to their rows, [...]: all of it, or a shard's part.
+
+    The state (m, r) of their logits; sum_k t_k (m - x_k); and sum_k t_k, which only a shard needs.
+    """
+
+    state: nz.Normalizer
+    cost: Array
+    target: Array | None
 
 
-def _loss_and_lse(
-    x: Array, targets: Targets, state: nz.Normalizer, axis_name: AxisName
-) -> tuple[Array, Array]:
-    cost = target_cost(targets, x, state.m, state.log1p_r, axis_name)
-    return nz.row_loss(state, cost, targets.total), state.lse
+def share(x: Array, targets: Targets, axis_name: AxisName) -> Share:
+    state = nz.normalize(x)
+    if axis_name is None:
+        return Share(state, target_cost(targets, x, state.m, state.log1p_r), None)
+    empty = state.m == -jnp.inf  # of a shard, where other shards may hold finite logits
+    m, log1p_r = (jnp.where(empty, 0, a) for a in (state.m, state.log1p_r))
+    return Share(state, target_cost(targets, x, m, log1p_r), target_sum(targets, x))
+
+
+def merge_shares(
+    share: Share, total: Array, axis_name: AxisName
+) -> tuple[tuple[Array, Array], nz.Normalizer]:
+    """The row loss and lse, and their state, from the shares of all shards."""
+    state = nz.merge_over(share.state, axis_name)
+    cost = share.cost
+    if share.target is not None:
+        # A shard measures costs from its own maximum. None of the terms is negative.
+        own = jnp.where(share.state.m == -jnp.inf, 0, share.state.m)
+        behind = jnp.where(share.target == 0, 0, state.m - own)
+        cost = psum(cost + share.target * behind, axis_name)
+    return (nz.row_loss(state, cost, total), state.lse), state
+
+
+def _row_loss(
+    x: Array, targets: Targets, axis_name: AxisName
+) -> tuple[tuple[Array, Array], nz.Normalizer]:
+    return merge_shares(share(x, targets, axis_name), targets.total, axis_name)
 
 
 def _row_gradient(
@@ -71,7 +111,7 @@ def _row_gradient(
 
 
 def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
-    return _loss_and_lse(x, targets, _state(x, axis_name), axis_name)
+    return _row_loss(x, targets, axis_name)[0]
 
 
 _rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
@@ -80,8 +120,8 @@ _rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
 def rows_fwd(
     x: Array, targets: Targets, axis_name: AxisName
 ) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
-    state = _state(x, axis_name)
-    return _loss_and_lse(x, targets, state, axis_name), (x, targets, state)
+    results, state = _row_loss(x, targets, axis_name)
+    return results, (x, targets, state)
 
 
 def rows_bwd(
@@ -134,9 +174,8 @@ def _rows_jvp_rule(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     x, targets = primals
     x_dot, targets_dot = tangents
-    state = _state(x, axis_name)
+    (loss, lse), state = _row_loss(x, targets, axis_name)
     ones, zeros = jnp.ones_like(state.r), jnp.zeros_like(state.r)
-    loss, lse = _loss_and_lse(x, targets, state, axis_name)
     at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
     loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
 
@@ -170,7 +209,7 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     probability: it is then a constant 0, and its gradient the sum of all others'.
     """
     x = nz.wide(x)
-    state = _state(lax.stop_gradient(x), axis_name)
+    state = nz.merge_over(nz.normalize(lax.stop_gradient(x)), axis_name)
     # 1, or NaN in a row without a distribution, which is NaN then in every shard's derivative too.
     x = x * (1 + (state.m - state.m) + (state.r - state.r))[..., None]
     confident = (state.r < 1) & (state.m > -jnp.inf)
@@ -182,8 +221,9 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     # The move rounded x. r has the value from before it, and the derivative from after it.
     ratio = jnp.where(moved.r > 0, state.r / jnp.where(moved.r > 0, moved.r, 1), 1)
     r = moved.r * lax.stop_gradient(ratio)
-    loss, lse = _loss_and_lse(x, targets, moved._replace(r=r), axis_name)
-    return loss, origin + lse
+    moved = moved._replace(r=r)
+    cost = target_cost(targets, x, moved.m, moved.log1p_r, axis_name)
+    return nz.row_loss(moved, cost, targets.total), origin + moved.lse
 
 
 RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
@@ -194,6 +234,12 @@ RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
 
 
 # From the caller's arrays to rows, through the rule, to a result.
+
+
+class _Inputs(NamedTuple):
+    logits: Array
+    labels: Array
+    arrays: Arrays
 
 
 class _Prepared(NamedTuple):
@@ -225,10 +271,9 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     return alike(x), jax.tree.map(alike, targets)
 
 
-def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _Prepared:
-    _options.check_logits("logits", logits)
+def _prepare(inputs: _Inputs, static: Static) -> _Prepared:
+    logits, labels, arrays = inputs
     axes = class_axes(static.axis, logits.ndim)
-    _options.check_rows(labels, arrays, static, logits.shape, axes)
     check_axis_name("axis_name", static.axis_name, "the logits", logits)
     check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
 
@@ -262,15 +307,15 @@ def _prepare(logits: Array, labels: Array, arrays: Arrays, static: Static) -> _P
 
 
 def _metrics(total: Sums, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
-    return metrics(total, lse, prepared.rows, predict(prepared.logits, static.axis_name))
+    predictions = first_of(best(prepared.logits), prepared.logits.shape[-1], static.axis_name)
+    return metrics(total, lse, prepared.rows, predictions)
 
 
-@functools.partial(jax.jit, static_argnames="static", inline=True)
-def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
-    prepared = _prepare(logits, labels, arrays, static)
-    rows = prepared.rows
+def _result(inputs: _Inputs, static: Static) -> Any:
+    prepared = _prepare(inputs, static)
+    rows, z_loss = prepared.rows, inputs.arrays.z_loss
     loss, lse = RULES[static.rule](prepared.x, rows.targets, static.axis_name)
-    z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
+    z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
     loss = weighted(loss, lse, rows.weight, z)
     total = sums(jnp.sum(loss), rows, static.batch_axis_name)
     none = static.reduction == "none"
@@ -278,14 +323,12 @@ def _loss(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
     return (value, _metrics(total, lse, prepared, static)) if static.return_metrics else value
 
 
-@functools.partial(jax.jit, static_argnames="static", inline=True)
-def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: Static) -> Any:
-    prepared = _prepare(logits, labels, arrays, static)
-    rows = prepared.rows
+def _result_with_gradient(inputs: _Inputs, static: Static) -> Any:
+    prepared = _prepare(inputs, static)
+    rows, z_loss = prepared.rows, inputs.arrays.z_loss
     x = prepared.x
-    state = _state(x, static.axis_name)
-    loss, lse = _loss_and_lse(x, rows.targets, state, static.axis_name)
-    z = None if arrays.z_loss is None else jnp.asarray(arrays.z_loss, loss.dtype)
+    (loss, lse), state = _row_loss(x, rows.targets, static.axis_name)
+    z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
     loss = weighted(loss, lse, rows.weight, z)
     total = sums(jnp.sum(loss), rows, static.batch_axis_name)
     g = rows.weight / denominator(total, static.reduction)
@@ -293,12 +336,28 @@ def _loss_with_gradient(logits: Array, labels: Array, arrays: Arrays, static: St
     gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
     if prepared.class_mask is not None:
         gradient = jnp.where(prepared.class_mask, gradient, 0)
+    logits = inputs.logits
     axes = class_axes(static.axis, logits.ndim)
     gradient = classes_back(gradient.astype(logits.dtype), axes, logits.shape)
     value = total.loss / denominator(total, static.reduction)
     if static.return_metrics:
         return (value, _metrics(total, lse, prepared, static)), gradient
     return value, gradient
+
+
+@functools.partial(jax.jit, static_argnames=("static", "with_gradient"), inline=True)
+def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
+    logits, labels, arrays = inputs
+    _options.check_logits("logits", logits)
+    axes = class_axes(static.axis, logits.ndim)
+    _options.check_rows(labels, arrays, static, logits.shape, axes)
+    result = _result_with_gradient if with_gradient else _result
+    layout = static.layout
+    if layout is None:
+        return result(inputs, static)
+    out = specs(static, layout.of_rows())
+    out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out
+    return layout.run(result, inputs, static, logits.ndim, axes, out)
 
 
 def softmax_cross_entropy(
@@ -400,7 +459,7 @@ def softmax_cross_entropy(
         rule=rule,
         rules=tuple(RULES),
     )
-    return _loss(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)
+    return _loss(_Inputs(jnp.asarray(logits), jnp.asarray(labels), arrays), static=static)
 
 
 def softmax_cross_entropy_with_gradient(
@@ -457,4 +516,5 @@ def softmax_cross_entropy_with_gradient(
         rule="vjp",
         rules=tuple(RULES),
     )
-    return _loss_with_gradient(jnp.asarray(logits), jnp.asarray(labels), arrays, static=static)
+    inputs = _Inputs(jnp.asarray(logits), jnp.asarray(labels), arrays)
+    return _loss(inputs, static=static, with_gradient=True)

@@ -130,6 +130,17 @@ def target_cost(
     return cost
 
 
+def target_sum(targets: Targets, x: Array) -> Array:
+    """sum_k t_k over the classes of this tile, [...]."""
+    label, label_target, dense, _ = targets
+    t = jnp.zeros(x.shape[:-1], targets.total.dtype)
+    if label is not None and label_target is not None:
+        t = jnp.where((label >= 0) & (label < x.shape[-1]), label_target, 0)
+    if dense is not None:
+        t = t + jnp.sum(dense, axis=-1) * (x.shape[-1] // dense.shape[-1])
+    return t
+
+
 class _Classes(NamedTuple):
     """The classes at hand among all: the number of all, and the index of the first at hand."""
 

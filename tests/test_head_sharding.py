@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
-from test_sharding import collectives, make_mesh, naming, use_mesh
+from test_sharding import make_mesh, naming, use_mesh
 
 import sxe
 
@@ -318,6 +319,6 @@ def test_collectives(rule, reduction):
     static = {"rule": rule, "reduction": reduction, "chunk_size": 8}
     f = outside(p, static, make_mesh(1, 8), None, "model")
     program = quick_jit(f).lower(p, cotangent(p, static)).compile()
-    sizes = sorted((size for _, size in collectives(program.as_text())), reverse=True)
+    sizes = sorted((c.size for c in collectives(program.as_text())), reverse=True)
     assert sizes[0] == rows * width
     assert all(size <= rows for size in sizes[1:]), sizes

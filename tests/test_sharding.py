@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import assert_close
@@ -826,33 +826,6 @@ def test_global_class_axis(kind, shape, axis, layout):
 
 # 3. What the compiled program moves
 
-_OPCODE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
-    r"|collective-broadcast)(-start)?\(([^)]*)\)"
-)
-
-
-def collectives(hlo):
-    """The opcode of every collective, and the elements of its largest operand or result."""
-
-    def sizes(text):
-        found = re.findall(r"\b[a-z]+[0-9][a-z0-9]*\[([0-9,]*)\]|\bpred\[([0-9,]*)\]", text)
-        return [math.prod(map(int, filter(None, "".join(dims).split(",")))) for dims in found]
-
-    defined = {}
-    for line in hlo.splitlines():
-        if match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
-            # The type, a tuple's too, ends where the opcode begins.
-            defined[match[1]] = sizes(re.split(r" [\w-]+\(", match[2], maxsplit=1)[0])
-    out = []
-    for line in hlo.splitlines():
-        if match := _OPCODE.search(line):
-            operands = re.findall(r"[\w.-]+", match[3])
-            moved = sizes(line[: match.start()]) + sizes(match[3])
-            moved += (n for name in operands for n in defined.get(name, []))
-            out.append((match[1], max(moved)))
-    return out
-
 
 def compiled(functions, cases, place=lambda case: case.arrays):
     program = one_program(functions).lower([place(case) for case in cases])
@@ -871,14 +844,28 @@ def test_collectives_finds_every_form():
       %f = u32[8]{0} collective-permute(%a), source_target_pairs={{0,1}}
       %g = f32[99]{0} all-reduce-done(%b)
     """
-    assert collectives(hlo) == [
-        ("all-reduce", 4),
-        ("all-reduce", 20),
-        ("reduce-scatter", 24),
-        ("all-gather", 12),
-        ("all-to-all", 35),
-        ("collective-permute", 8),
+    assert [(c.opcode, c.size, c.bytes, c.in_loop) for c in collectives(hlo)] == [
+        ("all-reduce", 4, 16, False),
+        ("all-reduce", 20, 92, False),
+        ("reduce-scatter", 24, 96, False),
+        ("all-gather", 12, 60, False),
+        ("all-to-all", 35, 78, False),
+        ("collective-permute", 8, 32, False),
     ]
+
+
+def test_collectives_finds_loops():
+    mesh = make_mesh(8, names=("data",))
+
+    def summed(x):
+        def step(i, total):
+            return total + jax.lax.psum(x * total, "data")
+
+        return jax.lax.psum(jax.lax.fori_loop(0, 3, step, jnp.ones(2)), "data")
+
+    f = jax.shard_map(summed, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False)
+    found = collectives(jax.jit(f).lower(np.ones(16, np.float32)).compile().as_text())
+    assert {c.times for c in found} == {None, 3}
 
 
 def test_collectives_finds_gathered_logits():
@@ -889,7 +876,7 @@ def test_collectives_finds_gathered_logits():
         return jax.lax.with_sharding_constraint(jnp.exp(x), NamedSharding(mesh, P("data")))
 
     program = jax.jit(gathered).lower(x).compile().as_text()
-    assert collectives(program) == [("all-gather", N // 2 * K)]
+    assert [(c.opcode, c.size) for c in collectives(program)] == [("all-gather", N // 2 * K)]
 
 
 @pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
@@ -912,5 +899,5 @@ def test_collectives_move_statistics_of_rows(kind):
             hlo = compiled(functions, [*cases, cases[0]], placed(mesh, "data", "model"))
         found = collectives(hlo)
     assert found
-    for opcode, size in found:
-        assert size <= (256 if opcode == "all-gather" else 32), found
+    for c in found:
+        assert c.size <= (256 if c.opcode == "all-gather" else 32), found

@@ -1,0 +1,152 @@
+"""How a mesh splits the arrays of a call, and ``jax.shard_map`` around it."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from sxe._axes import AxisName, axis_names, sharding
+
+
+class Layout(NamedTuple):
+    """Which mesh axes split rows and classes of global arrays.
+
+    Attributes:
+      mesh: of devices.
+      rows: for each of the rows' axes, from the first on, the mesh axes that split it.
+      classes: the mesh axes that split the classes.
+      fsdp: some of those that split the rows, if they split the head's kernel [D, K] along D too.
+      kinds: of mesh axes that are divided here; axes of other kinds are left to the compiler.
+    """
+
+    mesh: Any
+    rows: tuple[AxisName, ...]
+    classes: AxisName
+    fsdp: AxisName = None
+    kinds: tuple[AxisType, ...] = (AxisType.Auto, AxisType.Explicit)
+
+    @property
+    def batch(self) -> AxisName:
+        """The mesh axes that split the rows, along whichever of their axes."""
+        return tuple(name for axes in self.rows for name in axis_names(axes)) or None
+
+    def of_rows(self) -> PartitionSpec:
+        return PartitionSpec(*self.rows)
+
+    def of_logits(self, ndim: int, class_axes: tuple[int, ...]) -> PartitionSpec:
+        """Of logits with so many axes. A label is a flat index over the class axes, in that order,
+        so that shards of consecutive classes are those of the first one."""
+        rows = iter(self.rows)
+        split = {class_axes[0]: self.classes}
+        return PartitionSpec(
+            *(split.get(i) if i in class_axes else next(rows, None) for i in range(ndim))
+        )
+
+    def _spec(self, name: str, x: Array, ndim: int, class_axes: tuple[int, ...]) -> PartitionSpec:
+        of_logits = self.of_logits(ndim, class_axes)
+        by_name = {
+            "logits": of_logits,
+            "hidden": self.of_rows(),
+            "kernel": PartitionSpec(self.fsdp, self.classes),
+            "bias": PartitionSpec(self.classes),
+            "class_weights": PartitionSpec(self.classes),
+            "weights": self.of_rows(),
+            # As either logits or rows:
+            "labels": of_logits if x.ndim == ndim else self.of_rows(),
+            "where": of_logits if x.ndim == ndim else self.of_rows(),
+        }
+        return by_name.get(name, PartitionSpec())
+
+    def _check(self, name: str, x: Array, spec: PartitionSpec) -> None:
+        for axis, axes in enumerate(spec):
+            devices = math.prod(self.mesh.shape[a] for a in axis_names(axes))
+            if x.shape[axis] % devices:
+                advice = "pad the rows, and mask them with where"
+                if axis_names(axes) == axis_names(self.classes):
+                    advice = "pad the classes, with logits or a bias of -inf"
+                elif name == "kernel":
+                    advice = "split it along other axes or none"
+                raise ValueError(
+                    f"{name}: expected a size along axis {axis} that is a multiple of {devices}, "
+                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; {advice}"
+                )
+
+    def specs(self, inputs: Any, ndim: int, class_axes: tuple[int, ...]) -> Any:
+        """Of named tuples of arrays, by their names."""
+        most = ndim - len(class_axes)
+        if len(self.rows) > most:
+            raise ValueError(
+                f"batch: expected mesh axes for at most {most} axes of rows, got {self.rows}"
+            )
+
+        def walk(name: str, x: Any) -> Any:
+            if x is None:
+                return None
+            if isinstance(x, tuple):
+                fields = x._asdict().items()  # type: ignore[attr-defined]
+                return type(x)(*(walk(name, field) for name, field in fields))
+            spec = self._spec(name, x, ndim, class_axes)
+            self._check(name, x, spec)
+            return spec
+
+        return walk("", inputs)
+
+    def run(
+        self,
+        result: Callable[..., Any],
+        inputs: Any,
+        static: Any,
+        ndim: int,
+        class_axes: tuple[int, ...],
+        out: Any,
+    ) -> Any:
+        """result(inputs, static) of each device's part of global inputs, in ``jax.shard_map``."""
+        static = static._replace(axis_name=self.classes, batch_axis_name=self.batch)
+        specs = self.specs(inputs, ndim, class_axes)
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if AxisType.Explicit in kinds.values():
+            # Types say how the inputs are split, and must say what shard_map is told.
+            inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
+        local = functools.partial(result, static=static)
+        return jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(specs,),
+            out_specs=out,
+            axis_names={name for name, kind in kinds.items() if kind in self.kinds},
+        )(inputs)
+
+    def _reshard(self, kinds: dict[str, AxisType], x: Array, spec: PartitionSpec) -> Array:
+        """x split in that way along Explicit mesh axes; types do not know of others."""
+        known = [
+            tuple(name for name in axis_names(axes) if kinds[name] == AxisType.Explicit) or None
+            for axes in spec
+        ]
+        return jax.reshard(x, NamedSharding(self.mesh, PartitionSpec(*known)))
+
+
+def layout_of(hidden: Array, kernel: Array) -> Layout:
+    """The layout that the types of these have, on an explicit mesh."""
+    *rows, hidden_axis = sharding(hidden)
+    kernel_rows, classes = sharding(kernel)
+    meshes = [jax.typeof(x).sharding.mesh for x in (hidden, kernel)]
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    layout = Layout(mesh, tuple(rows), classes, kinds=(AxisType.Explicit,))
+    if hidden_axis is not None:
+        raise ValueError(
+            "hidden: expected a last axis that no mesh axis splits, got "
+            f"{jax.typeof(hidden)}; jax.reshard it"
+        )
+    both = set(axis_names(layout.batch)) & set(axis_names(classes))
+    if both:
+        raise ValueError(
+            f"kernel: expected classes split along other mesh axes than the rows, got {both} for "
+            f"both ({jax.typeof(hidden)}, {jax.typeof(kernel)}); jax.reshard one of them"
+        )
+    if set(axis_names(kernel_rows)) <= set(axis_names(layout.batch)):
+        layout = layout._replace(fsdp=kernel_rows)
+    return layout

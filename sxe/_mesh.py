@@ -1,0 +1,106 @@
+"""A loss over the global arrays on a mesh, of one process or of many."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from sxe._axes import AxisName, axis_names
+from sxe._layout import Layout
+from sxe._linear_softmax_cross_entropy import linear_softmax_cross_entropy
+from sxe._options import mesh_axes
+from sxe._softmax_cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_gradient
+
+LOSSES = (softmax_cross_entropy, softmax_cross_entropy_with_gradient, linear_softmax_cross_entropy)
+
+
+def over_mesh(
+    loss: Callable[..., Any],
+    mesh: Mesh | AbstractMesh,
+    *,
+    batch: AxisName | PartitionSpec = None,
+    classes: AxisName = None,
+    fsdp: AxisName = None,
+) -> Callable[..., Any]:
+    """One of the losses, over global arrays whose rows or classes a mesh of devices splits.
+
+    The function that comes back takes the arguments of ``loss``, but for ``axis_name`` and
+    ``batch_axis_name``, and gives what ``loss`` gives for them on one device: value, metrics and
+    all gradients, to rounding. It is for global arrays, under ``jit`` or eager, on meshes of Auto
+    or Explicit axes, of one process or, after ``jax.distributed.initialize``, of many.
+
+    Each device takes its rows and its classes. For split classes it exchanges statistics of a
+    number a row and, once a call, the gradient of the hidden states; for split rows, once a call,
+    the gradient of the kernel. Neither logits nor a kernel split by classes are ever moved.
+
+    Args:
+      loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient`` or
+        ``sxe.linear_softmax_cross_entropy``.
+      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. Along an axis that is not named below all
+        devices do the same.
+      batch: the mesh axis, or tuple of axes, that splits the first axis of the rows. Or, for rows
+        [B, T], a ``PartitionSpec`` with an entry for each: ``P("data", "sequence")``.
+      classes: the mesh axis or axes that split the classes: the (first) class axis of logits, dense
+        targets and class masks, the last of a kernel, bias and class weights.
+      fsdp: for the head, the mesh axes, among those of ``batch``, that split the first axis of the
+        kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
+
+    Arguments that are split in another way are moved, as by ``jax.jit(..., in_shardings=...)``.
+    Gradients are split as described. Loss and sums are on every device, results of a number a row
+    are split as the rows are.
+
+    An Explicit mesh needs no ``over_mesh`` for arguments that are split so already: the losses find
+    it in their types.
+
+    Raises:
+      TypeError: for a function that is none of these, or arguments of a wrong type.
+      ValueError: for a mesh axis that the mesh has not, or that is named twice, and for a size that
+        the devices along its axis do not divide, which has to be padded: rows with a ``where`` of
+        False, classes with logits or a bias of -inf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sxe
+      >>> auto = (jax.sharding.AxisType.Auto,) * 2
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto)
+      >>> loss = sxe.over_mesh(
+      ...     sxe.linear_softmax_cross_entropy, mesh, batch="data", classes="model")
+      >>> hidden, kernel, labels = jnp.ones((4, 8)), jnp.ones((8, 50)), jnp.array([3, 1, 4, 1])
+      >>> jax.jit(loss)(hidden, kernel, labels, label_smoothing=0.1)
+      Array(3.91202, dtype=float32)
+    """
+    if loss not in LOSSES:
+        names = ", ".join(f"sxe.{f.__name__}" for f in LOSSES)
+        raise TypeError(f"loss: expected one of {names}, got {loss!r}")
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
+    rows = tuple(batch) if isinstance(batch, PartitionSpec) else (batch,)
+    rows = tuple(mesh_axes("batch", axes) for axes in rows)
+    while rows and rows[-1] is None:
+        rows = rows[:-1]
+    layout = Layout(mesh, rows, mesh_axes("classes", classes), mesh_axes("fsdp", fsdp))
+
+    named = (("batch", layout.batch), ("classes", layout.classes))
+    known = mesh.axis_names
+    seen: set[str] = set()
+    for argument, axes in named:
+        for name in axis_names(axes):
+            if name not in known:
+                raise ValueError(f"{argument}: expected axes of the mesh, {known}, got {name!r}")
+            if name in seen:
+                raise ValueError(f"{argument}: expected mesh axes named once, got {name!r} again")
+            seen.add(name)
+    if fsdp is not None and loss is not linear_softmax_cross_entropy:
+        raise ValueError(f"fsdp: expected None for {loss.__name__}, which has no kernel")
+    for name in axis_names(layout.fsdp):
+        if name not in axis_names(layout.batch):
+            raise ValueError(f"fsdp: expected axes of batch, {layout.batch}, got {name!r}")
+
+    @functools.wraps(loss)
+    def over(*args: Any, **options: Any) -> Any:
+        for option in ("axis_name", "batch_axis_name"):
+            if option in options:
+                raise TypeError(f"{option}: expected none, over_mesh names the axes")
+        return loss(*args, axis_name=layout, **options)
+
+    return over

@@ -1,0 +1,122 @@
+"""The product of hidden states and kernel, its gradients, and the logits that the head makes of it.
+
+u = hidden @ kernel      z = logit_scale u + bias      x = softcap tanh(z / softcap)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from sxe import _normalizer as nz
+from sxe._axes import AxisName, vary, varying
+from sxe._tiles import classes_per_block, over_classes
+
+
+def product_dtype(dtype: DTypeLike, backend: str) -> Any:
+    """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
+
+    It is their own, except on a CPU, for which XLA widens float16.
+    """
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and backend == "cpu" else dtype)
+
+
+def gradient_dtype(dtype: DTypeLike, backend: str) -> Any:
+    """The dtype in which the gradient of u is multiplied with hidden states and kernel.
+
+    An accelerator multiplies bfloat16 with bfloat16 only, so that the gradient is rounded to it. A
+    CPU gains little by that, and float16 would lose every probability below 6e-8.
+    """
+    if dtype == jnp.bfloat16 and backend != "cpu":
+        return jnp.dtype(jnp.bfloat16)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _product(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    """The matrix product over one axis of each, accumulated in float32, or float64."""
+    dimensions = (((over[0],), (over[1],)), ((), ()))
+    wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    return lax.dot_general(a, b, dimensions, preferred_element_type=wide)
+
+
+def zeros_as(x: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros of that shape, float32 or float64 and typed as varying as x."""
+    return vary(jnp.zeros(shape, nz.wide(x).dtype), varying(x))
+
+
+def product_fwd(hidden: Array, kernel: Array) -> Array:
+    """u [C, K]."""
+    (rows, hidden_size), classes = hidden.shape, kernel.shape[1]
+    dtype = product_dtype(hidden.dtype, jax.default_backend())
+    if dtype == hidden.dtype:
+        return _product(hidden, kernel, (1, 0))
+    hidden = hidden.astype(dtype)
+
+    def block(u: Array, take: Callable[..., Any], put: Callable[..., Any]) -> Array:
+        return put(u, _product(hidden, take(kernel).astype(dtype), (1, 0)))
+
+    size = classes_per_block(hidden_size, classes, jax.default_backend())
+    return over_classes(block, zeros_as(hidden, (rows, classes)), classes, size)
+
+
+def product_bwd(
+    d_u: Array, hidden: Array, kernel: Array, d_kernel: Array | None, want_hidden: bool
+) -> tuple[Array | None, Array | None]:
+    """d hidden if wanted, and d_kernel with that of a chunk added unless it is None."""
+    classes, backend = kernel.shape[1], jax.default_backend()
+    dtype = gradient_dtype(hidden.dtype, backend)
+    wide_hidden = hidden.astype(dtype)
+
+    def block(d: Any, take: Callable[..., Any], put: Callable[..., Any]) -> Any:
+        d_hidden, d_kernel = d
+        d_part = take(d_u).astype(dtype)
+        if d_hidden is not None:
+            d_hidden = d_hidden + _product(d_part, take(kernel).astype(dtype), (1, 1))
+        if d_kernel is not None:
+            d_kernel = put(d_kernel, take(d_kernel) + _product(wide_hidden, d_part, (0, 0)))
+        return d_hidden, d_kernel
+
+    size = classes_per_block(hidden.shape[1], classes, backend)
+    if d_kernel is None and dtype == hidden.dtype:
+        size = classes
+    d_hidden = zeros_as(d_u, hidden.shape) if want_hidden else None
+    return over_classes(block, (d_hidden, d_kernel), classes, size)
+
+
+def transform(
+    u: Array, bias: Array | None, logit_scale: Array | None, softcap: Array | None
+) -> Array:
+    """The logits, from the product of hidden states and kernel."""
+    z = u if logit_scale is None else logit_scale * u
+    z = z if bias is None else z + bias[None, :]
+    return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def gather_rows(
+    kernel: Array, axis_name: AxisName, names: frozenset[str], dtype: DTypeLike
+) -> Array:
+    """The rows of the kernel from all devices along these mesh axes, in a wider dtype.
+
+    It varies along the mesh axes named besides. The transpose sums over them in that dtype, the
+    scattered rows last, and rounds once.
+    """
+    return lax.all_gather(vary(kernel, names), axis_name, axis=0, tiled=True).astype(dtype)
+
+
+@gather_rows.defjvp
+def _gather_rows_jvp(
+    axis_name: AxisName,
+    names: frozenset[str],
+    dtype: DTypeLike,
+    primals: tuple[Array],
+    tangents: tuple[Array],
+) -> tuple[Array, Array]:
+    (kernel,), (kernel_dot,) = primals, tangents
+    wide_dot = vary(kernel_dot.astype(dtype), names)
+    wide_dot = lax.all_gather(wide_dot, axis_name, axis=0, tiled=True)
+    return gather_rows(kernel, axis_name, names, dtype), wide_dot

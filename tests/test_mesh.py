@@ -1,0 +1,492 @@
+"""over_mesh: both losses on global arrays, whose rows and classes a mesh splits."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hlo import collectives
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracle import assert_close
+from test_head_sharding import cotangent, floats, problem, quick_jit, with_gradients
+from test_sharding import make_mesh, naming
+
+import sxe
+
+N, D, K = 8, 8, 16
+SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]
+HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
+
+# Every pair of these is met as on and on, on and off, off and off within seven calls: an option is
+# on in four of six of them, no two of them in the same four, and all are off in the first.
+OPTIONS = ["where", "weights", "class_weights", "label_smoothing", "z_loss", "ignore_index"]
+OPTIONS += ["dense", "none", "bfloat16"]
+OF_HEAD = ["bias", "logit_scale", "softcap", "fsdp"]
+FOURS = list(itertools.combinations(range(1, 7), 4))
+
+
+def calls(loss, rule="vjp"):
+    """Arrays, and the other arguments, of calls that meet every pair of options."""
+    options = OPTIONS + (OF_HEAD if loss is HEAD else [])
+    for row in range(7):
+        on = {o for o, fours in zip(options, FOURS, strict=False) if row in fours}
+        dtype = "bfloat16" if "bfloat16" in on else "float32"
+        p = problem(*on, dense="dense" in on, dtype=dtype, seed=row, shape=(N, D, K))
+        static = {"reduction": "none" if "none" in on else ("mean", "sum")[row % 2], "rule": rule}
+        if "ignore_index" in on and "dense" not in on:
+            static["ignore_index"] = int(p["labels"][1])
+        if loss is HEAD:
+            static["chunk_size"] = 1
+        else:
+            del p["kernel"]
+            rng = np.random.default_rng(row)
+            p["logits"] = rng.normal(size=(N, K)).astype(p.pop("hidden").dtype)
+        yield p, static, {"fsdp": "data"} if "fsdp" in on else {}
+
+
+def called(loss, static):
+    return with_gradients(lambda p: loss(**p, **static))
+
+
+def assert_alike(results, expected):
+    """Value and gradients, the latter to the tolerance of their dtype."""
+    (value, gradients), (right_value, right_gradients) = results, expected
+    assert_close(value, np.asarray(right_value, np.float64))
+    assert gradients.keys() == right_gradients.keys()
+    for name, right in right_gradients.items():
+        with naming(name):
+            assert gradients[name].dtype == right.dtype
+            right = np.asarray(right).astype(np.float64)
+            assert_close(gradients[name], right, scale=max(1, np.abs(right).max()))
+
+
+@functools.cache
+def dense_results(loss):
+    """Of one device, by rule "vjp"."""
+    each = list(calls(loss))
+    run = quick_jit(
+        lambda each_p, gs: [
+            called(loss, static)(p, g)
+            for (_, static, _), p, g in zip(each, each_p, gs, strict=True)
+        ]
+    )
+    return run([p for p, _, _ in each], [cotangent_of(p, static) for p, static, _ in each])
+
+
+def cotangent_of(p, static):
+    x = p["hidden"] if "hidden" in p else p["logits"]
+    return cotangent({"hidden": x}, static)
+
+
+def options_of(static):
+    return {k: v for k, v in static.items() if k in ("reduction", "ignore_index")}
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+OTHERS = [(shape, kind) for shape in SHAPES for kind in (AUTO, EXPLICIT)]
+EACH = [((1, 8), AUTO), ((2, 4), EXPLICIT), ((4, 2), AUTO), ((8, 1), EXPLICIT)]
+
+
+@pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+@pytest.mark.parametrize(
+    ("shape", "kind", "rule"),
+    [(*mesh, "vjp") for mesh in EACH]
+    + [
+        pytest.param(*mesh, rule, marks=pytest.mark.slow)
+        for mesh in OTHERS
+        for rule in ("vjp", "jvp", "autodiff")
+        if (mesh in EACH) <= (rule != "vjp")
+    ],
+)
+def test_sharded_equals_dense(loss, shape, kind, rule):
+    mesh = make_mesh(*shape, kind=kind)
+    each = list(calls(loss, rule))
+    functions = [
+        called(sxe.over_mesh(loss, mesh, batch="data", classes="model", **fsdp), static)
+        for _, static, fsdp in each
+    ]
+    run = quick_jit(lambda ps, gs: [f(*a) for f, *a in zip(functions, ps, gs, strict=True)])
+    gs = [cotangent_of(p, static) for p, static, _ in each]
+    results = run([p for p, _, _ in each], gs)
+    truth = oracle.head_loss if loss is HEAD else oracle.loss
+    for (p, static, fsdp), result, right in zip(each, results, dense_results(loss), strict=True):
+        with naming(*static.values(), *fsdp, *p):
+            assert_close(result[0], truth(**p, **options_of(static)))
+            assert_alike(result, right)
+
+
+def test_calls_meet_every_pair():
+    for a, b in itertools.combinations(range(len(OPTIONS + OF_HEAD)), 2):
+        met = {(row in FOURS[a], row in FOURS[b]) for row in range(7)}
+        assert met == {(False, False), (False, True), (True, False), (True, True)}
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("batch", "classes", "fsdp"),
+    [
+        (None, None, None),
+        ("a", None, "a"),
+        (None, "a", None),
+        (("a", "c"), "b", ("a", "c")),
+        (("a", "c"), "b", "c"),
+        ("b", ("c", "a"), None),
+        (P("a", "c"), "b", "a"),
+        (P(None, ("c", "b")), None, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_axes(batch, classes, fsdp, kind):
+    """None, one, several; rows [B, T]; metrics, and what the results are split like."""
+    mesh = make_mesh(2, 2, 2, names=("a", "b", "c"), kind=kind)
+    p = problem("class_weights", "weights", "bias", shape=(4 * 4, D, K))
+    for name in ("hidden", "labels", "weights"):
+        p[name] = p[name].reshape(4, 4, *p[name].shape[1:])
+    static = {"return_metrics": True, "chunk_size": 1, "label_smoothing": 0.2}
+
+    def scalar(q):
+        return sxe.over_mesh(HEAD, mesh, batch=batch, classes=classes, fsdp=fsdp)(**q, **static)
+
+    def run(f):
+        return quick_jit(lambda q: jax.value_and_grad(lambda r: f(q | r), has_aux=True)(floats(q)))(
+            p
+        )
+
+    (value, metrics), gradients = run(scalar)
+    (right, right_metrics), right_gradients = run(lambda q: HEAD(**q, **static))
+    assert_close(value, right)
+    for found, expected in zip(metrics, right_metrics, strict=True):
+        assert_close(found, expected, dtype="float32")
+    assert_alike((value, gradients), (right, right_gradients))
+
+    rows = batch if isinstance(batch, P) else P(batch)
+    expected = {"hidden": rows, "weights": rows, "bias": P(classes), "class_weights": P(classes)}
+    expected["kernel"] = P(fsdp, classes)
+    for name, spec in expected.items():
+        assert gradients[name].sharding.is_equivalent_to(
+            NamedSharding(mesh, spec), gradients[name].ndim
+        ), name
+    for name in ("lse", "predictions"):
+        assert getattr(metrics, name).sharding.is_equivalent_to(NamedSharding(mesh, rows), 2)
+    assert value.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "batch"),
+    [((8, 8, 3), 1, "data"), ((8, 4, 2), 0, P(None, "data")), ((2, 4, 8), (2, 1), "data")],
+)
+def test_class_axes_of_logits(shape, axis, batch):
+    """And the loss with its gradient in one pass, with masks of classes."""
+    mesh = make_mesh(2, 4)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=shape).astype(np.float32)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    rows = [n for i, n in enumerate(shape) if i not in axes]
+    labels = rng.integers(shape[axes[0]], size=rows)
+    weights = rng.uniform(0.5, 2, size=np.prod([shape[a] for a in axes])).astype(np.float32)
+    both = sxe.over_mesh(
+        sxe.softmax_cross_entropy_with_gradient, mesh, batch=batch, classes="model"
+    )
+    options = {"axis": axis, "z_loss": 0.1, "class_weights": weights}
+    value, gradient = both(logits, labels, **options)
+    assert_close(value, oracle.loss(logits, labels, **options))
+    assert_close(gradient, oracle.gradient(logits, labels, **options))
+    mask = rng.random(shape) < 0.7
+    targets = np.where(mask, rng.random(shape), 0).astype(np.float32)
+    options["where"] = mask
+    (value, metrics), gradient = both(logits, targets, **options, return_metrics=True)
+    assert_close(value, oracle.loss(logits, targets, **options))
+    assert_close(gradient, oracle.gradient(logits, targets, **options))
+    assert metrics.predictions.shape == tuple(rows)
+
+
+@pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+def test_shards_of_nothing(loss):
+    """No label in most shards of the classes, and no row that counts in most shards of the rows.
+
+    Logits of -inf fill a shard, too.
+    """
+    p = problem("bias", shape=(N, D, K))
+    p["labels"][:] = [0, 1, 2, 3] * 2
+    p["bias"][8:12] = -np.inf
+    p["where"] = np.arange(N) == 2
+    p["hidden"][5] = np.nan
+    truth = oracle.head_loss
+    if loss is LOGITS:
+        x = p.pop("hidden") @ p.pop("kernel") + p.pop("bias")
+        p["logits"], truth = x.astype(np.float32), oracle.loss
+    over = sxe.over_mesh(loss, make_mesh(4, 2), batch="data", classes="model")
+    g = np.float32(0.7)
+    for static in ({"reduction": "mean"}, {"reduction": "sum", "rule": "jvp"}):
+        result = quick_jit(called(over, static))(p, g)
+        assert_close(result[0], truth(**p, reduction=static["reduction"]))
+        assert_alike(result, quick_jit(called(loss, static))(p, g))
+    p["where"][:] = False
+    value, gradients = quick_jit(called(over, {}))(p, g)
+    assert value == 0
+    for name, d in gradients.items():
+        assert not np.any(np.asarray(d)), name
+
+
+def test_eager_calls_compile_once(caplog):
+    loss = sxe.over_mesh(LOGITS, make_mesh(2, 4), batch="data", classes="model")
+    logits, labels = np.ones((N, K), np.float32), np.zeros(N, np.int32)
+    with jax.log_compiles():
+        loss(logits, labels, label_smoothing=0.1)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        loss(logits + 1, labels, label_smoothing=0.2)
+        assert "Compiling" not in caplog.text
+
+
+@pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+def test_transformations(loss):
+    """Hessian-vector products, vmap, checkpoint and scan of a sharded loss."""
+    p = problem("z_loss", "softcap" if loss is HEAD else "weights", shape=(N, D, K))
+    if loss is LOGITS:
+        p["logits"] = (p.pop("hidden") @ p.pop("kernel")).astype(np.float32)
+    name = "kernel" if loss is HEAD else "logits"
+    v = np.random.default_rng(5).normal(size=p[name].shape).astype(np.float32)
+
+    def everything(f):
+        def of(x):
+            return f(**(p | {name: x}), label_smoothing=0.2)
+
+        def total(x):
+            return jax.lax.scan(lambda c, _: (c + jax.checkpoint(of)(x), None), 0.0, None, 2)[0]
+
+        def product(x):
+            return jax.grad(lambda x: jnp.vdot(jax.grad(of)(x), v))(x)
+
+        def forward(x):
+            return jax.jvp(lambda x: f(**(p | {name: x}), rule="jvp"), (x,), (v,))
+
+        def each(x):
+            return jax.vmap(jax.value_and_grad(of))(jnp.stack([x, x + v]))
+
+        return [quick_jit(g)(p[name]) for g in (jax.grad(total), product, forward, each)]
+
+    found = everything(sxe.over_mesh(loss, make_mesh(2, 4), batch="data", classes="model"))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(everything(loss)), strict=True):
+        assert_close(a, b)
+
+
+# The plain call on an explicit mesh
+
+
+@pytest.mark.parametrize("kernel", [P("data", "model"), P(("data", "other"), "model")], ids=str)
+def test_explicit_kernel_split_by_rows(kernel):
+    """Along mesh axes of the rows, or of others as well."""
+    mesh = make_mesh(2, 2, 2, names=("data", "model", "other"), kind=EXPLICIT)
+    p = problem(dtype="bfloat16", shape=(N, D, K))
+    layout = {"hidden": P("data"), "kernel": kernel, "labels": P("data")}
+    q = {name: jax.device_put(p[name], NamedSharding(mesh, layout[name])) for name in p}
+    f = called(HEAD, {"chunk_size": 1, "reduction": "mean"})
+    with jax.set_mesh(mesh):
+        result = quick_jit(f)(q, np.float32(0.7))
+    assert_alike(result, quick_jit(f)(p, np.float32(0.7)))
+    gradient = result[1]["kernel"]
+    assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kernel", "message"),
+    [
+        (P(None, "model"), P(None, None), r"^hidden: .*last axis.*8@model"),
+        (P("model", None), P(None, "model"), r"^kernel: .*classes.*'model'.*8@model,8.*16@model"),
+    ],
+)
+def test_ambiguous_explicit_layout(hidden, kernel, message):
+    mesh = make_mesh(2, 4, kind=EXPLICIT)
+    p = problem(shape=(N, D, K))
+    p["hidden"] = jax.device_put(p["hidden"], NamedSharding(mesh, hidden))
+    p["kernel"] = jax.device_put(p["kernel"], NamedSharding(mesh, kernel))
+    with pytest.raises(ValueError, match=message):
+        HEAD(**p)
+
+
+@pytest.mark.parametrize("auto", ["data", "model"])
+def test_meshes_of_both_kinds(auto):
+    """over_mesh takes all of its axes; the plain call leaves the automatic one to the compiler."""
+    kinds = tuple(AUTO if name == auto else EXPLICIT for name in ("data", "model"))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+    p = problem("label_smoothing", "bias", shape=(N, D, K))
+    layout = {"hidden": P("data"), "kernel": P(None, "model"), "bias": P("model")}
+    q = {n: jax.device_put(a, NamedSharding(mesh, layout.get(n, P()))) for n, a in p.items()}
+    g = np.float32(0.7)
+    right = quick_jit(called(HEAD, {}))(p, g)
+    over = sxe.over_mesh(HEAD, mesh, batch="data", classes="model")
+    assert_alike(quick_jit(called(over, {}))(q, g), right)
+    with jax.set_mesh(mesh):
+        assert_alike(quick_jit(called(HEAD, {"chunk_size": 2}))(q, g), right)
+
+
+def test_abstract_mesh():
+    """Of the context, as in a model that is not told of its devices."""
+    p = problem(shape=(N, D, K))
+
+    def loss(p):
+        mesh = jax.sharding.get_abstract_mesh()
+        return sxe.over_mesh(HEAD, mesh, batch="data", classes="model")(**p)
+
+    with jax.set_mesh(make_mesh(2, 4)):
+        assert_close(jax.jit(loss)(p), oracle.head_loss(**p))
+
+
+def test_labels_are_checked():
+    p = problem(shape=(N, D, K))
+    p["labels"][5] = K
+    over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data", classes="model")
+    error, value = checkify.checkify(jax.jit(over))(p["hidden"], p["kernel"], p["labels"])
+    # The position is that in the device's rows.
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"labels: .*\[0, {K}\), got {K} at"):
+        error.throw()
+    assert np.isnan(value)
+
+
+# What it says no to
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch": "rows"}, ValueError, r"^batch: .*\('data', 'model'\).*'rows'"),
+        ({"classes": ("model", "x")}, ValueError, "^classes: .*'x'"),
+        ({"batch": "model", "classes": "model"}, ValueError, "^classes: .*'model' again"),
+        ({"batch": P("data", "data")}, ValueError, "^batch: .*'data' again"),
+        ({"batch": 1}, TypeError, "^batch: .*mesh axis name.*1"),
+        ({"batch": "data", "fsdp": "model"}, ValueError, r"^fsdp: .*\('data',\).*'model'"),
+        ({"batch": "data", "fsdp": "data", "loss": LOGITS}, ValueError, "^fsdp: .*no kernel"),
+        ({"loss": jnp.mean}, TypeError, "^loss: .*sxe.linear_softmax_cross_entropy, got .*mean"),
+        ({"mesh": (2, 4)}, TypeError, r"^mesh: .*\(2, 4\)"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_layout(arguments, error, message):
+    arguments = {"loss": HEAD, "mesh": make_mesh(2, 4)} | arguments
+    with pytest.raises(error, match=message):
+        sxe.over_mesh(arguments.pop("loss"), arguments.pop("mesh"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "error", "message"),
+    [
+        ((7, D, K), {}, ValueError, r"^hidden: .*axis 0.*multiple of 2.*\('data',\).*\(7, 8\)"),
+        ((N, D, 18), {}, ValueError, r"^kernel: .*axis 1.*multiple of 4.*'model'.*\(8, 18\).*pad"),
+        ((N, 7, K), {"fsdp": "data"}, ValueError, r"^kernel: .*axis 0.*multiple of 2.*\(7, 16\)"),
+        ((N, D, K), {"batch": P("data", None, "x")}, ValueError, "^batch: .*'x'"),
+        ((N, D, K), {"batch": P(None, "data")}, ValueError, "^batch: .*at most 1 .*rows"),
+        ((N, D, K), {"axis_name": "model"}, TypeError, "^axis_name: .*over_mesh"),
+        ((N, D, K), {"batch_axis_name": "data"}, TypeError, "^batch_axis_name: .*over_mesh"),
+        ((N, D, K), {"labels": np.zeros(5, np.int32)}, ValueError, "^labels: .*8.*5"),
+        ((N, D, K), {"bias": np.zeros(4, np.float32)}, ValueError, "^bias: .*16.*4"),
+    ],
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_call(shape, options, error, message):
+    """Among them shapes that fit a shard: those of a call are the global ones."""
+    layout = {"batch": "data", "classes": "model"}
+    layout |= {name: options[name] for name in ("batch", "fsdp") if name in options}
+    rest = {name: x for name, x in options.items() if name not in layout}
+    with pytest.raises(error, match=message):
+        sxe.over_mesh(HEAD, make_mesh(2, 4), **layout)(**(problem(shape=shape) | rest))
+
+
+# What the compiled program moves
+
+ROWS, WIDTH, CLASSES = 64, 24, 512  # of all shards; no two products of parts of them are the same
+
+
+def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=False, **layout):
+    """The collectives of value and gradients, as (opcode, elements, whether in a loop)."""
+    p = problem(*options, dense=dense, shape=(ROWS, WIDTH, CLASSES))
+    over = sxe.over_mesh(HEAD, mesh, **layout)
+    g = np.ones(ROWS if static.get("reduction") == "none" else (), np.float32)
+
+    def f(p, g):
+        def loss(q):
+            value = over(**(p | q), **static)
+            return value if static.get("return_metrics") else (value, None)
+
+        q = {name: p[name] for name in differentiate}
+        value, pull, metrics = jax.vjp(loss, q, has_aux=True)
+        return value, metrics, pull(g)
+
+    # Where they lie in training, so that nothing has to be brought there.
+    batch, classes = layout.get("batch"), layout.get("classes")
+    at = dict.fromkeys(("hidden", "labels", "weights", "where"), P(batch))
+    at |= {"kernel": P(layout.get("fsdp"), classes)}
+    at |= dict.fromkeys(("bias", "class_weights"), P(classes))
+    at |= {"labels": P(batch, classes)} if dense else {}
+    p = {n: jax.device_put(a, NamedSharding(mesh, at.get(n, P()))) for n, a in p.items()}
+    g = jax.device_put(g, NamedSharding(mesh, P(batch) if g.ndim else P()))
+    text = quick_jit(f).lower(p, g).compile().as_text()
+    assert re.search("while", text)  # over chunks
+    return collectives(text)
+
+
+EVERY = ("bias", "class_weights", "label_smoothing", "logit_scale", "softcap", "weights", "where")
+EVERY += ("z_loss",)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_collectives(shape, reduction):
+    """d hidden and d kernel once a call, and else a number a row or less.
+
+    In the loop over chunks are the statistics of a sum's chunk: its gradients follow at once.
+    """
+    data, model = shape
+    rows, classes = ROWS // data, CLASSES // model
+    static = {"reduction": reduction, "chunk_size": 2, "return_metrics": True}
+    found = moved(make_mesh(*shape), static, EVERY, batch="data", classes="model")
+    large = sorted((c.opcode, c.size, c.in_loop) for c in found if c.size > rows)
+    d_kernel = ("all-reduce", WIDTH * classes, False)
+    d_hidden = ("all-reduce", rows * WIDTH, False)
+    # XLA merges neighbours into one: both, or either with sums of rows.
+    assert large == sorted([d_kernel] * (data > 1) + [d_hidden] * (model > 1))
+    assert {c.opcode for c in found} <= {"all-reduce"}
+    in_loop = [c.size for c in found if c.in_loop]
+    assert in_loop == ([2] * len(in_loop) if model > 1 and reduction == "mean" else [])
+    # The maximum for weights, the maximum, the sums.
+    assert len(in_loop) == (3 if model > 1 and reduction == "mean" else 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_collectives_of_a_kernel_split_by_rows(reduction):
+    """Gathered once a call, its gradient reduced and scattered once."""
+    static = {"reduction": reduction, "chunk_size": 2}
+    found = moved(make_mesh(2, 4), static, batch="data", classes="model", fsdp="data")
+    kernel = WIDTH * CLASSES // 4
+    large = sorted((c.opcode, c.size, c.in_loop) for c in found if c.size > ROWS // 2)
+    assert large == [
+        ("all-gather", kernel, False),
+        ("all-reduce", ROWS // 2 * WIDTH, False),
+        ("reduce-scatter", kernel, False),
+    ]
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "kernel"])
+def test_a_frozen_input_moves_nothing(frozen):
+    other = {"hidden": "kernel", "kernel": "hidden"}[frozen]
+    static = {"chunk_size": 2}
+    found = moved(make_mesh(2, 4), static, differentiate=(other,), batch="data", classes="model")
+    sizes = {"hidden": ROWS // 2 * WIDTH, "kernel": WIDTH * CLASSES // 4}
+    assert [c.size for c in found if c.size > ROWS // 2] == [sizes[other]]
+
+
+def test_collectives_of_a_value():
+    """Statistics once a call, whatever the number of chunks."""
+    static = {"chunk_size": 2, "return_metrics": True}
+    found = moved(make_mesh(2, 4), static, EVERY, differentiate=(), batch="data", classes="model")
+    assert found
+    assert all(not c.in_loop and c.size <= ROWS // 2 for c in found), found
