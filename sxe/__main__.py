@@ -2,6 +2,7 @@
 plan` says what the head would do for inputs of some size."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -54,12 +55,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "What sxe.linear_softmax_cross_entropy does for hidden states [rows, hidden] and a kernel "
-        "[hidden, classes] on this machine's default backend: how it gets the gradients, in how "
-        "many chunks, with how many FLOPs and how much memory. Nothing is run."
+        "[hidden, classes]: how it gets the gradients, in how many chunks, with how many FLOPs and "
+        "how much memory; and on a mesh what its devices exchange. Nothing is run."
     )
-    parser.add_argument("--rows", type=_size, required=True, help="N, on one device")
+    parser.add_argument("--rows", type=_size, required=True, help="N, of all devices")
     parser.add_argument("--hidden", type=_size, required=True, help="D")
-    parser.add_argument("--classes", type=_size, required=True, help="K, on one device")
+    parser.add_argument("--classes", type=_size, required=True, help="K, of all devices")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     parser.add_argument(
         "--differentiate",
@@ -74,20 +75,55 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", nargs="*", choices=_plan.TILE_OPTIONS, default=(), help="options in use"
     )
-    parser.set_defaults(run=_run_plan)
+    parser.add_argument(
+        "--backend", choices=_plan.BACKENDS, help="where it will run (default: as here)"
+    )
+    mesh = parser.add_argument_group("mesh")
+    mesh.add_argument("--mesh", type=_mesh, help="devices along each axis, as data=64,model=8")
+    mesh.add_argument(
+        "--batch-axis-name", type=_names, help="axes that split the rows (default: data)"
+    )
+    mesh.add_argument("--axis-name", type=_names, help="and the classes (default: model)")
+    mesh.add_argument("--fsdp", type=_names, help="and the rows of the kernel (default: none)")
+    mesh.add_argument(
+        "--memory",
+        type=float,
+        metavar="BYTES",
+        help="of a device: as few devices for the classes as the head needs to fit",
+    )
+    floor = parser.add_argument_group("time floor, for a device with all of")
+    floor.add_argument("--flops-per-second", type=float, help="of its matrix products")
+    floor.add_argument("--bytes-per-second", type=float, help="of its memory")
+    floor.add_argument("--link-bytes-per-second", type=float, help="that it can send to others")
+    parser.set_defaults(run=partial(_run_plan, parser))
 
 
-def _run_plan(arguments: argparse.Namespace) -> int:
-    names = ("rows", "hidden", "classes", "dtype", "differentiate", "reduction", "rule")
-    call = {name: getattr(arguments, name) for name in (*names, "chunk_size", "options")}
-    p = _plan.plan(**call)
+def _run_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    names = "rows hidden classes dtype differentiate reduction rule chunk_size options backend mesh"
+    call = {name: getattr(arguments, name) for name in (*names.split(), "fsdp")}
+    for name, default in (("batch_axis_name", "data"), ("axis_name", "model")):
+        given = getattr(arguments, name)
+        call[name] = default if given is None and default in (arguments.mesh or {}) else given
+    rates = tuple(
+        getattr(arguments, f"{name}_per_second") for name in ("flops", "bytes", "link_bytes")
+    )
+    if any(rates) and not all(rates):
+        parser.error("a time floor needs all of its three rates")
+    try:
+        p = _plan.plan(**call, memory_bytes=arguments.memory)
+    except ValueError as error:
+        parser.error(str(error))
 
-    def size(n: int) -> str:
-        return f"{n / 2**20:,.1f} MiB"
+    def size(n: float) -> str:
+        return f"{n / 2**20:,.1f} MiB" if n >= 2**17 else f"{n:,} bytes"
 
     padding = f", {p.padding} of them padding in the last" if p.padding else ""
-    for name, text in (
-        ("backend", f"{jax.default_backend()}, JAX {jax.__version__}"),
+    backend = arguments.backend or f"{jax.default_backend()}, JAX {jax.__version__}"
+    lines = [("backend", backend)]
+    if p.mesh:
+        mesh = ", ".join(f"{name}={n}" for name, n in p.mesh.items())
+        lines.append(("mesh", f"{mesh}: {math.prod(p.mesh.values()):,} devices, for each of them:"))
+    lines += [
         ("path", p.path),
         ("chunks", f"{p.chunks:,} of {p.chunk_size:,} rows{padding}"),
         ("gradient of the logits", f"multiplied in {p.gradient_dtype}"),
@@ -96,9 +132,33 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         ("peak, about", f"{size(p.peak_bytes)}, with arguments and results"),
         ("logits, if they existed", size(p.logits_bytes)),
         ("peak with logits, at least", size(p.logits_peak_bytes)),
-    ):
-        print(f"{name:28}{text}")
+    ]
+    kinds = {c.kind: sum(o.bytes for o in p.collectives if o.kind == c.kind) for c in p.collectives}
+    for kind, total in kinds.items():
+        lines.append((kind, size(total)))
+        lines += [
+            (f"  {c.of}", f"{size(c.bytes)} among {c.devices}")
+            for c in p.collectives
+            if c.kind == kind
+        ]
+    if all(rates):
+        floor = p.floor(*rates)
+        lines.append(("time, at least", f"{1e3 * max(floor):,.2f} ms, the largest of these:"))
+        lines += [(f"  {name}", f"{1e3 * t:,.2f} ms") for name, t in floor._asdict().items()]
+    for name, text in lines:
+        print(f"{name:30}{text}")
     return 0
+
+
+def _mesh(text: str) -> dict[str, int]:
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name and size.isdecimal() for name, _, size in parts):
+        raise argparse.ArgumentTypeError(f"expected data=64,model=8 or the like, got {text!r}")
+    return {name: int(size) for name, _, size in parts}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _size(text: str) -> int:

@@ -1,14 +1,18 @@
-"""What a call of the head would do: its path, chunks, FLOPs and memory, from its sizes alone."""
+"""What a call of the head would do, from its sizes alone: path, chunks, FLOPs, memory, and what it
+moves between the devices of a mesh."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
 from sxe import _options, _tiles
-from sxe._linear_softmax_cross_entropy import gradient_dtype
+from sxe._axes import AxisName, axis_names
+from sxe._projection import gradient_dtype
 from sxe._softmax_cross_entropy import RULES
 
 MIB = 2**20
@@ -16,11 +20,49 @@ VALUE = "value alone"
 FORWARD = "gradients in the forward pass"
 RECOMPUTE = "logits again in the backward pass"
 INPUTS = ("hidden", "kernel")
+HIDDEN_GRADIENT, KERNEL_GRADIENT = "gradient of hidden", "gradient of kernel"
+BACKENDS = ("cpu", "gpu", "tpu")
 TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
 
 
+class Collective(NamedTuple):
+    """What devices exchange, in a call and its gradient.
+
+    Attributes:
+      kind: "all-reduce", "all-gather" or "reduce-scatter".
+      of: what.
+      devices: how many take part with each other.
+      bytes: of the whole array on each device, before it is scattered or when it is gathered.
+    """
+
+    kind: str
+    of: str
+    devices: int
+    bytes: int
+
+    @property
+    def link_bytes(self) -> float:
+        """What each device has to send, at least: twice for a reduction whose result all have."""
+        times = 2 if self.kind == "all-reduce" else 1
+        return times * self.bytes * (self.devices - 1) / self.devices
+
+
+class Floor(NamedTuple):
+    """Seconds that a call and its gradient take at least, on each device: the largest of these.
+
+    Attributes:
+      matmul: for the matrix products.
+      memory: for reading and writing what does not stay in a cache.
+      links: for what it exchanges with other devices.
+    """
+
+    matmul: float
+    memory: float
+    links: float
+
+
 class Plan(NamedTuple):
-    """What a call of ``sxe.linear_softmax_cross_entropy`` does, and its gradient.
+    """What a call of ``sxe.linear_softmax_cross_entropy`` does, and its gradient, on each device.
 
     Attributes:
       path: "value alone"; "gradients in the forward pass", nothing computed twice; or "logits again
@@ -34,6 +76,9 @@ class Plan(NamedTuple):
       peak_bytes: estimated, with arguments and results.
       logits_bytes: what the [N, K] logits would take in the dtype in which they are computed.
       logits_peak_bytes: what a program that makes them needs at least: arguments, results, logits.
+      traffic_bytes: what the matrix products and the row rule read and write, at least.
+      mesh: the devices along each mesh axis.
+      collectives: what the devices exchange.
     """
 
     path: str
@@ -46,6 +91,19 @@ class Plan(NamedTuple):
     peak_bytes: int
     logits_bytes: int
     logits_peak_bytes: int
+    traffic_bytes: int
+    mesh: Mapping[str, int]
+    collectives: tuple[Collective, ...]
+
+    def floor(
+        self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
+    ) -> Floor:
+        """For a device with that matmul rate, memory bandwidth, and bandwidth to send to others."""
+        return Floor(
+            self.flops / flops_per_second,
+            self.traffic_bytes / bytes_per_second,
+            sum(c.link_bytes for c in self.collectives) / link_bytes_per_second,
+        )
 
 
 def plan(
@@ -59,23 +117,37 @@ def plan(
     rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
     chunk_size: int | None = None,
     options: Sequence[str] = (),
+    mesh: Mapping[str, int] | None = None,
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+    fsdp: AxisName = None,
+    memory_bytes: float | None = None,
+    backend: Literal["cpu", "gpu", "tpu"] | None = None,
 ) -> Plan:
-    """What ``linear_softmax_cross_entropy`` would do for inputs of that size on this backend.
+    """What ``linear_softmax_cross_entropy`` would do for inputs of that size.
 
-    Nothing is compiled. On a single CPU device, and for rule "vjp", the estimates of memory are
-    within about 15 % of ``compiled.memory_analysis()``. Elsewhere they are what the parts take that
-    the work is divided into, and XLA may need more.
+    Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
+    about 15 % of ``compiled.memory_analysis()``. Elsewhere they are what the parts take that the
+    work is divided into, and XLA may need more.
 
     Args:
-      rows, hidden, classes: N, D and K: on this device, inside ``jax.shard_map``.
+      rows, hidden, classes: N, D and K, of all devices.
       dtype: of hidden and kernel.
       differentiate: those of "hidden" and "kernel" for which there is a gradient.
       reduction, rule, chunk_size: as for the call.
       options: the names of those options in use that make XLA write out more: "where" (or weights,
         or ignore_index), "bias", "logit_scale", "softcap", "label_smoothing" (or dense targets).
+      mesh: the devices along each mesh axis, as ``{"data": 64, "model": 8}``. None: one device.
+      axis_name, batch_axis_name, fsdp: the mesh axes that split the classes, the rows, and the rows
+        of the kernel: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
+      memory_bytes: of a device. The devices of ``axis_name`` and ``batch_axis_name``, one axis
+        each, are then divided anew: as few as possible for the classes, so that ``peak_bytes`` is
+        at most that. The head alone is counted: the rest of the model needs memory, too.
+      backend: where it will run, by default where this runs.
 
     Raises:
-      TypeError, ValueError: for a size below 1 (rows: 0), and names that are none of the above.
+      TypeError, ValueError: for a size below 1 (rows: 0), names that are none of the above, a mesh
+        that does not divide the sizes, and a memory that no division of the devices fits.
 
     Example:
       >>> import sxe
@@ -103,29 +175,171 @@ def plan(
         for name in names:
             _options.one_of(argument, name, known)
     dtype = _options.check_dtype("dtype", jnp.dtype(dtype))
-
-    backend = jax.default_backend()
     given = _options.parse_chunk_size(chunk_size)
-    size = given or _tiles.rows_per_chunk(rows, classes, dtype, backend)
+    if backend is not None:
+        _options.one_of("backend", backend, BACKENDS)
+
+    sizes = dict(mesh or {})
+    axes = {
+        "axis_name": _options.mesh_axes("axis_name", axis_name),
+        "batch_axis_name": _options.mesh_axes("batch_axis_name", batch_axis_name),
+        "fsdp": _options.mesh_axes("fsdp", fsdp),
+    }
+    _check_mesh(sizes, axes, rule)
+    call = _Call(
+        rows,
+        hidden,
+        classes,
+        dtype,
+        differentiate=tuple(differentiate),
+        reduction=reduction,
+        rule=rule,
+        chunk_size=given,
+        options=tuple(options),
+        backend=backend or jax.default_backend(),
+    )
+    if memory_bytes is None:
+        return _plan(call, sizes, **axes)
+    return _smallest_class_split(call, sizes, memory_bytes, **axes)
+
+
+class _Call(NamedTuple):
+    rows: int
+    hidden: int
+    classes: int
+    dtype: jnp.dtype
+    differentiate: tuple[str, ...]
+    reduction: str
+    rule: str
+    chunk_size: int | None
+    options: tuple[str, ...]
+    backend: str
+
+
+def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
+    for name, devices in sizes.items():
+        if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+            raise ValueError(f"mesh: expected at least one device along {name!r}, got {devices!r}")
+    seen: set[str] = set()
+    for argument, names in axes.items():
+        for name in axis_names(names):
+            if name not in sizes:
+                raise ValueError(f"{argument}: expected axes of mesh {sizes}, got {name!r}")
+            if argument == "fsdp" and name not in axis_names(axes["batch_axis_name"]):
+                raise ValueError(f"fsdp: expected axes of batch_axis_name, got {name!r}")
+            if argument != "fsdp" and name in seen:
+                raise ValueError(f"{argument}: expected axes named once, got {name!r} again")
+            seen.add(name)
+    if sizes and rule != "vjp":
+        raise ValueError(f"rule: expected 'vjp' with a mesh, got {rule!r}")
+
+
+def _smallest_class_split(
+    call: _Call, sizes: dict[str, int], memory_bytes: float, **axes: AxisName
+) -> Plan:
+    for argument in ("axis_name", "batch_axis_name"):
+        if len(axis_names(axes[argument])) != 1:
+            raise ValueError(f"{argument}: expected one axis with memory_bytes, got {axes}")
+    (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
+    devices = sizes[model] * sizes[data]
+    least = math.inf
+    for split in range(1, devices + 1):
+        if devices % split or call.classes % split or call.rows % (devices // split):
+            continue
+        found = _plan(call, sizes | {model: split, data: devices // split}, **axes)
+        if found.peak_bytes <= memory_bytes:
+            return found
+        least = min(least, found.peak_bytes)
+    raise ValueError(
+        f"memory_bytes: expected at least {least:.3g} for the head on {devices} devices, got "
+        f"{memory_bytes:.3g}"
+    )
+
+
+def _plan(
+    call: _Call,
+    sizes: dict[str, int],
+    *,
+    axis_name: AxisName,
+    batch_axis_name: AxisName,
+    fsdp: AxisName,
+) -> Plan:
+    def devices_along(axes: AxisName) -> int:
+        return math.prod(sizes[name] for name in axis_names(axes))
+
+    shards, groups = devices_along(axis_name), devices_along(batch_axis_name)
+    gathered = devices_along(fsdp)
+    for argument, size, parts in (
+        ("rows", call.rows, groups),
+        ("classes", call.classes, shards),
+        ("hidden", call.hidden, gathered),
+    ):
+        if size % parts:
+            raise ValueError(f"{argument}: expected a multiple of {parts}, the devices, got {size}")
+    rows, hidden, classes = call.rows // groups, call.hidden, call.classes // shards
+    if not sizes:
+        return _on_a_device(call, sizes, ())
+
+    wide = 8 if call.dtype == jnp.float64 else 4
+    gathered_itemsize = wide if call.backend == "cpu" else call.dtype.itemsize  # XLA widens it
+    kernel, all_hidden = hidden * classes, rows * hidden
+    want_hidden, want_kernel = (name in call.differentiate for name in INPUTS)
+    sums = {"mean": 2, "sum": 1, "none": 0}[call.reduction]
+    exchanged = [
+        ("all-reduce", "sums of losses and weights", groups, wide * sums),
+        # The maximum; the sum, the number of maxima, and the label's part of the loss.
+        ("all-reduce", "statistics of rows", shards, 4 * wide * rows),
+        ("all-reduce", HIDDEN_GRADIENT, shards, wide * all_hidden * want_hidden),
+        ("all-gather", "kernel", gathered, gathered_itemsize * kernel),
+        ("reduce-scatter", KERNEL_GRADIENT, gathered, wide * kernel * want_kernel),
+        (
+            "all-reduce",
+            KERNEL_GRADIENT,
+            groups // gathered,
+            wide * kernel // gathered * want_kernel,
+        ),
+    ]
+    collectives = tuple(Collective(*c) for c in exchanged if c[2] > 1 and c[3])
+    # Inside of shard_map a device is alone, whatever the number of devices here.
+    manual = AbstractMesh((1,), ("device",), axis_types=(AxisType.Manual,))
+    with jax.sharding.use_abstract_mesh(manual):
+        return _on_a_device(call._replace(rows=rows, classes=classes), sizes, collectives)
+
+
+def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collective, ...]) -> Plan:
+    rows, hidden, classes, dtype = call.rows, call.hidden, call.classes, call.dtype
+    backend = call.backend
+    size = call.chunk_size or _tiles.rows_per_chunk(rows, classes, dtype, backend)
     chunks = _tiles.number_of_chunks(rows, size)
     size = max(1, -(-rows // chunks))
-    wanted = [name in differentiate for name in INPUTS]
+    wanted = [name in call.differentiate for name in INPUTS]
     if not any(wanted):
         path = VALUE
     else:
-        path = FORWARD if rule == "vjp" and reduction != "none" else RECOMPUTE
+        path = FORWARD if call.rule == "vjp" and call.reduction != "none" else RECOMPUTE
     # Of a single chunk XLA sees that both passes compute the same logits, and keeps them.
-    products = 1 + sum(wanted) + (path == RECOMPUTE and chunks > 1)
+    again = path == RECOMPUTE and chunks > 1
+    products = 1 + sum(wanted) + again
 
     itemsize, wide = dtype.itemsize, 8 if dtype == jnp.float64 else 4
+    narrow_gradient = gradient_dtype(dtype, backend).itemsize
     logits = rows * classes * wide
-    arguments = (rows * hidden + hidden * classes) * itemsize + rows * 4
-    results = itemsize * (wanted[0] * rows * hidden + wanted[1] * hidden * classes) + wide
-    if reduction == "none":
+    scattered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
+    kernel = hidden * classes // scattered
+    arguments = (rows * hidden + kernel) * itemsize + rows * 4
+    results = itemsize * (wanted[0] * rows * hidden + wanted[1] * kernel) + wide
+    if call.reduction == "none":
         results += rows * wide
-    temporary = _temporary_bytes(
-        rows, hidden, classes, dtype, size, chunks, path, wanted[0], wanted[1], options
+    temporary = _temporary_bytes(call, size, chunks, path, wanted[0], wanted[1], collectives)
+    # The kernel is read for each product with it, and its gradient read and written, in each chunk.
+    # Logits are written, and read by both passes of the row rule; their gradient is written, and
+    # read for each product with it.
+    traffic = (
+        chunks * hidden * classes * ((1 + wanted[0] + again) * itemsize + wanted[1] * 2 * wide)
     )
+    traffic += rows * hidden * itemsize * (1 + again + sum(wanted))
+    traffic += logits * (2 + any(wanted) + 2 * again)
+    traffic += rows * classes * narrow_gradient * (any(wanted) + sum(wanted))
     return Plan(
         path=path,
         chunk_size=size,
@@ -137,23 +351,24 @@ def plan(
         peak_bytes=arguments + results + temporary,
         logits_bytes=logits,
         logits_peak_bytes=arguments + results + logits,
+        traffic_bytes=traffic,
+        mesh=sizes,
+        collectives=collectives,
     )
 
 
 def _temporary_bytes(
-    rows: int,
-    hidden: int,
-    classes: int,
-    dtype: jnp.dtype,
+    call: _Call,
     size: int,
     chunks: int,
     path: str,
     want_hidden: bool,
     want_kernel: bool,
-    options: Sequence[str],
+    collectives: tuple[Collective, ...],
 ) -> int:
     """What XLA allocates at the time when it needs most, as far as that follows from the sizes."""
-    backend = jax.default_backend()
+    rows, hidden, classes, dtype, backend = *call[:4], call.backend
+    options = call.options
     wide = 8 if dtype == jnp.float64 else 4
     narrow = dtype.itemsize < wide
     old = backend == "cpu" and jax.__version_info__ < (0, 11)
@@ -181,8 +396,6 @@ def _temporary_bytes(
     copies = all_hidden * (padded + stacked)
     copies = copies if chunks > 1 else 0
 
-    # A gradient in a narrow dtype is rounded from a wide one when all is done: until then its own
-    # memory is free for something else.
     buffers = [tile]
     if old and path == FORWARD and not writes:
         rows_at_once = _tiles.rows_per_block(size, classes, backend)
@@ -190,9 +403,27 @@ def _temporary_bytes(
             buffers.append(tile)  # its rows are not replaced in place
     if old and narrow and want_hidden:
         buffers.append(kernel // 2)  # as integers
-    if narrow and want_kernel:
-        fits = [b for b in buffers if b <= kernel // 2]
+    if narrow and any(c.of == HIDDEN_GRADIENT for c in collectives):
+        buffers.append(all_hidden)  # what it was reduced to, before it is rounded
+
+    # A gradient that is rounded or reduced comes from another one when all is done: until then its
+    # own memory is free for something else.
+    gathered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
+    reduced = any(c.of == KERNEL_GRADIENT for c in collectives)
+    if not want_kernel or not (narrow or reduced):
+        return sum(buffers) + work + copies
+    result = kernel // gathered // (2 if narrow else 1)
+    if not reduced:
+        fits = [b for b in buffers if b <= result]
         if fits:
             buffers.remove(max(fits))
-        buffers.append(kernel)
-    return sum(buffers) + work + copies
+        return sum(buffers) + kernel + work + copies
+    rest = sorted((*buffers, work, copies), reverse=True)
+    if narrow:
+        whole = kernel // 2 if gathered > 1 else 0
+        return kernel + whole + max(kernel, sum(rest))
+    for part in rest[:]:
+        if part <= result:
+            result -= part
+            rest.remove(part)
+    return kernel * (2 if gathered > 1 else 1) + sum(rest)

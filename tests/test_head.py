@@ -1,11 +1,8 @@
 """The head: every option, precision, edges and cost, against logits in float64 NumPy."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -600,14 +597,4 @@ def test_one_cpu_device_takes_blocks_of_classes():
 
     In a process of its own: here the tests see several devices, and blocks are ruled out.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ONE_DEVICE],
-        cwd=Path(sxe.__file__).parents[1],
-        env={**environment, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    fresh.run("-c", ONE_DEVICE)

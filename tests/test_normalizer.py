@@ -1,16 +1,11 @@
 """The state (m, r): blocks of rows, shards and derivatives give what one tile gives."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import sxe
 from sxe import _normalizer as nz
 
 
@@ -86,14 +81,4 @@ for dtype in (jnp.float32, jnp.bfloat16):
 
 def test_one_cpu_device_takes_blocks_of_rows():
     """In a process of its own: here the tests see several devices, and blocks are ruled out."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ONE_DEVICE],
-        cwd=Path(sxe.__file__).parents[1],
-        env={**environment, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    fresh.run("-c", ONE_DEVICE)

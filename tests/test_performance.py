@@ -4,11 +4,10 @@ As a script, `python tests/test_performance.py`, it prints times as multiples of
 the argument `head` those of the loss without logits, and its temporaries.
 """
 
-import os
-import subprocess
 import sys
 import time
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,15 +86,7 @@ def ratios(rows, classes, dtype, rounds=11):
 @pytest.mark.slow
 def test_value_and_gradient_at_most_twice_the_time_of_optax():
     """On one device, in a process of its own; the margin is wide because machines are shared."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    output = subprocess.run(
-        [sys.executable, __file__, "1"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    ).stdout
+    output = fresh.run(__file__, 1, timeout=600)
     print(output)
     assert float(output.split()[-1]) < 2
 

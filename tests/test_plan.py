@@ -3,19 +3,23 @@
 As a script it prints the predictions of memory for the shapes below, on one device.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import collections
+import re
 
+import fresh
 import jax
 import jax.numpy as jnp
 import pytest
+from hlo import collectives
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sharding import make_mesh
 
 import sxe
 from sxe.__main__ import main
 
 TOLERANCE = 0.15
+RATES = {"flops": 8e14, "bytes": 3e12, "link-bytes": 4e11}
 BOTH = ("hidden", "kernel")
 
 # N, D, K, dtype, what is differentiated, options of the call: ragged and even, one chunk and many.
@@ -33,16 +37,43 @@ CALLS = [
 ]
 
 
-def call(rows, hidden, classes, dtype, differentiate, options):
+# Mesh, options of the mesh, and a call: rows and classes split, by one axis or several.
+MESHES = [
+    ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", BOTH, {})),
+    ({"data": 8}, {"fsdp": "data"}, (4096, 512, 16384, "float32", BOTH, {})),
+    ({"data": 4, "model": 2}, {"fsdp": "data"}, (4096, 512, 16384, "bfloat16", BOTH, {})),
+    ({"model": 8}, {}, (4096, 256, 65536, "bfloat16", BOTH, {"reduction": "none"})),
+    (
+        {"data": 2, "other": 2, "model": 2},
+        {"fsdp": "other", "batch_axis_name": ("data", "other")},
+        (4096, 512, 32768, "float32", BOTH, {"reduction": "sum"}),
+    ),
+    ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", ("hidden",), {})),
+    ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", (), {})),
+]
+
+
+def call(rows, hidden, classes, dtype, differentiate, options, sizes=None, **axes):
     """The compiled call, and its plan."""
+    head, layouts = sxe.linear_softmax_cross_entropy, (None,) * 3
+    if sizes is not None:
+        names = ("batch_axis_name", "data"), ("axis_name", "model")
+        axes |= {a: name for a, name in names if name in sizes and a not in axes}
+        batch, model, fsdp = (axes.get(a) for a in ("batch_axis_name", "axis_name", "fsdp"))
+        mesh = make_mesh(*sizes.values(), names=tuple(sizes))
+        head = sxe.over_mesh(head, mesh, batch=batch, classes=model, fsdp=fsdp)
+        layouts = [NamedSharding(mesh, spec) for spec in (P(batch), P(fsdp, model), P(batch))]
 
     def loss(hidden, kernel, labels):
-        return jnp.sum(jnp.sin(sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options)))
+        return jnp.sum(jnp.sin(head(hidden, kernel, labels, **options)))
 
     arguments = tuple(BOTH.index(name) for name in differentiate)
     f = jax.value_and_grad(loss, arguments) if arguments else loss
     shapes = [((rows, hidden), dtype), ((hidden, classes), dtype), ((rows,), "int32")]
-    program = jax.jit(f).lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).compile()
+    inputs = [
+        jax.ShapeDtypeStruct(*s, sharding=layout) for s, layout in zip(shapes, layouts, strict=True)
+    ]
+    program = jax.jit(f).lower(*inputs).compile()
     names = {"reduction", "chunk_size", "rule"}
     plan = sxe.plan(
         rows,
@@ -52,33 +83,119 @@ def call(rows, hidden, classes, dtype, differentiate, options):
         differentiate=differentiate,
         options=tuple(options.keys() - names),
         **{name: options[name] for name in options.keys() & names},
+        mesh=sizes,
+        **axes,
     )
     return program, plan
 
 
-def memory_ratios():
+def bytes_by_kind(collectives):
+    found = collections.Counter()
+    for kind, size in collectives:
+        found[kind] += size
+    return dict(found)
+
+
+def memory_ratio(program, plan):
     """Predicted over actual bytes: temporaries, and peak."""
+    memory = program.memory_analysis()
+    temporary = memory.temp_size_in_bytes
+    peak = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return plan.temporary_bytes / temporary, plan.peak_bytes / peak
+
+
+def memory_ratios():
     for each in CALLS:
-        program, plan = call(*each)
-        memory = program.memory_analysis()
-        temporary = memory.temp_size_in_bytes
-        peak = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
-        yield each, plan.temporary_bytes / temporary, plan.peak_bytes / peak
+        yield each, *memory_ratio(*call(*each))
+
+
+@pytest.mark.parametrize(("sizes", "axes", "each"), MESHES, ids=str)
+def test_mesh(sizes, axes, each):
+    """Bytes of the collectives as in the compiled program, its memory within 15 percent."""
+    program, plan = call(*each, sizes, **axes)
+    found = [(c.opcode, c.bytes * (c.times or 1)) for c in collectives(program.as_text())]
+    if each[-1].get("reduction") == "none":
+        found.append(("all-reduce", -4 * (sizes.get("data", 1) > 1)))  # the sum in ``call``
+    expected = [(c.kind, c.bytes) for c in plan.collectives]
+    assert bytes_by_kind(found) == bytes_by_kind(expected)
+    for ratio in memory_ratio(program, plan):
+        assert abs(ratio - 1) < TOLERANCE, memory_ratio(program, plan)
+    chunk, count = plan.chunk_size, plan.chunks
+    assert chunk * count == each[0] // sizes.get("data", 1) // sizes.get("other", 1)
+    assert plan.flops == 2 * (1 + len(each[4]) + (each[-1] == {"reduction": "none"})) * (
+        each[0] * each[1] * each[2] // 8
+    )
+
+
+def test_the_kernel_is_gathered_in_its_own_dtype():
+    """As XLA is told: its CPU backend widens what it gathers, others don't."""
+    loss = sxe.over_mesh(
+        sxe.linear_softmax_cross_entropy, make_mesh(8, names=("data",)), batch="data", fsdp="data"
+    )
+    shapes = (((64, 16), "bfloat16"), ((16, 32), "bfloat16"), ((64,), "int32"))
+    text = jax.jit(jax.grad(loss, 1)).lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).as_text()
+    assert re.findall(r"all_gather.*\(tensor<(.*?)>\)", text) == ["2x32xbf16"]
+    assert re.findall(r"reduce_scatter.*?(?:\n.*?)*?\}\) : \(tensor<(.*?)>\)", text) == [
+        "16x32xf32"
+    ]
+    plans = [
+        sxe.plan(
+            64, 16, 32, "bfloat16", mesh={"data": 8}, batch_axis_name="data", fsdp="data", backend=b
+        )
+        for b in ("gpu", "cpu")
+    ]
+    gathered = [next(c.bytes for c in p.collectives if c.kind == "all-gather") for p in plans]
+    assert gathered == [16 * 32 * 2, 16 * 32 * 4]
+
+
+def test_floor():
+    options = {"mesh": {"a": 4, "b": 2}, "batch_axis_name": "a", "axis_name": "b", "chunk_size": 16}
+    plan = sxe.plan(64, 8, 32, "bfloat16", **options, fsdp="a", backend="gpu")
+    rows, hidden, classes = 16, 8, 16
+    assert plan.flops == 6 * rows * hidden * classes
+    # Sums and statistics, d hidden, the kernel in bfloat16, d kernel in float32.
+    all_reduce = (8 * 3 / 4) + (16 * rows + 4 * rows * hidden) / 2
+    sent = 2 * all_reduce + (2 + 4) * hidden * classes * 3 / 4
+    # The kernel twice and d kernel in and out; hidden thrice; logits thrice, their gradient thrice.
+    moved = (
+        hidden * classes * (2 * 2 + 8) + rows * hidden * 2 * 3 + rows * classes * (3 * 4 + 3 * 2)
+    )
+    assert plan.traffic_bytes == moved
+    floor = plan.floor(1e3, 1e2, 10)
+    assert floor.matmul == plan.flops / 1e3
+    assert floor.memory == moved / 1e2
+    assert floor.links == pytest.approx(sent / 10)
+
+
+def test_the_smallest_class_split_that_fits():
+    options = {
+        "dtype": "bfloat16",
+        "batch_axis_name": "data",
+        "axis_name": "model",
+        "fsdp": "data",
+        "backend": "gpu",
+    }
+
+    def plan(split, **more):
+        mesh = {"data": 64 // split, "model": split}
+        return sxe.plan(2**17, 4096, 2**17, mesh=mesh, **options, **more)
+
+    each = [plan(split) for split in (1, 2, 4, 8)]
+    peaks = [p.peak_bytes for p in each]
+    assert peaks == sorted(peaks, reverse=True)
+    for p, peak in zip(each, peaks, strict=True):
+        assert plan(1, memory_bytes=peak) == plan(64, memory_bytes=peak) == p
+    assert plan(1, memory_bytes=peaks[1] - 1) == each[2]
+    with pytest.raises(
+        ValueError, match=r"^memory_bytes: expected at least .* 64 devices, got 100"
+    ):
+        plan(1, memory_bytes=100)
 
 
 def test_memory_within_15_percent_of_the_compiled_program():
     """In a process with one device: the blocks that keep memory small need one."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    root = Path(sxe.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__],
-        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    ratios = [[float(r) for r in line.split()[:2]] for line in done.stdout.splitlines()]
+    output = fresh.run(__file__)
+    ratios = [[float(r) for r in line.split()[:2]] for line in output.splitlines()]
     assert len(ratios) == len(CALLS)
     for pair, each in zip(ratios, CALLS, strict=True):
         for ratio in pair:
@@ -143,6 +260,20 @@ def test_the_default_chunk_does_not_grow_with_the_rows():
         (TypeError, "differentiate", {"differentiate": "hidden"}),
         (ValueError, "options", {"options": ("z",)}),
         (ValueError, "chunk_size", {"chunk_size": 0}),
+        (ValueError, "backend", {"backend": "cuda"}),
+        (ValueError, "mesh", {"mesh": {"data": 0}}),
+        (ValueError, "axis_name", {"mesh": {"data": 2}, "axis_name": "model"}),
+        (TypeError, "axis_name", {"mesh": {"data": 2}, "axis_name": 2}),
+        (ValueError, "rows", {"mesh": {"data": 8}, "batch_axis_name": "data"}),
+        (ValueError, "classes", {"mesh": {"data": 3}, "axis_name": "data"}),
+        (ValueError, "fsdp", {"mesh": {"data": 2}, "axis_name": "data", "fsdp": "data"}),
+        (ValueError, "rule", {"mesh": {"data": 2}, "rule": "jvp"}),
+        (
+            ValueError,
+            "batch_axis_name",
+            {"mesh": {"data": 2}, "axis_name": "data", "batch_axis_name": "data"},
+        ),
+        (ValueError, "axis_name", {"mesh": {"data": 2}, "memory_bytes": 1}),
     ],
 )
 def test_errors(error, name, arguments):
@@ -167,6 +298,35 @@ def test_command_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--rows", "0", "--hidden", "1", "--classes", "1"])
     assert "--rows: expected an integer of at least 1" in capsys.readouterr().err
+
+
+def test_command_line_with_a_mesh(capsys):
+    sizes = ["plan", "--rows", "4096", "--hidden", "512", "--classes", "32768", "--backend", "gpu"]
+    rates = [f"--{name}-per-second={rate}" for name, rate in RATES.items()]
+    assert main([*sizes, "--mesh", "data=2,model=4", "--fsdp", "data", *rates]) == 0
+    text = capsys.readouterr().out
+    mesh = {"mesh": {"data": 2, "model": 4}, "axis_name": "model", "batch_axis_name": "data"}
+    plan = sxe.plan(4096, 512, 32768, **mesh, fsdp="data", backend="gpu")
+    floor = plan.floor(*RATES.values())
+    for c in plan.collectives:
+        amount = f"{c.bytes / 2**20:.1f} MiB" if c.bytes > 2**17 else f"{c.bytes} bytes"
+        assert re.search(f"^  {c.of} +{amount} among {c.devices}$", text.replace(",", ""), re.M)
+    for title, seconds in (("time, at least", max(floor)), ("  links", floor.links)):
+        assert re.search(f"^{title} +{1e3 * seconds:.2f} ms", text, re.M)
+    assert "data=2, model=4: 8 devices" in text
+    memory = str(plan.peak_bytes)
+    assert main([*sizes, "--mesh", "data=8,model=1", "--fsdp", "data", "--memory", memory]) == 0
+    assert re.search(
+        "^mesh +data=(4, model=2|2, model=4|8, model=1)", capsys.readouterr().out, re.M
+    )
+    for wrong, message in (
+        (["--mesh", "data"], "--mesh: expected data=64,model=8"),
+        (["--mesh", "data=3"], "rows: expected a multiple of 3"),
+        ([rates[0]], "all of its three rates"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*sizes, *wrong])
+        assert message in capsys.readouterr().err
 
 
 if __name__ == "__main__":

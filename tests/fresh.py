@@ -1,0 +1,30 @@
+"""A Python of its own, for what depends on how many devices JAX sees: the tests' sees eight."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import sxe
+
+ROOT = Path(sxe.__file__).parents[1]
+
+
+def environment(**more):
+    """The user's, without what says how many devices there are."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(ROOT)} | more
+
+
+def run(*arguments, timeout=300):
+    """What Python prints, with one CPU device, warnings as errors, and an exit status of 0."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
