@@ -1,0 +1,134 @@
+"""Training on a mesh that several processes share, one of which may be lost: tests/processes.py."""
+
+import contextlib
+import functools
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import fresh
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax", reason="checkpoints need `pip install orbax-checkpoint`")
+
+STEPS, SAVED, LOST = 6, 3, 5
+
+# Seconds. A run takes some ten, and a lost process ends the others within five.
+RUN, END = 300, 60
+
+# Splitting rows and classes otherwise adds float32 numbers in another order: a few units in the
+# last place of losses near 3, and of parameters near 1.
+ROUNDING = {"rtol": 1e-6, "atol": 1e-6}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(directory, processes, *options, last=()):
+    """Exit statuses, None for one that had to be killed, and the ends of what they wrote to stderr.
+
+    ``last``: further options, of the last process.
+    """
+    command = [sys.executable, "-W", "error", Path(__file__).with_name("processes.py"), *options]
+    command += ["--steps", STEPS, "--processes", processes, "--port", free_port(), "--process-id"]
+    logs = [directory / f"{i}.log" for i in range(processes)]
+    # JAX warns of proxies, which could stand between the processes.
+    env = {k: v for k, v in fresh.environment().items() if "proxy" not in k.lower()}
+    started = []
+    try:
+        for i, log in enumerate(logs):
+            arguments = [*command, i, *(last if i == processes - 1 else ())]
+            with log.open("w") as stderr:
+                process = subprocess.Popen(
+                    [str(a) for a in arguments],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stderr,
+                    stderr=stderr,
+                )
+            started.append(process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started[-1].wait(RUN)
+            for process in started:
+                process.wait(END)
+        statuses = [process.poll() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return statuses, [log.read_text(errors="replace")[-5000:] for log in logs]
+
+
+def train(directory, processes, *options):
+    """What process 0 of a run writes at its end: arrays by name."""
+    out = directory / "run.npz"
+    statuses, logs = launch(directory, processes, "--out", out, *options)
+    assert statuses == [0] * processes, "\n".join(map(str, [statuses, *logs]))
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """The run without sxe.over_mesh."""
+    return train(tmp_path_factory.mktemp("one_device"), 1, "--plain")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Runs that nothing disturbs, by their number of processes."""
+
+    @functools.cache
+    def run(processes):
+        return train(tmp_path_factory.mktemp("unbroken"), processes)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run of two processes, the second of which is killed: checkpoints, statuses and logs."""
+    directory = tmp_path_factory.mktemp("broken")
+    checkpoints = directory / "checkpoints"
+    options = "--checkpoint-dir", checkpoints, "--save-at", SAVED
+    return checkpoints, *launch(directory, 2, *options, last=("--die-at", LOST))
+
+
+def assert_same(run, right, **tolerance):
+    """Of the steps that the run took, and of the parameters that it ended with."""
+    assert run.keys() == right.keys()
+    for name, a in run.items():
+        np.testing.assert_allclose(a, right[name][-len(a) :], **tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_train_as_one_device(one_device, unbroken, processes):
+    run = unbroken(processes)
+    assert run["losses"].shape == (STEPS,)
+    assert_same(run, one_device, **ROUNDING)
+    np.testing.assert_array_equal(run["weight_sums"], one_device["weight_sums"])
+
+
+def test_a_lost_process_ends_the_others(broken):
+    _, statuses, logs = broken
+    assert statuses[1] == -signal.SIGKILL, logs[1]
+    assert statuses[0] not in (0, None), logs[0]
+    assert re.search(r"another task died|[Cc]onnection (reset|closed) by peer", logs[0]), logs[0]
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_checkpoint_goes_on(one_device, unbroken, broken, processes, tmp_path):
+    """The last before the loss: in as many processes, to the last bit, or in another number."""
+    checkpoints, _, _ = broken
+    run = train(tmp_path, processes, "--checkpoint-dir", checkpoints, "--restore")
+    assert run["losses"].shape == (STEPS - SAVED,)
+    assert_same(run, one_device, **ROUNDING)
+    if processes == 2:
+        assert_same(run, unbroken(2), rtol=0, atol=0)
