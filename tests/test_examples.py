@@ -3,20 +3,22 @@
 import math
 import os
 import re
+import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-for _module in ("flax", "matplotlib", "sklearn", "tokenizers", "tqdm"):
+for _module in ("flax", "matplotlib", "orbax.checkpoint", "sklearn", "tokenizers", "tqdm"):
     pytest.importorskip(_module, reason="the examples need `pip install -e '.[examples]'`")
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_example(name, directory, *options):
+def run_example(name, directory, *options, timeout=None):
     """The finished process of examples/`name`, run in `directory`."""
     # What conftest.py sets for this process, its virtual devices for one, is not the user's.
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
@@ -27,6 +29,7 @@ def run_example(name, directory, *options):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
+        timeout=timeout,
     )
 
 
@@ -137,3 +140,61 @@ def test_language_model_says_how_much_text_it_needs(tmp_path):
     assert done.returncode == 1
     assert re.search(r"give a vocabulary of [\d,]+ byte pairs, not 16,384: raise", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def sharded_report(done):
+    """What examples/sharded_training.py --smoke prints, once it is known to match one device."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout
+    assert "devices: 8 (cpu), mesh: 2 data x 4 model\n" in output
+    # 2048 classes over four devices, 32 features over two, of four bytes.
+    assert "kernel: [32, 2048], 262,144 bytes\n" in output
+    assert "on each device: [16, 512], 32,768 bytes\n" in output
+    assert float(re.search(r"tokens per second: ([\d,]+)", output)[1].replace(",", "")) > 0
+    assert float(re.search(r"between the loss curves: (\S+) nats", output)[1]) < 1e-5
+    assert output.endswith("matches one device\n")
+    return output
+
+
+def losses(output):
+    """The steps that a run began and ended with, and their losses."""
+    found = re.search(r"loss of step (\d+): ([\d.]+), of step (\d+): ([\d.]+)", output)
+    return [float(number) for number in found.groups()]
+
+
+def test_sharded_training_resumes_and_matches_one_device(tmp_path):
+    options = "--smoke", "--checkpoint-dir=checkpoints"
+    whole = run_example("sharded_training.py", tmp_path, *options, "--no-compare")
+    assert whole.returncode == 0, whole.stderr
+    assert "one device" not in whole.stdout
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    first, first_loss, last, last_loss = losses(whole.stdout)
+    assert (first, last) == (1, 6)
+    assert abs(first_loss - math.log(2048)) < 0.1  # untrained
+    assert last_loss < first_loss - 0.05
+
+    # The other run took the steps 5 and 6, too.
+    resumed = sharded_report(run_example("sharded_training.py", tmp_path, *options))
+    assert "resumed from the checkpoint of step 4\n" in resumed
+    assert losses(resumed)[::2] == [5, 6]
+    assert losses(resumed)[3] == last_loss
+
+
+@pytest.mark.slow
+def test_sharded_training_matches_one_device_with_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--smoke --coordinator=127.0.0.1:{port} --processes=2 --checkpoint-dir=checkpoints"
+    with ThreadPoolExecutor() as pool:
+        done, other = pool.map(
+            lambda i: run_example(
+                "sharded_training.py", tmp_path, *options.split(), f"--process-id={i}", timeout=300
+            ),
+            range(2),
+        )
+    assert "processes: 2, " in sharded_report(done)
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+    assert other.returncode == 0, other.stderr
+    assert "loss" not in other.stdout  # only process 0 reports
+    assert "training" not in other.stderr

@@ -1,0 +1,272 @@
+"""Train the transformer of language_model.py on a mesh of devices, then on one, and compare.
+
+Devices along the mesh axis "data" split the batch. Devices along "model" split the 16,384 classes
+of the last layer. Its kernel is the embedding once more, and "data" splits the other axis of that,
+as FSDP does: each device has a part of the embedding and of Adam's moments for it, and all of the
+other parameters. `sxe.over_mesh` makes sxe's loss one of global arrays that are split like this.
+By default the devices are eight virtual ones of the CPU, with `--devices 0` those that there are:
+
+    python examples/sharded_training.py --mesh data=2,model=4
+
+Several processes, here two on one machine, have a part of the devices each and run the same code:
+
+    python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 0 &
+    python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 1
+
+With `--checkpoint-dir` a run that has been stopped goes on from its last checkpoint when it is
+started again with the same options. At the end the script takes the same steps on one device, with
+the loss as it is there, and exits with 1 if the loss curves differ.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from language_model import Transformer, encode, read_sources, train_tokenizer
+from tqdm import tqdm
+
+import sxe
+
+# In nats. A mesh takes sums in another order: that is one or two units in the last place of a loss.
+# Where training is not stable, from a learning rate of 4e-3 on, it grows with the steps.
+TOLERANCE = 1e-5
+
+# Seconds rather than minutes. A run that is started again has two steps to go.
+SMOKE = {
+    "steps": 6,
+    "checkpoint_every": 4,
+    "context": 64,
+    "dim": 32,
+    "layers": 1,
+    "heads": 2,
+    "vocabulary": 2048,
+    "text_bytes": 200_000,
+}
+
+
+def start_jax(args):
+    """Set up devices and processes, before JAX looks for either."""
+    if args.devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
+    if args.coordinator:
+        jax.distributed.initialize(
+            args.coordinator,
+            args.processes,
+            args.process_id,
+            shutdown_timeout_seconds=3600,  # all wait for process 0, which has one device to try
+        )
+
+
+def axes(text):
+    """From data=2,model=4 to {"data": 2, "model": 4}."""
+    return {name: int(size) for name, _, size in (axis.partition("=") for axis in text.split(","))}
+
+
+def make_mesh(axes):
+    """A mesh of all devices of all processes."""
+    if axes.keys() != {"data", "model"} or math.prod(axes.values()) != jax.device_count():
+        raise SystemExit(
+            f"--mesh: expected axes data and model over {jax.device_count()} devices, got {axes}"
+        )
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def make_batches(args):
+    """[steps, B, T + 1], the windows of tokens for each step: the same in all processes and runs.
+
+    A window has one token more than the model sees: the label of the last.
+    """
+    texts, _ = read_sources(args.text_bytes, held_out_files=0)
+    tokens = encode(train_tokenizer(texts, args.vocabulary), texts)
+    starts = np.random.default_rng(args.seed).integers(
+        len(tokens) - args.context, size=(args.steps, args.batch_size, 1)
+    )
+    return tokens[starts + np.arange(args.context + 1)]
+
+
+def make_functions(args, loss, table=lambda embedding: embedding):
+    """`init()` and `step(state, windows)`. Only `loss` and `table` know of a mesh.
+
+    `table` makes of the embedding what the model looks tokens up in.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, args.steps // 10, args.steps
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+    def new_model():
+        return Transformer(args, rngs=nnx.Rngs(args.seed))
+
+    graph, _ = nnx.split(nnx.eval_shape(new_model), nnx.Param)
+
+    def init():
+        params = nnx.to_pure_dict(nnx.state(new_model(), nnx.Param))
+        return {"params": params, "optimizer": optimizer.init(params)}
+
+    def loss_fn(params, windows):
+        model = nnx.merge(graph, params)
+        kernel, embedding = model.kernel, model.embedding.embedding
+        embedding[...] = table(embedding[...])
+        return loss(model(windows[:, :-1]), kernel, windows[:, 1:])
+
+    def step(state, windows):
+        params = state["params"]
+        value, grads = jax.value_and_grad(loss_fn)(params, windows)
+        updates, moments = optimizer.update(grads, state["optimizer"], params)
+        return {"params": optax.apply_updates(params, updates), "optimizer": moments}, value
+
+    return init, step
+
+
+def split_embedding(state, mesh):
+    """The shardings of a state: of the embedding [K, D] and its moments, and of all else."""
+
+    def sharding(path, leaf):
+        embedding = "['embedding']['embedding']" in jax.tree_util.keystr(path)
+        return NamedSharding(mesh, P("model", "data") if embedding else P())
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def train(title, step, state, batches, first=0, after_step=lambda done, state: None):
+    """Take the steps from `first` on: the state after them, their losses, the seconds of each."""
+    losses, seconds = [], []
+    progress = tqdm(
+        batches[first:],
+        desc=title,
+        initial=first,
+        total=len(batches),
+        unit="step",
+        disable=jax.process_index() != 0,
+    )
+    for done, windows in enumerate(progress, first + 1):
+        began = time.perf_counter()
+        state, loss = step(state, windows)
+        losses.append(float(loss))  # waits for the step, so that its time can be taken
+        seconds.append(time.perf_counter() - began)
+        progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
+        after_step(done, state)
+    return state, np.array(losses), seconds
+
+
+def train_on_mesh(args, mesh, batches):
+    """Train from the last checkpoint on, if there is one: its step, and what `train` returns."""
+    loss = sxe.over_mesh(
+        sxe.linear_softmax_cross_entropy, mesh, batch="data", classes="model", fsdp="data"
+    )
+
+    def table(embedding):
+        # Whole rows, as the axis "data" has their tokens, too. The loss gathers its kernel itself.
+        return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, P("model")))
+
+    init, step = make_functions(args, loss, table)
+    shapes = jax.eval_shape(init)
+    shardings = split_embedding(shapes, mesh)
+    replicated, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+    def mesh_step(state, windows):
+        # Each process gives the rows of its own devices.
+        return step(
+            state, jax.make_array_from_callback(windows.shape, rows, lambda index: windows[index])
+        )
+
+    title = "training on the mesh"
+    new_state = jax.jit(init, out_shardings=shardings)
+    if not args.checkpoint_dir:
+        return 0, *train(title, mesh_step, new_state(), batches)
+
+    with ocp.CheckpointManager(Path(args.checkpoint_dir).absolute()) as manager:
+        first = manager.latest_step() or 0
+        if first:
+            like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings)
+            state = manager.restore(first, args=ocp.args.StandardRestore(like))
+        else:
+            state = new_state()
+
+        def save(done, state):
+            if done % args.checkpoint_every == 0:
+                manager.save(done, args=ocp.args.StandardSave(state))
+
+        return first, *train(title, mesh_step, state, batches, first, save)
+
+
+def train_on_one_device(args, batches):
+    """The losses of the same steps on the first device of this process."""
+    init, step = make_functions(args, sxe.linear_softmax_cross_entropy)
+    step = jax.jit(step, donate_argnums=0)
+    _, losses, _ = train("training on one device", step, jax.jit(init)(), batches)
+    return losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a language model on a mesh of devices.")
+    parser.add_argument("--devices", type=int, default=8, help="virtual ones, 0: those there are")
+    parser.add_argument(
+        "--mesh", type=axes, default="data=2,model=4", help="devices along each axis"
+    )
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process-id", type=int, default=0)
+    parser.add_argument("--checkpoint-dir", help="the same for all processes")
+    parser.add_argument("--checkpoint-every", type=int, default=8, help="in steps")
+    parser.add_argument("--no-compare", action="store_true", help="leave out the one device")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--context", type=int, default=256, help="tokens that the model sees")
+    parser.add_argument("--dim", type=int, default=128, help="size of the hidden states")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="how much to read")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps")
+    if parser.parse_args().smoke:
+        parser.set_defaults(**SMOKE)
+    args = parser.parse_args()
+
+    start_jax(args)
+    mesh = make_mesh(args.mesh)
+    batches = make_batches(args)
+    first, state, losses, seconds = train_on_mesh(args, mesh, batches)
+    if jax.process_index() != 0:
+        return
+    if first >= args.steps:
+        raise SystemExit(f"{args.checkpoint_dir} is of step {first}: nothing is left to train")
+
+    embedding = state["params"]["embedding"]["embedding"]
+    part = embedding.addressable_data(0)
+    kind = jax.devices()[0].device_kind
+    shape = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    print(f"processes: {jax.process_count()}, devices: {mesh.size} ({kind}), mesh: {shape}")
+    print(f"kernel: {list(embedding.shape[::-1])}, {embedding.nbytes:,} bytes")
+    print(f"  on each device: {list(part.shape[::-1])}, {part.nbytes:,} bytes")
+    if first:
+        print(f"resumed from the checkpoint of step {first}")
+    print(f"loss of step {first + 1}: {losses[0]:.4f}, of step {args.steps}: {losses[-1]:.4f}")
+    tokens = args.batch_size * args.context
+    print(f"tokens per second: {tokens / float(np.median(seconds)):,.0f}")
+    if args.no_compare:
+        return
+    one = train_on_one_device(args, batches)[first:]
+    difference = np.max(np.abs(losses - one))
+    print(f"largest difference between the loss curves: {difference:.1e} nats")
+    if not difference <= TOLERANCE:  # NaN is a difference, too
+        print(f"DIFFERS from one device by more than {TOLERANCE:.0e} nats")
+        sys.exit(1)
+    print("matches one device")
+
+
+if __name__ == "__main__":
+    main()
