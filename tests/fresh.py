@@ -16,11 +16,11 @@ def environment(**more):
     return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(ROOT)} | more
 
 
-def run(*arguments, timeout=300):
-    """What Python prints, with one CPU device, warnings as errors, and an exit status of 0."""
+def run(*arguments, timeout=300, **more):
+    """What Python prints, with warnings as errors, one CPU device, and more in its environment."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *map(str, arguments)],
-        env=environment(),
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=timeout,

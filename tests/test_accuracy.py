@@ -2,6 +2,7 @@
 
 import functools
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,3 +214,12 @@ def test_with_gradient_is_as_exact():
     loss, gradient = sxe.softmax_cross_entropy_with_gradient(x, labels, reduction="sum")
     assert np.isfinite(loss)
     assert worst(np.asarray(gradient).ravel(), [d for _, row in exact for d in row]) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="they are on, see conftest.py")
+def test_with_all_optimizations():
+    """All of the above, compiled as users' programs are."""
+    flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
+    flags += " --xla_cpu_use_fusion_emitters=true"
+    fresh.run("-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__, XLA_FLAGS=flags)

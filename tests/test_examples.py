@@ -1,5 +1,6 @@
 """The examples run as a user runs them: each as a process of its own, warnings as errors."""
 
+import importlib.util
 import math
 import os
 import re
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
-for _module in ("flax", "matplotlib", "orbax.checkpoint", "sklearn", "tokenizers", "tqdm"):
-    pytest.importorskip(_module, reason="the examples need `pip install -e '.[examples]'`")
+MODULES = ("flax", "matplotlib", "orbax", "sklearn", "tokenizers", "tqdm")
+# Not importorskip: importing them takes longer than most tests.
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, MODULES)),
+    reason="the examples need `pip install -e '.[examples]'`",
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,6 +84,7 @@ def test_digits_writes_a_figure(default_run):
     assert_figure(png)
 
 
+@pytest.mark.slow
 def test_digits_is_repeatable(default_run, tmp_path):
     defaults = "--epochs=40 --batch-size=64 --learning-rate=5e-3 --seed=0 --figure=digits.png"
     assert run_digits(tmp_path, *defaults.split()) == default_run
@@ -102,6 +108,7 @@ def row(output, title):
     return [float(number.replace(",", "")) for number in found.groups()]
 
 
+@pytest.mark.slow
 def test_language_model_learns_the_same_with_both_losses(smoke_run):
     output, _ = smoke_run
     found = re.search(r"largest difference between the loss curves: (\S+) nats", output)
@@ -162,6 +169,7 @@ def losses(output):
     return [float(number) for number in found.groups()]
 
 
+@pytest.mark.slow
 def test_sharded_training_resumes_and_matches_one_device(tmp_path):
     options = "--smoke", "--checkpoint-dir=checkpoints"
     whole = run_example("sharded_training.py", tmp_path, *options, "--no-compare")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import re
 import signal
 import socket
@@ -13,7 +14,10 @@ import fresh
 import numpy as np
 import pytest
 
-pytest.importorskip("orbax", reason="checkpoints need `pip install orbax-checkpoint`")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("orbax") is None,
+    reason="checkpoints need `pip install orbax-checkpoint`",
+)
 
 STEPS, SAVED, LOST = 6, 3, 5
 
