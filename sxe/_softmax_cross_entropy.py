@@ -89,10 +89,9 @@ def merge_shares(
     state = nz.merge_over(share.state, axis_name)
     cost = share.cost
     if share.target is not None:
-        # A shard measures costs from its own maximum. None of the terms is negative.
+        # A shard measures costs from its own maximum, so that none of these terms is negative.
         own = jnp.where(share.state.m == -jnp.inf, 0, share.state.m)
-        behind = jnp.where(share.target == 0, 0, state.m - own)
-        cost = psum(cost + share.target * behind, axis_name)
+        cost = psum(cost + share.target * (state.m - own), axis_name)
     return (nz.row_loss(state, cost, total), state.lse), state
 
 

@@ -292,7 +292,11 @@ def test_explicit_kernel_split_by_rows(kernel):
     q = {name: jax.device_put(p[name], NamedSharding(mesh, layout[name])) for name in p}
     f = called(HEAD, {"chunk_size": 1, "reduction": "mean"})
     with jax.set_mesh(mesh):
-        result = quick_jit(f)(q, np.float32(0.7))
+        program = quick_jit(f).lower(q, np.float32(0.7)).compile()
+        result = program(q, np.float32(0.7))
+    found = collectives(program.as_text())
+    assert [c.in_loop for c in found if c.opcode == "all-gather"] == [False]
+    assert all(c.size <= N for c in found if c.in_loop)
     assert_alike(result, quick_jit(f)(p, np.float32(0.7)))
     gradient = result[1]["kernel"]
     assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2)

@@ -128,16 +128,19 @@ def test_mesh(sizes, axes, each):
 
 
 def test_the_kernel_is_gathered_in_its_own_dtype():
-    """As XLA is told: its CPU backend widens what it gathers, others don't."""
-    loss = sxe.over_mesh(
-        sxe.linear_softmax_cross_entropy, make_mesh(8, names=("data",)), batch="data", fsdp="data"
-    )
+    """And its gradient reduced in float32, scattered first: as XLA is told.
+
+    XLA's CPU backend widens what it gathers, others don't.
+    """
+    mesh = make_mesh(4, 2, names=("data", "other"))
+    batch = ("data", "other")
+    loss = sxe.over_mesh(sxe.linear_softmax_cross_entropy, mesh, batch=batch, fsdp="data")
     shapes = (((64, 16), "bfloat16"), ((16, 32), "bfloat16"), ((64,), "int32"))
     text = jax.jit(jax.grad(loss, 1)).lower(*(jax.ShapeDtypeStruct(*s) for s in shapes)).as_text()
-    assert re.findall(r"all_gather.*\(tensor<(.*?)>\)", text) == ["2x32xbf16"]
-    assert re.findall(r"reduce_scatter.*?(?:\n.*?)*?\}\) : \(tensor<(.*?)>\)", text) == [
-        "16x32xf32"
-    ]
+    assert re.findall(r"all_gather.*\(tensor<(.*?)>\)", text) == ["4x32xbf16"]
+    reduced = r"{}\".*?\n(?:.*\n){{2,6}}? *\}}\) : \(tensor<(.*?)>\)"
+    assert re.findall(reduced.format("reduce_scatter"), text) == ["16x32xf32"]
+    assert [t for t in re.findall(reduced.format("all_reduce"), text) if "x" in t] == ["4x32xf32"]
     plans = [
         sxe.plan(
             64, 16, 32, "bfloat16", mesh={"data": 8}, batch_axis_name="data", fsdp="data", backend=b
