@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from sxe._axes import is_local
+
 
 class Normalizer(NamedTuple):
     """The state (m, r) of rows of logits, each of shape [...]. The identity is (-inf, -1)."""
@@ -85,9 +87,19 @@ def normalize_tile(x: Array) -> Normalizer:
     # Below a sum of 1.5 the maximum is alone and every other term below 1/2, so that floor keeps
     # the maximum only. From 1.5 on, subtracting 1 costs no digits. There is no comparison with m
     # because XLA's CPU backend fuses a floor into the sum, and a comparison not.
-    e = _exp_difference(x, _apart(shift, total)[..., None])
-    rest = jnp.sum(e - jnp.floor(e), axis=-1)
-    r = jnp.where(total < 1.5, rest, total - 1)
+    confident = total < 1.5
+
+    def without_maximum() -> Array:
+        e = _exp_difference(x, _apart(shift, total)[..., None])
+        return jnp.sum(e - jnp.floor(e), axis=-1)
+
+    if jax.default_backend() == "cpu" and is_local():
+        # Two thirds of the time, for nothing where no row is confident. An accelerator has to wait
+        # for memory, and would have to for a condition.
+        rest = lax.cond(jnp.any(confident), without_maximum, lambda: jnp.zeros_like(total))
+    else:
+        rest = without_maximum()
+    r = jnp.where(confident, rest, total - 1)
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 

@@ -244,9 +244,12 @@ def _smallest_class_split(
     devices = sizes[model] * sizes[data]
     least = math.inf
     for split in range(1, devices + 1):
-        if devices % split or call.classes % split or call.rows % (devices // split):
+        if devices % split:
             continue
-        found = _plan(call, sizes | {model: split, data: devices // split}, **axes)
+        try:
+            found = _plan(call, sizes | {model: split, data: devices // split}, **axes)
+        except ValueError:  # the sizes do not divide
+            continue
         if found.peak_bytes <= memory_bytes:
             return found
         least = min(least, found.peak_bytes)
@@ -385,11 +388,12 @@ def _temporary_bytes(
     if path == VALUE:
         work = row_block * (1 + writes)
     else:
-        work = row_block * (2 + writes)
+        work = row_block * (1 + writes)
         if block < classes and (want_kernel or gradient_dtype(dtype, backend) != dtype):
             work = max(work, (size + hidden) * block * wide)
     work += chunk_hidden if chunks > 1 else 0
-    stacked = want_hidden  # the gradients of chunks, before they are in the rows' order
+    # The gradients of chunks, before they are in the rows' order.
+    stacked = want_hidden and (narrow or want_kernel)
     if old and not padded:
         # There they may be where they are returned; but narrow hidden states are widened.
         stacked = narrow or (want_hidden and want_kernel and all_hidden < tile)
