@@ -12,4 +12,3 @@ from sxe._softmax_cross_entropy import softmax_cross_entropy as softmax_cross_en
 from sxe._softmax_cross_entropy import (
     softmax_cross_entropy_with_gradient as softmax_cross_entropy_with_gradient,
 )
-from sxe._targets import label_checks as label_checks

@@ -18,7 +18,9 @@ For targets t_k with T = sum_k t_k the row loss and its gradient are
 Each is written once, here, and takes the logits of one tile: all classes of a row or some of them.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,27 +82,43 @@ def normalize_tile(x: Array) -> Normalizer:
     m is a constant under differentiation. No result depends on the choice of the shift, so that its
     derivative is zero, and r carries all of lse's.
     """
+    return _normalize_tile(x, _rest_in_one_pass)
+
+
+def _normalize_tile(x: Array, rest: Callable[[Array, Array, Array], Array]) -> Normalizer:
     x = wide(x)
     m = lax.stop_gradient(jnp.max(x, axis=-1))
     shift = jnp.where(m == -jnp.inf, 0, m)
     total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
-    # Below a sum of 1.5 the maximum is alone and every other term below 1/2, so that floor keeps
-    # the maximum only. From 1.5 on, subtracting 1 costs no digits. There is no comparison with m
-    # because XLA's CPU backend fuses a floor into the sum, and a comparison not.
+    # Below a sum of 1.5 the maximum is alone and every other term below 1/2. From 1.5 on,
+    # subtracting 1 costs no digits.
     confident = total < 1.5
-
-    def without_maximum() -> Array:
-        e = _exp_difference(x, _apart(shift, total)[..., None])
-        return jnp.sum(e - jnp.floor(e), axis=-1)
-
-    if jax.default_backend() == "cpu" and is_local():
-        # Two thirds of the time, for nothing where no row is confident. An accelerator has to wait
-        # for memory, and would have to for a condition.
-        rest = lax.cond(jnp.any(confident), without_maximum, lambda: jnp.zeros_like(total))
-    else:
-        rest = without_maximum()
-    r = jnp.where(confident, rest, total - 1)
+    r = jnp.where(confident, rest(x, _apart(shift, total), confident), total - 1)
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+
+
+def _rest_in_one_pass(x: Array, m: Array, confident: Array) -> Array:
+    """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for the confident rows."""
+    e = _exp_difference(x, m[..., None])
+    return jnp.sum(e - jnp.floor(e), axis=-1)  # of a maximum 0 is left, and of all others all
+
+
+def _rest_if_needed(x: Array, m: Array, confident: Array) -> Array:
+    """The same from the second largest logit, in two passes over x, and without a derivative.
+
+    No difference that matters is then large enough to be rounded much, so that none but that of the
+    two largest has to be exact. It pays where arithmetic costs more than memory, and a condition
+    less than either: on a CPU, with x in its cache, half of the time, and none without such rows.
+    """
+
+    def rest() -> Array:
+        others = jnp.where(x < m[..., None], x, -jnp.inf)
+        second = jnp.max(others, axis=-1)
+        shift = jnp.where(second == -jnp.inf, 0, second)
+        others_sum = jnp.sum(jnp.exp(others - shift[..., None]), axis=-1)
+        return _exp_difference(second, m) * others_sum
+
+    return lax.cond(jnp.any(confident), rest, lambda: jnp.zeros_like(m))
 
 
 BLOCK_BYTES = 4 * 2**20  # a block of rows in float32; its temporaries stay in a CPU's cache
@@ -124,9 +142,11 @@ def _rows_per_block(x: Array) -> int | None:
 @jax.custom_jvp
 def normalize(x: Array) -> Normalizer:
     """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
+    on_cpu = jax.default_backend() == "cpu" and is_local()
+    tile = functools.partial(_normalize_tile, rest=_rest_if_needed if on_cpu else _rest_in_one_pass)
     rows = _rows_per_block(x)
     if rows is None:
-        return normalize_tile(x)
+        return tile(x)
     flat = x.reshape(-1, x.shape[-1])
     blocks, left = divmod(len(flat), rows)
 
@@ -137,11 +157,11 @@ def normalize(x: Array) -> Normalizer:
 
     def block(i: Array) -> Normalizer:
         part = lax.dynamic_slice_in_dim(bits, i * rows, rows)
-        return normalize_tile(lax.bitcast_convert_type(part, flat.dtype))
+        return tile(lax.bitcast_convert_type(part, flat.dtype))
 
     parts = [jax.tree.map(jnp.ravel, lax.map(block, jnp.arange(blocks)))]
     if left:
-        parts.append(normalize_tile(flat[-left:]))
+        parts.append(tile(flat[-left:]))
     return jax.tree.map(lambda *a: jnp.concatenate(a).reshape(x.shape[:-1]), *parts)
 
 
@@ -176,17 +196,19 @@ def row_loss(state: Normalizer, cost: Array, total: Array) -> Array:
 
 
 def row_gradient(
-    x: Array, t: Array, total: Array, state: Normalizer, g: Array, g_lse: Array | None = None
+    x: Array, t: Array | None, total: Array, state: Normalizer, g: Array, g_lse: Array | None = None
 ) -> Array:
     """The gradient for a tile of logits x, given the gradients g of the row loss and g_lse of lse.
 
-    Shapes: x and the targets t [..., K] or broadcastable to it, all others [...].
+    Shapes: x and the targets t [..., K] or broadcastable to it, all others [...]. None is a t of 0.
     """
     r = state.r[..., None]
     e = jnp.exp(wide(x) - _apart(*state)[..., None])
-    total = total[..., None]
+    total, g = total[..., None], g[..., None]
+    g_lse = None if g_lse is None else g_lse[..., None]
+    if t is None:
+        d = total * g
+        return e * ((d if g_lse is None else d + g_lse) / (1 + r))
     # D7 over 1 + r, arranged so that a confident label's e_l = 1 = T cancels exactly.
-    d = (e * (total - t) - t * ((1 - e) + r)) * g[..., None]
-    if g_lse is not None:
-        d = d + e * g_lse[..., None]
-    return d / (1 + r)
+    d = (e * (total - t) - t * ((1 - e) + r)) * g
+    return (d if g_lse is None else d + e * g_lse) / (1 + r)

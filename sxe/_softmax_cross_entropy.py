@@ -51,8 +51,10 @@ from sxe._targets import (
     Rows,
     Targets,
     any_class,
+    is_label,
     keep,
     make_rows,
+    take_label,
     target_cost,
     target_gaps,
     target_sum,
@@ -105,8 +107,16 @@ def _row_gradient(
     x: Array, targets: Targets, state: nz.Normalizer, g: Array, g_lse: Array | None
 ) -> Array:
     targets, state, g, g_lse = vary_like((targets, state, g, g_lse), x)
-    t = target_tile(targets, x.shape[-1])
-    return nz.row_gradient(x, t, targets.total, state, g, g_lse)
+    label, label_target, dense, total = targets
+    if label is None or label_target is None or dense is not None:
+        t = target_tile(targets, x.shape[-1])
+        return nz.row_gradient(x, t, total, state, g, g_lse)
+    # The label's class apart, so that all others have less to compute.
+    others = nz.row_gradient(x, None, total, state, g, g_lse)
+    found, inside = take_label(x, label)
+    x = jnp.where(inside, nz.wide(found), state.m)[..., None]  # elsewhere of no use, but finite
+    at = nz.row_gradient(x, label_target[..., None], total, state, g, g_lse)
+    return jnp.where(is_label(label, others.shape[-1]), at, others)
 
 
 def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
@@ -423,7 +433,7 @@ def softmax_cross_entropy(
     label's, the loss is +inf and the gradient there -1. 0 log 0 = 0, in value and derivatives. A
     row of -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, value and
     gradient, and in no other row. Under ``checkify`` such an index raises an error that names its
-    position, the label and K; ``sxe.label_checks`` says how to turn that off.
+    position, the label and K.
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.

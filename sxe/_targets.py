@@ -10,18 +10,12 @@ with class weights c and label smoothing a. The row rule sees nothing but t.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
-
-# Whether checkify finds labels out of range. `with sxe.label_checks(False):` turns it off for what
-# is traced inside. Without checkify the check computes nothing, but JAX keeps its effect in the
-# program, which jax.export can't serialise, and which costs a jitted call some time to dispatch.
-label_checks = jax.make_user_context(True)
+from sxe._label_check import checked
 
 
 class Targets(NamedTuple):
@@ -62,16 +56,20 @@ def _both(a: Array | None, b: Array) -> Array:
     return b if a is None else a & b
 
 
-def _at_label(x: Array, label: Array) -> Array:
-    """x_label, [..., K] and [...] to [...], and 0 where the tile does not hold the label."""
+def is_label(label: Array, classes: int) -> Array:
+    """[k = label] for a tile of so many classes, [...] to [..., K]."""
+    k = lax.broadcasted_iota(jnp.int32, (1,) * label.ndim + (classes,), label.ndim)
+    return k == label[..., None]
+
+
+def take_label(x: Array, label: Array) -> tuple[Array, Array]:
+    """x_label, [..., K] and [...] to [...], and whether the tile holds the label: if not, any x."""
+    inside = (label >= 0) & (label < x.shape[-1])
     if sharding(x)[-1] is not None:
         # On an explicit mesh a gather has no rule for a sharded class axis; a comparison has.
-        k = lax.broadcasted_iota(jnp.int32, (1,) * label.ndim + x.shape[-1:], label.ndim)
-        return jnp.sum(jnp.where(k == label[..., None], x, 0), axis=-1)
-    inside = (label >= 0) & (label < x.shape[-1])
+        return jnp.sum(jnp.where(is_label(label, x.shape[-1]), x, 0), axis=-1), inside
     index = jnp.where(inside, label, 0)[..., None]
-    found = jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
-    return jnp.where(inside, found[..., 0], 0)
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0], inside
 
 
 def keep(counts: Array | None, x: Array) -> Array:
@@ -87,8 +85,7 @@ def target_tile(targets: Targets, classes: int) -> Array:
     if label is None or label_target is None:
         assert dense is not None
         return dense
-    k = lax.broadcasted_iota(jnp.int32, (1,) * label.ndim + (classes,), label.ndim)
-    t = jnp.where(k == label[..., None], label_target[..., None], 0)
+    t = jnp.where(is_label(label, classes), label_target[..., None], 0)
     return t if dense is None else t + dense
 
 
@@ -108,8 +105,8 @@ def target_gaps(
     label, label_target, dense, _ = targets
     at_label, at_dense = jnp.zeros_like(m), jnp.zeros_like(m)[..., None]
     if label is not None and label_target is not None:
-        inside = (label >= 0) & (label < x.shape[-1])
-        at_label = jnp.where(inside, gap(_at_label(x, label), m, log1p_r, label_target), 0)
+        found, inside = take_label(x, label)
+        at_label = jnp.where(inside, gap(found, m, log1p_r, label_target), 0)
         at_label = psum(at_label, axis_name)
     if dense is not None:
         m, log1p_r = vary_like((m, log1p_r), x)
@@ -154,26 +151,6 @@ def _classes_of(local: int, axis_name: AxisName) -> _Classes:
         return _Classes(local, 0, None)
     first = lax.axis_index(axis_name) * local
     return _Classes(local * lax.axis_size(axis_name), first, axis_name)
-
-
-def _check_labels(bad: Array, labels: Array, classes: int) -> None:
-    """Under ``checkify``, an error that names the first bad label; otherwise nothing."""
-    if not label_checks.value:
-        return
-    # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
-    row = jnp.zeros(bad.shape, jnp.int32)
-    for axis in range(bad.ndim):
-        row = row * bad.shape[axis] + lax.broadcasted_iota(jnp.int32, bad.shape, axis)
-    last = jnp.iinfo(jnp.int32).max
-    first = jnp.min(jnp.where(bad, row, last), initial=last)
-    position = jnp.unravel_index(first, bad.shape) if bad.size and bad.ndim else ()
-    checkify.debug_check(
-        ~jnp.any(bad),
-        "labels: expected class indices in [0, {classes}), got {label} at position {position}",
-        classes=jnp.asarray(classes),
-        label=jnp.sum(jnp.where(bad & (row == first), labels, 0), dtype=labels.dtype),
-        position=jnp.stack(position) if position else jnp.zeros((0,), jnp.int32),
-    )
 
 
 def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
@@ -258,7 +235,7 @@ def make_rows(
         return Rows(targets, w, norm, counts)
 
     bad = ~good if counts is None else counts & ~good
-    _check_labels(bad, labels, classes.number)
+    labels = checked(labels, bad, classes.number)
     label = jnp.where(good, labels, -1).astype(jnp.int32)
     label_weight = jnp.ones_like(w) if c is None else _weight_of(label, c, classes)
     norm = norm if c is None else norm * label_weight

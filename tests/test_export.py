@@ -61,13 +61,6 @@ def export_everywhere(f, *args):
     return exported
 
 
-@pytest.fixture
-def unchecked():
-    """jax.export has no bytes for a check of labels."""
-    with sxe.label_checks(False):
-        yield
-
-
 def through_bytes(exported, vjp_order=0):
     return export.deserialize(exported.serialize(vjp_order=vjp_order))
 
@@ -87,7 +80,6 @@ def test_every_platform(rule, dense, options):
     check(exported.call(logits, labels), logits, labels, **options)
 
 
-@pytest.mark.usefixtures("unchecked")
 @each_rule
 def test_round_trip(rule, dense):
     """The same numbers from bytes as from a direct call."""
@@ -101,7 +93,6 @@ def test_round_trip(rule, dense):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.usefixtures("unchecked")
 @each_rule
 def test_gradient_of_the_exported_loss(rule, dense):
     """vjp_order=1: what is exported is the loss, and its gradient goes with it."""
@@ -159,7 +150,6 @@ def test_open_sizes(rule, dense):
         check(actual, logits, labels, **options, **given)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_open_sizes_round_trip():
     """Rows in two dimensions, classes in the middle."""
     b, k, h = export.symbolic_shape("b, k, h")

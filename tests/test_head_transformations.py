@@ -449,16 +449,14 @@ def test_float32_stays_float32_when_x64_is_on(rule, dense):
 def test_export_round_trip(rule, dense):
     """Through bytes; the program is for every platform."""
     p, g = problem(dense), cotangents()
-    with sxe.label_checks(False):  # jax.export has no bytes for a check of labels
-        f = jax.jit(with_gradients(head(rule)))
-        exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(p, g)
+    f = jax.jit(with_gradients(head(rule)))
+    exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(p, g)
     again = export.deserialize(exported.serialize())
     assert_matches(again.call(p, g), p, g)
 
 
 def test_gradient_of_the_exported_loss():
     p, g = problem(), cotangents()
-    with sxe.label_checks(False):
-        exported = export.export(jax.jit(head()))(p)
+    exported = export.export(jax.jit(head()))(p)
     again = export.deserialize(exported.serialize(vjp_order=1))
     assert_matches(with_gradients(again.call)(p, g), p, g)
