@@ -1,5 +1,9 @@
-"""The command line: `python -m sxe check` measures the derivation and the loss, and `python -m sxe
-plan` says what the head would do for inputs of some size."""
+"""The command line.
+
+python -m sxe check    the derivation, line by line, and the precision of the loss
+python -m sxe plan     what the head would do for inputs of some size
+python -m sxe bench    speed and memory, beside the peers that are installed
+"""
 
 import argparse
 import math
@@ -29,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_check(commands.add_parser("check", help="measure the derivation, line by line"))
     _add_plan(commands.add_parser("plan", help="what the head does for inputs of some size"))
+    _add_bench(commands.add_parser("bench", help="measure speed and memory beside others"))
     arguments = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     return run(arguments)
@@ -148,6 +153,99 @@ def _run_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     for name, text in lines:
         print(f"{name:30}{text}")
     return 0
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time sxe, optax, what else is installed of tokamax, jax-cce and PyTorch, and the floor "
+        "(for logits, to write x + 1, or for the value to read x; for the head, its matmuls), in "
+        "interleaved rounds, and hold every result against float64. A ratio is that of the "
+        "medians, with the quartiles of the rounds' own; ! marks a peer whose result is wrong. "
+        "Several sizes are a sweep. Needs the extra sxe[bench]."
+    )
+    parser.add_argument("--rows", type=_size, nargs="+", help="N (default: the standard problems)")
+    parser.add_argument("--classes", type=_size, nargs="+", help="K")
+    parser.add_argument("--hidden", type=_size, nargs="+", help="D: the head; without it, logits")
+    parser.add_argument("--dtype", choices=DTYPES[:3], nargs="+", default=["float32"])
+    parser.add_argument("--dense", action="store_true", help="targets [N, K] instead of labels")
+    parser.add_argument(
+        "--confident",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the rows, in which the label leads by 20, as in a trained model (default: 0)",
+    )
+    parser.add_argument("--only", choices=("value", "both"), help="the value, or with the gradient")
+    parser.add_argument("--peers", nargs="*", help="among those installed (default: all of them)")
+    parser.add_argument("--calls", action="store_true", help="what a call costs, on 8 x 10 logits")
+    parser.add_argument("--quick", action="store_true", help="small problems and few rounds")
+    parser.add_argument("--rounds", type=_size, default=15, help="at most (default: 15)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for one problem, roughly (default: 60)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all that was measured there")
+    parser.add_argument("--plot", metavar="FILE", help="draw a sweep over one of the sizes there")
+    parser.set_defaults(run=partial(_run_bench, parser))
+
+
+def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    try:
+        from tqdm import tqdm
+
+        from sxe._bench import contestants, measure, report
+        from sxe._bench.problem import Problem, standard_problems
+    except ImportError as error:
+        parser.error(f"needs {error.name}: pip install 'sxe[bench]'")
+    sizes = (arguments.rows, arguments.classes, arguments.hidden)
+    if any(sizes) and not (arguments.rows and arguments.classes):
+        parser.error("--rows and --classes are needed together")
+    if arguments.dense and arguments.hidden:
+        parser.error("--dense: expected logits, without --hidden")
+    if not 0 <= arguments.confident <= 1:
+        parser.error(f"--confident: expected a share in [0, 1], got {arguments.confident}")
+    found = contestants.installed()
+    peers = tuple(found if arguments.peers is None else arguments.peers)
+    if missing := [name for name in peers if name not in found]:
+        parser.error(f"--peers: not installed: {', '.join(missing)}; found {', '.join(found)}")
+    problems = [] if arguments.calls else standard_problems(arguments.quick)
+    if any(sizes):
+        problems = [
+            Problem(n, k, d, dtype, arguments.dense, arguments.confident)
+            for d in arguments.hidden or (None,)
+            for k in arguments.classes
+            for n in arguments.rows
+            for dtype in arguments.dtype
+        ]
+    if arguments.plot:
+        try:
+            report.varied(problems)
+        except ValueError as error:
+            parser.error(str(error))
+    kinds = {"value": (False,), "both": (True,), None: (False, True)}[arguments.only]
+    rounds = min(5, arguments.rounds) if arguments.quick else arguments.rounds
+
+    machine = measure.machine()
+    print(report.heading(machine), flush=True)
+    calls = list(measure.calls(rounds)) if arguments.calls else []
+    measurements = []
+    # No bar where standard error is no terminal.
+    with tqdm(total=len(problems) * len(kinds) * rounds, disable=None, leave=False) as bar:
+        for problem in problems:
+            bar.set_description(problem.name)
+            for gradient in kinds:
+                call = (problem, gradient, peers, rounds, arguments.seconds, bar.update)
+                measurements.append(measure.measure(*call))
+                bar.update(len(measurements) * rounds - bar.n)
+    for text in (report.table(measurements) if measurements else "", *report.remarks(measurements)):
+        print(text)
+    if calls:
+        print(report.calls_table(calls))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            file.write(report.to_json(machine, measurements, calls))
+    if arguments.plot:
+        report.plot(measurements, arguments.plot)
+    return 1 if any(t.wrong and t.name == "sxe" for m in measurements for t in m.timings) else 0
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -124,7 +124,7 @@ def _rest_if_needed(x: Array, m: Array, confident: Array) -> Array:
 BLOCK_BYTES = 4 * 2**20  # a block of rows in float32; its temporaries stay in a CPU's cache
 
 
-def _rows_per_block(x: Array) -> int | None:
+def rows_per_block(x: Array) -> int | None:
     """How many rows ``normalize`` takes at a time, or None for all of them at once.
 
     Blocks pay on a CPU only, where XLA writes out what it can't fuse: for many class counts the
@@ -144,7 +144,7 @@ def normalize(x: Array) -> Normalizer:
     """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
     on_cpu = jax.default_backend() == "cpu" and is_local()
     tile = functools.partial(_normalize_tile, rest=_rest_if_needed if on_cpu else _rest_in_one_pass)
-    rows = _rows_per_block(x)
+    rows = rows_per_block(x)
     if rows is None:
         return tile(x)
     flat = x.reshape(-1, x.shape[-1])

@@ -22,7 +22,7 @@ def some_logits():
 @pytest.mark.parametrize("rows", [1, 2, 7, 11, 33])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
-    monkeypatch.setattr(nz, "_rows_per_block", lambda x: rows)
+    monkeypatch.setattr(nz, "rows_per_block", lambda x: rows)
     x = jnp.asarray(some_logits(), dtype)
     blocks, tile = nz.normalize(x), nz.normalize_tile(x)
     for a, b in zip(blocks, tile, strict=True):
@@ -31,7 +31,7 @@ def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
 
 
 def test_derivatives_of_blocks_are_those_of_a_tile(monkeypatch):
-    monkeypatch.setattr(nz, "_rows_per_block", lambda x: 2)
+    monkeypatch.setattr(nz, "rows_per_block", lambda x: 2)
     x = jnp.asarray(some_logits()[5:] / 20)
     x = x.at[0, 0, 1].set(x[0, 0, 0]).at[1, 1, 2].set(-jnp.inf)
     rng = np.random.default_rng(1)
@@ -62,7 +62,7 @@ n, k = 257, 50257
 shape = jax.ShapeDtypeStruct((n, k), jnp.float32)
 for dtype in (jnp.float32, jnp.bfloat16):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(n, k)), dtype)
-    assert 1 < nz._rows_per_block(x) < n
+    assert 1 < nz.rows_per_block(x) < n
     labels = jnp.arange(n)
     f = lambda x: sxe.softmax_cross_entropy(x, labels)
     compiled = jax.jit(jax.value_and_grad(f)).lower(x).compile()

@@ -1,0 +1,219 @@
+"""What is measured against what: sxe, its peers, and the floor below all of them."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import sxe
+from sxe._bench.problem import Array, Outcome, Problem
+from sxe._projection import gradient_dtype, product_dtype
+
+PEERS = ("optax", "tokamax", "jax-cce", "torch")
+
+
+def installed() -> dict[str, str]:
+    """The version of each peer that can be imported."""
+    modules = {"jax-cce": "jax_cce"}
+    found = [name for name in PEERS if importlib.util.find_spec(modules.get(name, name))]
+    return {name: importlib.metadata.version(name) for name in found}
+
+
+class Contestant:
+    """A jitted function, compiled for its arguments.
+
+    Attributes:
+      compile_seconds: what tracing and compiling took.
+      temporary_bytes: of the compiled program.
+    """
+
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+
+    def __init__(self, name: str, f: Callable[..., Any], *arguments: Any) -> None:
+        self.name, self._arguments = name, arguments
+        start = time.perf_counter()
+        self._program = jax.jit(f).lower(*arguments).compile()
+        self.compile_seconds = time.perf_counter() - start
+        memory: Any = self._program.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
+
+    def result(self) -> Any:
+        return jax.block_until_ready(self._program(*self._arguments))
+
+    def seconds(self, repeats: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self.result()
+        return (time.perf_counter() - start) / repeats
+
+    def outcome(self, problem: Problem, labels: Array) -> Outcome:
+        """Of a function whose result is the loss, or the loss and gradients."""
+        result = self.result()
+        loss, gradients = result if isinstance(result, tuple) else (result, ())
+        rows, classes = problem.samples(labels)
+        if self.name == "jax-cce":
+            gradients = (*gradients[:1], *(d.T for d in gradients[1:]))
+        at = [d[i] for d, i in zip(gradients, (rows, (slice(None), classes)), strict=False)]
+        return Outcome(float(loss), tuple(np.asarray(d, np.float64) for d in at))
+
+
+class Torch:
+    """The same for PyTorch, by way of its process; what it compiles or holds is not known."""
+
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+
+    def __init__(self, name: str, process: Any, problem: Problem, gradient: bool) -> None:
+        self.name, self._process = name, process
+        chunked = name == "torch chunked"
+        self._ask({"problem": problem, "chunked": chunked, "gradient": gradient})
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "its process ended"}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def seconds(self, repeats: int = 1) -> float:
+        return float(self._ask({"repeats": repeats})["seconds"])
+
+    def outcome(self, problem: Problem, labels: Array) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "gradients.npz")
+            loss = self._ask({"outcome": file})["loss"]
+            with np.load(file) as saved:
+                return Outcome(loss, tuple(saved[name] for name in saved.files))
+
+
+@contextmanager
+def torch_process() -> Iterator[Any]:
+    """PyTorch's threads sleep while they wait, so that they take nothing from the others."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "sxe._bench.torch_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        text=True,
+    ) as process:
+        yield process
+
+
+def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
+    """The functions of (logits, labels) or (hidden, kernel, labels), by peer."""
+    if problem.hidden is None:
+        integer, dense = (
+            optax.softmax_cross_entropy_with_integer_labels,
+            optax.softmax_cross_entropy,
+        )
+        return {
+            "sxe": {"sxe": sxe.softmax_cross_entropy},
+            "optax": {"optax": lambda x, y: (dense if problem.dense else integer)(x, y).mean()},
+        }
+
+    def on_logits(hidden: Any, kernel: Any, labels: Any) -> Any:
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def tokamax(implementation: str) -> Callable[..., Any]:
+        def loss(hidden: Any, kernel: Any, labels: Any) -> Any:
+            from tokamax import linear_softmax_cross_entropy_loss as f
+
+            return f(hidden, labels, kernel, reduction="mean", implementation=implementation)
+
+        return loss
+
+    def cce(hidden: Any, kernel: Any, labels: Any) -> Any:
+        import jax_cce
+
+        return jax_cce.linear_cross_entropy(hidden, kernel, labels)
+
+    return {
+        "sxe": {"sxe": sxe.linear_softmax_cross_entropy},
+        "optax": {"optax": on_logits},
+        "tokamax": {f"tokamax {name}": tokamax(name) for name in ("xla", "chunked_xla")},
+        "jax-cce": {"jax-cce": cce},
+    }
+
+
+def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant, int]:
+    """The least that has to be done, and how often.
+
+    For logits it is to write x + 1 into a fresh array, or without gradient to sum x; for the head
+    the matmuls of a chunk, as many times as there are chunks.
+    """
+    if problem.hidden is None:
+        write: Callable[..., Any] = lambda x: x + 1  # noqa: E731
+        return Contestant("floor", write if gradient else jnp.sum, arguments[0]), 1
+    plan = head_plan(problem, gradient)
+    backend = jax.default_backend()
+    forward = product_dtype(problem.dtype, backend)
+    backward = gradient_dtype(problem.dtype, backend)
+    hidden, kernel = arguments[0][: plan.chunk_size], arguments[1]
+
+    def matmul(a: Any, b: Any) -> Any:
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+    def matmuls(hidden: Any, kernel: Any, *of_gradient: Any) -> Any:
+        if not of_gradient:
+            return matmul(hidden, kernel)
+        d_logits, wide_hidden, wide_kernel = of_gradient
+        d_hidden, d_kernel = matmul(d_logits, wide_kernel.T), matmul(wide_hidden.T, d_logits)
+        return matmul(hidden, kernel), d_hidden, d_kernel
+
+    operands = [hidden.astype(forward), kernel.astype(forward)]
+    if gradient:
+        d_logits = jnp.zeros((plan.chunk_size, problem.classes), backward)
+        operands += [d_logits, hidden.astype(backward), kernel.astype(backward)]
+    return Contestant("floor", matmuls, *operands), plan.chunks
+
+
+def head_plan(problem: Problem, gradient: bool) -> sxe.Plan:
+    assert problem.hidden is not None
+    inputs = ("hidden", "kernel") if gradient else ()
+    return sxe.plan(
+        problem.rows, problem.hidden, problem.classes, dtype=problem.dtype, differentiate=inputs
+    )
+
+
+def contestants(
+    problem: Problem, gradient: bool, peers: tuple[str, ...], stack: ExitStack, *arguments: Any
+) -> tuple[list[Any], dict[str, str]]:
+    """sxe, and those peers that do what the problem asks for; and why others failed."""
+    found: list[Any] = []
+    failed: dict[str, str] = {}
+    argnums = (0,) if problem.hidden is None else (0, 1)
+    for peer, functions in losses(problem).items():
+        for name, f in functions.items() if peer in ("sxe", *peers) else ():
+            given = arguments
+            if peer == "jax-cce":  # it has the kernel as [K, D]
+                given = (arguments[0], jnp.asarray(arguments[1].T), arguments[2])
+            try:
+                call = jax.value_and_grad(f, argnums) if gradient else f
+                found.append(Contestant(name, call, *given))
+            except Exception as error:
+                if peer == "sxe":
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    if "torch" in peers:
+        for name in ("torch",) if problem.hidden is None else ("torch", "torch chunked"):
+            try:
+                process = stack.enter_context(torch_process())
+                found.append(Torch(name, process, problem, gradient))
+            except RuntimeError as error:
+                failed[name] = str(error)
+    return found, failed

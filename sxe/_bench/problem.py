@@ -1,0 +1,131 @@
+"""What is measured: the sizes and data of one call, and what is true of its results.
+
+NumPy only, so that a process without JAX's backend can make the same data from the same seed.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+SAMPLES = 64  # rows and classes of which gradients are compared
+LEAD = 20.0  # of the label's logit in a confident row
+
+# The largest errors of a right result: of the loss, relative; of the gradient, over its largest
+# component. The loss of a peer may have the dtype of its inputs, and so may its sum of rows.
+TOLERANCES = {
+    "float64": (1e-12, 1e-10),
+    "float32": (1e-5, 1e-4),
+    "float16": (2e-3, 4e-3),
+    "bfloat16": (1e-2, 3e-2),
+}
+
+
+class Problem(NamedTuple):
+    """Logits [rows, classes], or hidden states [rows, hidden] and a kernel [hidden, classes].
+
+    Attributes:
+      dense: the labels are targets [rows, classes].
+      confident: the share of rows whose label leads by 20, as most do at the end of training.
+    """
+
+    rows: int
+    classes: int
+    hidden: int | None = None
+    dtype: str = "float32"
+    dense: bool = False
+    confident: float = 0.0
+
+    @property
+    def sizes(self) -> str:
+        hidden = () if self.hidden is None else (self.hidden,)
+        return " x ".join(map(str, (self.rows, *hidden, self.classes)))
+
+    @property
+    def name(self) -> str:
+        notes = ["dense"] * self.dense
+        notes += [f"{self.confident:.0%} confident"] if self.confident else []
+        return ", ".join((self.sizes, self.dtype, *notes))
+
+    def data(self) -> tuple[Array, ...]:
+        """Logits, or hidden states and kernel, in float32; and the labels."""
+        rng = np.random.default_rng(0)
+        N, K = self.rows, self.classes
+        labels: Array = rng.integers(0, K, size=N, dtype=np.int32)
+        confident = np.arange(N) < self.confident * N
+        if self.hidden is None:
+            logits = rng.standard_normal((N, K), np.float32)
+            logits[np.arange(N)[confident], labels[confident]] += LEAD
+            if self.dense:
+                labels = rng.random((N, K), np.float32)
+                labels /= labels.sum(axis=1, keepdims=True)
+            return logits, labels
+        hidden = rng.standard_normal((N, self.hidden), np.float32)
+        kernel = rng.standard_normal((self.hidden, K), np.float32) / np.float32(self.hidden**0.5)
+        at_label = kernel[:, labels[confident]].T
+        scale = LEAD / np.maximum(np.sum(at_label**2, axis=1, keepdims=True), 1e-6)
+        hidden[confident] += at_label * scale
+        return hidden, kernel, labels
+
+    def samples(self, labels: Array) -> tuple[Array, Array]:
+        """The rows and the classes whose gradients are compared, in order. Most are of labels."""
+        rng = np.random.default_rng(1)
+        rows = np.sort(rng.permutation(self.rows)[:SAMPLES])
+        classes = rng.permutation(self.classes)[: SAMPLES // 4]
+        return rows, classes if self.dense else np.union1d(classes, labels[rows])
+
+
+def standard_problems(quick: bool) -> list[Problem]:
+    """The standard grid; ``quick``: a size of each kind that takes seconds."""
+    logits: list[tuple[int, int]] = [(1024, 32768), (1024, 50257), (512, 128256)]
+    logits += [(32768, 1000), (65536, 10), (8, 1000)]
+    heads = [(2048, 512, 32768), (4096, 768, 50257), (1024, 1024, 50257), (8192, 256, 32003)]
+    if quick:
+        logits, heads = [(256, 32768), (8192, 1000), (8, 1000)], [(512, 256, 8192)]
+    dtypes = ("float32", "bfloat16")
+    problems = [Problem(n, k, dtype=dtype) for n, k in logits for dtype in dtypes]
+    problems += [Problem(n, k, dense=True) for n, k in logits[:1]]
+    return problems + [Problem(n, k, d, dtype) for n, d, k in heads for dtype in dtypes]
+
+
+class Outcome(NamedTuple):
+    """The mean loss, and the gradients of the sampled rows and, with a kernel, classes."""
+
+    loss: float
+    gradients: tuple[Array, ...]
+
+
+def truth(problem: Problem, *arguments: Array) -> Outcome:
+    """In float64, from D0 and D7, for inputs that are rounded to the problem's dtype."""
+    *inputs, labels = (x if x.dtype == np.int32 else x.astype(np.float64) for x in arguments)
+    rows, classes = problem.samples(labels)
+    size = max(1, 2**24 // problem.classes)  # rows at a time
+    losses, at_rows, at_classes = [], [], []
+    for first in range(0, problem.rows, size):
+        part = slice(first, first + size)
+        x = inputs[0][part] if problem.hidden is None else inputs[0][part] @ inputs[1]
+        m = x.max(axis=1, keepdims=True)
+        e = np.exp(x - m)
+        total = e.sum(axis=1, keepdims=True)
+        t = labels[part] if problem.dense else labels[part, None] == np.arange(problem.classes)
+        T = t.sum(axis=1, keepdims=True)
+        losses.append((t * (m - x)).sum(axis=1) + (T * np.log(total))[:, 0])
+        d = (T * e / total - t) / problem.rows
+        at_rows.append(d[rows[(rows >= first) & (rows < first + size)] - first])
+        at_classes.append(d[:, classes])
+    gradients: tuple[Array, ...] = (np.concatenate(at_rows),)
+    if problem.hidden is not None:
+        gradients = (gradients[0] @ inputs[1].T, inputs[0].T @ np.concatenate(at_classes))
+    return Outcome(float(np.mean(np.concatenate(losses))), gradients)
+
+
+def errors(outcome: Outcome, true: Outcome) -> tuple[float, float | None]:
+    """Of the loss, relative, and of the gradients, over the largest component of each."""
+    of_loss = abs(outcome.loss - true.loss) / abs(true.loss)
+    of_gradients = [
+        float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+        for a, b in zip(outcome.gradients, true.gradients, strict=False)
+    ]
+    return of_loss, max(of_gradients) if of_gradients else None

@@ -1,0 +1,144 @@
+"""Measurements as a table, as JSON, and as a plot."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from tabulate import tabulate
+
+from sxe._bench.measure import Calls, Machine, Measurement, Timing
+from sxe._bench.problem import Problem
+
+
+def heading(machine: Machine) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in machine.matmul.items())
+    return (
+        f"{machine.device}, {machine.cores} CPU cores, {machine.devices} device(s); {versions}\n"
+        f"copy {machine.copy / 1e9:,.1f} GB/s; matmul GFLOP/s: {rates}; "
+        f"float32 products: {machine.float32_products}"
+    )
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """A row for each problem: sxe's time, and as a multiple of the floor's and of each peer's."""
+    names = dict.fromkeys(t.name for m in measurements for t in m.timings if t.name != "sxe")
+    peers = [name for name in names if name != "floor"]
+    rows = []
+    for m in measurements:
+        by_name = {t.name: t for t in m.timings}
+        ours, floor = by_name["sxe"], by_name["floor"]
+        ratios = [_ratio(ours, by_name.get(name)) for name in peers]
+        mib = "/".join(_mib(by_name[name]) for name in ("sxe", "optax") if name in by_name)
+        what = "both" if m.gradient else "value"
+        sxe_columns = (f"{1e3 * ours.median:,.3g}", f"{ours.over(floor)[0]:.2f}")
+        rows.append([m.problem.name, what, *sxe_columns, *ratios, mib, _compile(by_name)])
+    columns = ["N x K or N x D x K", "", "sxe, ms", "/ floor", *(f"/ {name}" for name in peers)]
+    return tabulate(rows, [*columns, "MiB: sxe/optax", "compile"], disable_numparse=True)
+
+
+def _ratio(ours: Timing, theirs: Timing | None) -> str:
+    if theirs is None:
+        return ""
+    if theirs.failed:
+        return "failed"
+    middle, low, high = ours.over(theirs)
+    return f"{middle:.2f} ({low:.2f}..{high:.2f}){' !' * theirs.wrong}"
+
+
+def _mib(t: Timing) -> str:
+    return "?" if t.temporary_bytes is None else f"{t.temporary_bytes / 2**20:,.0f}"
+
+
+def _compile(by_name: dict[str, Timing]) -> str:
+    ours, theirs = by_name["sxe"], by_name.get("optax")
+    if theirs is None or theirs.compile_seconds is None or ours.compile_seconds is None:
+        return ""
+    return f"{ours.compile_seconds / theirs.compile_seconds:.2f}"
+
+
+def remarks(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """The results that are wrong, the peers that failed, and what sxe did."""
+    for m in measurements:
+        for t in m.timings:
+            if t.wrong:
+                gradient = "" if t.gradient_error is None else f", gradient {t.gradient_error:.1e}"
+                yield f"! {t.name} is wrong at {m.name}: error of loss {t.loss_error:.1e}{gradient}"
+            if t.failed:
+                yield f"{t.name} failed at {m.name}: {t.failed}"
+    for path, found in groupby(sorted(measurements, key=lambda m: m.path), lambda m: m.path):
+        names = dict.fromkeys(m.problem.sizes for m in found)
+        yield f"sxe, {path}: {'; '.join(names)}"
+
+
+def calls_table(calls: Sequence[Calls]) -> str:
+    rows = []
+    for c in calls:
+        ours, theirs = (Timing(name, c.seconds[name]) for name in ("sxe", "optax"))
+        rows.append(
+            ["eager" if c.eager else "jitted", "both" if c.gradient else "value"]
+            + [f"{1e6 * t.median:,.0f}" for t in (ours, theirs)]
+            + [_ratio(ours, theirs)]
+        )
+    columns = ["8 x 10", "", "sxe, us", "optax, us", "sxe / optax"]
+    return tabulate(rows, columns, disable_numparse=True)
+
+
+def to_json(machine: Machine, measurements: Sequence[Measurement], calls: Sequence[Calls]) -> str:
+    def plain(m: Measurement) -> dict[str, Any]:
+        timings = [t._asdict() for t in m.timings]
+        return {**m._asdict(), "problem": m.problem._asdict(), "timings": timings}
+
+    report = {
+        "machine": machine._asdict(),
+        "measurements": [plain(m) for m in measurements],
+        "calls": [c._asdict() for c in calls],
+    }
+    return json.dumps(report, indent=1)
+
+
+def varied(problems: Sequence[Problem]) -> str:
+    """The one size that varies, for a plot over it.
+
+    Raises:
+      ValueError: if none varies, or several do.
+    """
+    found = [
+        name
+        for name in ("rows", "hidden", "classes")
+        if len({getattr(p, name) for p in problems}) > 1
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            "--plot: expected one of --rows, --hidden and --classes with several sizes, the others "
+            f"with one, got several for {' and '.join(found) or 'none'}"
+        )
+    return found[0]
+
+
+def plot(measurements: Sequence[Measurement], file: str) -> None:
+    """Time and temporaries over the size that varies, a line for each contestant."""
+    from matplotlib.figure import Figure
+
+    name = varied([m.problem for m in measurements])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    of_time, of_memory = figure.subplots(1, 2)
+    lines: dict[str, list[tuple[int, Timing]]] = {}
+    for m in measurements:
+        for t in m.timings:
+            if t.seconds:
+                key = f"{t.name}, {m.problem.dtype}, {'both' if m.gradient else 'value'}"
+                lines.setdefault(key, []).append((getattr(m.problem, name), t))
+    for key, points in lines.items():
+        style = {"marker": "o", "label": key, "linestyle": ":" if "floor" in key else "-"}
+        of_time.loglog([n for n, _ in points], [1e3 * t.median for _, t in points], **style)
+        known = [(n, t.temporary_bytes / 2**20) for n, t in points if t.temporary_bytes]
+        if known and "floor" not in key:
+            of_memory.loglog(*zip(*known, strict=True), **style)
+    for axes, label in ((of_time, "milliseconds"), (of_memory, "temporaries, MiB")):
+        axes.set_xlabel(name)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    of_time.legend(fontsize="small")
+    figure.savefig(file, dpi=150)

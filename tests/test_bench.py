@@ -1,0 +1,155 @@
+"""python -m sxe bench: right about what is right, and silent about nothing."""
+
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import sxe
+from sxe.__main__ import main
+from sxe._bench import contestants
+from sxe._bench.measure import measure
+from sxe._bench.problem import Problem, errors, truth
+
+PROBLEMS = [
+    Problem(7, 11),
+    Problem(70, 13, dense=True, confident=0.5),
+    Problem(67, 19, hidden=5),
+    Problem(9, 11, hidden=5, dtype="bfloat16", confident=0.3),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_the_truth_is_that_of_the_oracle(problem):
+    *inputs, labels = problem.data()
+    inputs = [np.asarray(jnp.asarray(x, problem.dtype)) for x in inputs]
+    true = truth(problem, *inputs, labels)
+    rows, classes = problem.samples(labels)
+    if problem.hidden is None:
+        value, gradients = oracle.loss(*inputs, labels), [oracle.gradient(*inputs, labels)]
+    else:
+        value = oracle.head_loss(*inputs, labels)
+        found = oracle.head_gradients(*inputs, labels)
+        gradients = [found["hidden"], found["kernel"]]
+    assert true.loss == pytest.approx(float(value), rel=1e-12)
+    at = (rows, (slice(None), classes))
+    for actual, expected, i in zip(true.gradients, gradients, at, strict=False):
+        np.testing.assert_allclose(actual, expected[i], rtol=1e-9, atol=1e-12)
+    assert len(true.gradients) == len(gradients)
+
+
+def test_confident_rows_are_confident():
+    losses = sxe.softmax_cross_entropy(*Problem(8, 11, confident=0.5).data(), reduction="none")
+    assert np.all(losses[:4] < 1e-5)
+    assert np.all(losses[4:] > 1e-3)
+
+
+def test_errors_are_relative():
+    true = truth(PROBLEMS[0], *PROBLEMS[0].data())
+    worse = true._replace(loss=true.loss * 1.01, gradients=(true.gradients[0] * 1.02,))
+    assert errors(worse, true) == pytest.approx((0.01, 0.02))
+    assert errors(true, true) == (0, 0)
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """One that is wrong by a thousandth, and one that fails, in the place of tokamax."""
+    losses = contestants.losses
+
+    def with_others(problem):
+        def wrong(*arguments):
+            return sxe.softmax_cross_entropy(*arguments) * 1.001
+
+        def fails(*arguments):
+            raise NotImplementedError("not here")
+
+        return {**losses(problem), "tokamax": {"wrong": wrong, "fails": fails}}
+
+    monkeypatch.setattr(contestants, "losses", with_others)
+    monkeypatch.setattr(contestants, "PEERS", ("optax", "numpy"))
+    return ("optax", "tokamax")
+
+
+def test_a_wrong_peer_and_one_that_fails_are_named(peers):
+    found = measure(Problem(8, 11), True, peers, 2, 60.0)
+    assert found.path == "all rows at once"
+    timings = {t.name: t for t in found.timings}
+    assert list(timings) == ["sxe", "optax", "wrong", "floor", "fails"]
+    assert timings["wrong"].wrong
+    assert timings["wrong"].loss_error == pytest.approx(1e-3, rel=0.1)
+    assert not timings["sxe"].wrong
+    assert not timings["optax"].wrong
+    assert timings["fails"].failed == "NotImplementedError: not here"
+    assert len(timings["sxe"].seconds) == 2
+    assert timings["sxe"].temporary_bytes is not None
+
+
+def test_a_wrong_peer_is_marked_in_the_table(peers, monkeypatch, capsys):
+    monkeypatch.setattr(contestants, "installed", lambda: dict.fromkeys(peers, "1.0"))
+    assert (
+        main(["bench", "--rows", "8", "--classes", "11", "--rounds", "2", "--only", "value"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert ") !" in text
+    assert "! wrong is wrong at 8 x 11, float32, value: error of loss 1.0e-03" in text
+    assert "fails failed at 8 x 11, float32, value: NotImplementedError: not here" in text
+
+
+def test_a_sweep_as_table_json_and_plot(tmp_path, capsys):
+    files = [tmp_path / "report.json", tmp_path / "sweep.png"]
+    command = ["bench", "--rows", "8", "16", "--hidden", "3", "--classes", "11", "--rounds", "2"]
+    command += ["--dtype", "float32", "bfloat16", "--peers", "optax"]
+    assert main([*command, "--json", str(files[0]), "--plot", str(files[1])]) == 0
+    text = capsys.readouterr().out
+    assert "jax " in text
+    assert text.count("16 x 3 x 11, bfloat16") == 2
+    assert "sxe, gradients in the forward pass, 1 chunk of 16 rows: 16 x 3 x 11" in text
+    report = json.loads(files[0].read_text())
+    assert report["machine"]["copy"] > 0
+    assert len(report["measurements"]) == 2 * 2 * 2
+    for m in report["measurements"]:
+        assert [t["name"] for t in m["timings"]] == ["sxe", "optax", "floor"]
+        assert all(len(t["seconds"]) == 2 for t in m["timings"])
+        assert not any(t["wrong"] for t in m["timings"])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_calls(capsys):
+    assert main(["bench", "--calls", "--rounds", "1"]) == 0
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert [row.split()[:2] for row in rows] == [
+        [how, what] for how in ("eager", "jitted") for what in ("value", "both")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "8"], "--rows and --classes are needed together"),
+        (["--rows", "8", "--classes", "9", "--plot", "x.png"], "--plot: expected one of"),
+        (["--peers", "nobody"], "--peers: not installed: nobody"),
+        (["--rows", "8", "--classes", "9", "--hidden", "3", "--dense"], "--dense: expected logits"),
+        (["--confident", "2"], "--confident: expected a share in [0, 1], got 2.0"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(["bench", *arguments])
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not a dependency of the tests"
+)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_torch_in_its_own_process(problem):
+    found = {t.name: t for t in measure(problem, True, ("torch",), 2, 60.0).timings}
+    names = ["torch"] if problem.hidden is None else ["torch", "torch chunked"]
+    for name in names:
+        assert found[name].failed is None
+        assert found[name].gradient_error is not None
+        assert not found[name].wrong
