@@ -32,7 +32,8 @@ def table(measurements: Sequence[Measurement]) -> str:
         ratios = [_ratio(ours, by_name.get(name)) for name in peers]
         mib = "/".join(_mib(by_name[name]) for name in ("sxe", "optax") if name in by_name)
         what = "both" if m.gradient else "value"
-        sxe_columns = (f"{1e3 * ours.median:,.3g}", f"{ours.over(floor)[0]:.2f}")
+        ms = 1e3 * ours.median
+        sxe_columns = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", f"{ours.over(floor)[0]:.2f}")
         rows.append([m.problem.name, what, *sxe_columns, *ratios, mib, _compile(by_name)])
     columns = ["N x K or N x D x K", "", "sxe, ms", "/ floor", *(f"/ {name}" for name in peers)]
     return tabulate(rows, [*columns, "MiB: sxe/optax", "compile"], disable_numparse=True)
