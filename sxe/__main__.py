@@ -166,7 +166,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=_size, nargs="+", help="N (default: the standard problems)")
     parser.add_argument("--classes", type=_size, nargs="+", help="K")
     parser.add_argument("--hidden", type=_size, nargs="+", help="D: the head; without it, logits")
-    parser.add_argument("--dtype", choices=DTYPES[:3], nargs="+", default=["float32"])
+    parser.add_argument("--dtype", choices=DTYPES[:3], nargs="+", help="default: float32")
     parser.add_argument("--dense", action="store_true", help="targets [N, K] instead of labels")
     parser.add_argument(
         "--confident",
@@ -199,6 +199,8 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     sizes = (arguments.rows, arguments.classes, arguments.hidden)
     if any(sizes) and not (arguments.rows and arguments.classes):
         parser.error("--rows and --classes are needed together")
+    if not any(sizes) and (arguments.dtype or arguments.dense or arguments.confident):
+        parser.error("--dtype, --dense and --confident need --rows and --classes")
     if arguments.dense and arguments.hidden:
         parser.error("--dense: expected logits, without --hidden")
     if not 0 <= arguments.confident <= 1:
@@ -214,7 +216,7 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
             for d in arguments.hidden or (None,)
             for k in arguments.classes
             for n in arguments.rows
-            for dtype in arguments.dtype
+            for dtype in arguments.dtype or ("float32",)
         ]
     if arguments.plot:
         try:

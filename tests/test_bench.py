@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -66,7 +67,15 @@ def peers(monkeypatch):
         def fails(*arguments):
             raise NotImplementedError("not here")
 
-        return {**losses(problem), "tokamax": {"wrong": wrong, "fails": fails}}
+        def fails_late(*arguments):
+            def callback(x):
+                raise ValueError("not now")
+
+            loss = sxe.softmax_cross_entropy(*arguments)
+            return loss * jax.pure_callback(callback, jax.ShapeDtypeStruct((), loss.dtype), 1.0)
+
+        others = {"wrong": wrong, "fails": fails, "fails late": fails_late}
+        return {**losses(problem), "tokamax": others}
 
     monkeypatch.setattr(contestants, "losses", with_others)
     monkeypatch.setattr(contestants, "PEERS", ("optax", "numpy"))
@@ -77,12 +86,13 @@ def test_a_wrong_peer_and_one_that_fails_are_named(peers):
     found = measure(Problem(8, 11), True, peers, 2, 60.0)
     assert found.path == "all rows at once"
     timings = {t.name: t for t in found.timings}
-    assert list(timings) == ["sxe", "optax", "wrong", "floor", "fails"]
+    assert list(timings) == ["sxe", "optax", "wrong", "floor", "fails", "fails late"]
     assert timings["wrong"].wrong
     assert timings["wrong"].loss_error == pytest.approx(1e-3, rel=0.1)
     assert not timings["sxe"].wrong
     assert not timings["optax"].wrong
     assert timings["fails"].failed == "NotImplementedError: not here"
+    assert timings["fails late"].failed
     assert len(timings["sxe"].seconds) == 2
     assert timings["sxe"].temporary_bytes is not None
 
@@ -129,10 +139,14 @@ def test_calls(capsys):
     ("arguments", "message"),
     [
         (["--rows", "8"], "--rows and --classes are needed together"),
+        (["--dense"], "--dtype, --dense and --confident need --rows and --classes"),
         (["--rows", "8", "--classes", "9", "--plot", "x.png"], "--plot: expected one of"),
         (["--peers", "nobody"], "--peers: not installed: nobody"),
         (["--rows", "8", "--classes", "9", "--hidden", "3", "--dense"], "--dense: expected logits"),
-        (["--confident", "2"], "--confident: expected a share in [0, 1], got 2.0"),
+        (
+            ["--rows", "8", "--classes", "9", "--confident", "2"],
+            "--confident: expected a share in [0, 1], got 2.0",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message, capsys):

@@ -190,6 +190,10 @@ def head_plan(problem: Problem, gradient: bool) -> sxe.Plan:
     )
 
 
+def why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def contestants(
     problem: Problem, gradient: bool, peers: tuple[str, ...], stack: ExitStack, *arguments: Any
 ) -> tuple[list[Any], dict[str, str]]:
@@ -208,7 +212,7 @@ def contestants(
             except Exception as error:
                 if peer == "sxe":
                     raise
-                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                failed[name] = why(error)
     if "torch" in peers:
         for name in ("torch",) if problem.hidden is None else ("torch", "torch chunked"):
             try:

@@ -20,6 +20,7 @@ from sxe._bench.contestants import (
     floor,
     head_plan,
     installed,
+    why,
 )
 from sxe._bench.problem import TOLERANCES, Outcome, Problem, errors, truth
 
@@ -109,7 +110,15 @@ def measure(
     with ExitStack() as stack:
         runners, failed = contestants(problem, gradient, peers, stack, *arguments)
         bound, times = floor(problem, gradient, *arguments)
-        judged = {r.name: _judge(problem, r.outcome(problem, data[-1]), true) for r in runners}
+        judged = {}
+        for runner in runners:
+            try:
+                judged[runner.name] = _judge(problem, runner.outcome(problem, data[-1]), true)
+            except Exception as error:
+                if runner.name == "sxe":
+                    raise
+                failed[runner.name] = why(error)
+        runners = [r for r in runners if r.name in judged]
         everyone = [(r, 1) for r in runners] + [(bound, times)]
         repeats = [max(1, math.ceil(SHORTEST / r.seconds())) for r, _ in everyone]
         taken: list[list[float]] = [[] for _ in everyone]
@@ -124,7 +133,7 @@ def measure(
         Timing(r.name, tuple(t), r.temporary_bytes, r.compile_seconds, *judged.get(r.name, ()))
         for (r, _), t in zip(everyone, taken, strict=True)
     ]
-    timings += [Timing(name, (), failed=why) for name, why in failed.items()]
+    timings += [Timing(name, (), failed=text) for name, text in failed.items()]
     return Measurement(problem, gradient, _path(problem, gradient, arguments), tuple(timings))
 
 
