@@ -385,12 +385,11 @@ def _temporary_bytes(
     row_block = _tiles.rows_per_block(size, classes, backend) * classes * wide
     block = _tiles.classes_per_block(hidden, classes, backend)
     writes = len({*options, *(("where",) if padded else ())})
-    if path == VALUE:
-        work = row_block * (1 + writes)
-    else:
-        work = row_block * (1 + writes)
-        if block < classes and (want_kernel or gradient_dtype(dtype, backend) != dtype):
-            work = max(work, (size + hidden) * block * wide)
+    # On a CPU the sum of a confident row is over a copy of its block without the maxima.
+    work = row_block * (1 + (backend == "cpu") + writes)
+    blocks = want_kernel or gradient_dtype(dtype, backend) != dtype
+    if path != VALUE and block < classes and blocks:
+        work = max(work, (size + hidden) * block * wide)
     work += chunk_hidden if chunks > 1 else 0
     # The gradients of chunks, before they are in the rows' order.
     stacked = want_hidden and (narrow or want_kernel)
@@ -403,7 +402,7 @@ def _temporary_bytes(
     buffers = [tile]
     if old and path == FORWARD and not writes:
         rows_at_once = _tiles.rows_per_block(size, classes, backend)
-        if rows_at_once < size and (size % rows_at_once or rows_at_once == 1):
+        if rows_at_once == 1 < size:
             buffers.append(tile)  # its rows are not replaced in place
     if old and narrow and want_hidden:
         buffers.append(kernel // 2)  # as integers
