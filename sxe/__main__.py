@@ -238,8 +238,8 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
                 call = (problem, gradient, peers, rounds, arguments.seconds, bar.update)
                 measurements.append(measure.measure(*call))
                 bar.update(len(measurements) * rounds - bar.n)
-    for text in (report.table(measurements) if measurements else "", *report.remarks(measurements)):
-        print(text)
+    if measurements:
+        print(report.table(measurements), *report.remarks(measurements), sep="\n")
     if calls:
         print(report.calls_table(calls))
     if arguments.json:
