@@ -206,7 +206,7 @@ def row_gradient(
     e = jnp.exp(wide(x) - _apart(*state)[..., None])
     total, g = total[..., None], g[..., None]
     g_lse = None if g_lse is None else g_lse[..., None]
-    if t is None:
+    if t is None:  # D7 without its second term
         d = total * g
         return e * ((d if g_lse is None else d + g_lse) / (1 + r))
     # D7 over 1 + r, arranged so that a confident label's e_l = 1 = T cancels exactly.
