@@ -121,7 +121,36 @@ def _rest_if_needed(x: Array, m: Array, confident: Array) -> Array:
     return lax.cond(jnp.any(confident), rest, lambda: jnp.zeros_like(m))
 
 
+FEW_CLASSES = 16
+
+
+def _normalize_few(x: Array) -> Normalizer:
+    """The state of rows of few classes, class by class, and without a derivative.
+
+    Of two logits the larger goes on as the maximum so far and the smaller is left behind: in the
+    end those left behind are all but one maximal element. A CPU takes many rows at a time for that,
+    where it would take a row of few classes after the other for a sum.
+    """
+    m, *others = (wide(x[..., k]) for k in range(x.shape[-1]))
+    left = []
+    for other in others:
+        left.append(jnp.minimum(m, other))
+        m = jnp.maximum(m, other)
+    shift = jnp.where(m == -jnp.inf, 0, m)
+    r = sum(_exp_difference(smaller, shift) for smaller in left)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+
+
 BLOCK_BYTES = 4 * 2**20  # a block of rows in float32; its temporaries stay in a CPU's cache
+
+
+def part_of(size: int, most: int) -> int:
+    """How long the parts of an axis are that may have so many elements at most.
+
+    If possible it divides the axis: a remainder is a second program to compile.
+    """
+    most = min(size, most)
+    return next((n for n in range(most, most // 2, -1) if size % n == 0), most)
 
 
 def rows_per_block(x: Array) -> int | None:
@@ -135,34 +164,41 @@ def rows_per_block(x: Array) -> int | None:
     split = any(axis is not None for axis in jax.typeof(x).sharding.spec)
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or split or not known:
         return None
-    rows = max(1, BLOCK_BYTES // (4 * x.shape[-1]))
-    return rows if math.prod(x.shape[:-1]) >= 2 * rows else None
+    n, most = math.prod(x.shape[:-1]), max(1, BLOCK_BYTES // (4 * x.shape[-1]))
+    return part_of(n, most) if n >= 2 * most else None
 
 
 @jax.custom_jvp
 def normalize(x: Array) -> Normalizer:
     """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
     on_cpu = jax.default_backend() == "cpu" and is_local()
+    if on_cpu and 2 <= x.shape[-1] <= FEW_CLASSES:
+        return _normalize_few(x)
     tile = functools.partial(_normalize_tile, rest=_rest_if_needed if on_cpu else _rest_in_one_pass)
     rows = rows_per_block(x)
     if rows is None:
         return tile(x)
     flat = x.reshape(-1, x.shape[-1])
-    blocks, left = divmod(len(flat), rows)
-
     bits = flat
     if flat.dtype.itemsize == 2 and jax.__version_info__ < (0, 11):
         # In every step of the loop XLA would widen all of flat, not the slice. Integers it can't.
         bits = lax.bitcast_convert_type(flat, jnp.uint16)
 
-    def block(i: Array) -> Normalizer:
-        part = lax.dynamic_slice_in_dim(bits, i * rows, rows)
+    def block(first: Array) -> Normalizer:
+        part = lax.dynamic_slice_in_dim(bits, first, rows)
         return tile(lax.bitcast_convert_type(part, flat.dtype))
 
-    parts = [jax.tree.map(jnp.ravel, lax.map(block, jnp.arange(blocks)))]
-    if left:
-        parts.append(tile(flat[-left:]))
-    return jax.tree.map(lambda *a: jnp.concatenate(a).reshape(x.shape[:-1]), *parts)
+    # The last block may have rows of the one before it.
+    blocks, last = -(-len(flat) // rows), len(flat) - rows
+    parts = lax.map(block, jnp.minimum(jnp.arange(blocks) * rows, last))
+    twice = blocks * rows - len(flat)
+
+    def join(a: Array) -> Array:
+        if twice:
+            a = jnp.concatenate([a[:-1].ravel(), a[-1, twice:]])
+        return a.reshape(x.shape[:-1])
+
+    return jax.tree.map(join, parts)
 
 
 @normalize.defjvp

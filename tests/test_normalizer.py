@@ -30,6 +30,21 @@ def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_classes_are_one_tile(dtype):
+    x = jnp.asarray(some_logits(), dtype)
+    for classes in (2, 5):
+        part = x[..., :classes]
+        few, tile = nz._normalize_few(part), nz.normalize_tile(part)
+        for a, b in zip(few, tile, strict=True):
+            assert a.dtype == b.dtype == np.float32
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_parts_divide_where_they_can():
+    assert [nz.part_of(n, 8) for n in (1, 7, 8, 12, 13, 14, 40)] == [1, 7, 8, 6, 8, 7, 8]
+
+
 def test_derivatives_of_blocks_are_those_of_a_tile(monkeypatch):
     monkeypatch.setattr(nz, "rows_per_block", lambda x: 2)
     x = jnp.asarray(some_logits()[5:] / 20)
