@@ -37,7 +37,7 @@ def test_newton_gets_far_closer_to_the_smallest_loss_than_adam(smoke_run):
     for name in ("Newton-CG", "L-BFGS"):
         coarse, fine, gap, _ = rows[name]
         assert coarse < fine < 200
-        assert 0 < gap < 1e-9  # not below 0: the smallest loss is none other's to beat
+        assert 0 < gap < 1e-9  # and nothing is below the smallest loss
     _, fine, gap, _ = rows["Adam"]
     assert fine is None
     assert 1e-6 < gap < 1e-3
