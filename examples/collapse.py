@@ -1,6 +1,27 @@
 """Train one network twice on addition modulo a prime, with optax's loss and with sxe's.
 
-DOC
+Once a network has learnt its training rows, and no weight decay holds it back, its logits grow. In
+float32 the loss of a confident row then rounds to 0 and the gradient at its label with it, while
+the rest of the gradient stays: the softmax collapse of Prieto et al., 2025 (arXiv 2501.04697). Task,
+perceptron and share of the pairs are theirs; two networks start from the same parameters and take
+steps of Adam on all training rows, in one jitted program. The script prints and draws, step by step,
+the loss as computed and from the same logits in float64, the training rows whose loss and whose
+gradient at the label are exactly 0, how far a row of the gradient is from summing to 0 (as a part of
+the sum of its magnitudes), both accuracies and the largest logit:
+
+    python examples/collapse.py --figure collapse.png
+
+By default, from about step 3,000 on, optax's loss is 0 in nearly all rows, logits drift into the
+thousands, and the accuracy on held-out pairs stays at 17 %. With sxe's the loss goes on falling to
+3e-16, and that accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). With --dtype float64
+--steps 3600 both losses reach 22.6 %, where float32 has 15.4 % with optax's and 22.7 % with sxe's.
+
+Two other settings that were tried do not generalise. With --modulus 47 --steps 10000 optax's loss
+collapses all the same, but held-out accuracy stays below 1 % with both: too few pairs. With
+--eps 1e-8, which is optax's own, Adam's steps shrink as soon as gradients are smaller than that, so
+that the exact loss alone does not help much: 13 % with optax's loss, 17 % with sxe's. The authors'
+code has 1e-25 there. Here it is 1e-18: a gradient below 1e-19 has a square that float32 cannot hold,
+and Adam would divide it by eps alone.
 """
 
 import argparse
@@ -142,29 +163,28 @@ def report(history):
 
 def draw(history, title, path):
     panels = {
-        "Training loss (nats)": {"computed": "computed", "exact": "exact"},
-        "Training rows at 0": {"loss": "no_loss", "gradient at the label": "no_gradient"},
-        "Accuracy": {"on held-out pairs": "test", "in training": "train"},
-        "Largest logit": {"": "logit"},
+        "Training loss in nats (dotted: exact; 0 is not drawn)": ("computed", "exact"),
+        "Training rows with a loss of 0 (dotted: label's gradient)": ("no_loss", "no_gradient"),
+        "Accuracy on held-out pairs (dotted: in training)": ("test", "train"),
+        "Largest logit": ("logit",),
     }
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 2, sharex=True)
-    for ax, (panel, lines) in zip(axes.flat, panels.items(), strict=True):
+    for ax, (panel, keys) in zip(axes.flat, panels.items(), strict=True):
         for color, (name, logged) in zip(("C1", "C0"), history.items(), strict=True):
             steps = [values["step"] for values in logged]
-            for style, (label, key) in zip(("-", ":"), lines.items(), strict=False):
-                curve = [values[key] for values in logged]
-                ax.plot(steps, curve, style, color=color, label=f"{name}, {label}".strip(", "))
+            for style, key in zip(("-", ":"), keys, strict=False):
+                ax.plot(steps, [values[key] for values in logged], color + style, label=name)
         ax.set_title(panel, fontsize="medium")
         ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
     for ax in (axes[0, 0], axes[1, 1]):
-        ax.set_yscale("log")
+        ax.set_yscale("log", nonpositive="mask")
     for ax in (axes[0, 1], axes[1, 0]):
         ax.yaxis.set_major_formatter(PercentFormatter(1))
     for ax in axes[1]:
         ax.set_xlabel("step")
+    figure.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
