@@ -2,26 +2,27 @@
 
 Once a network has learnt its training rows, and no weight decay holds it back, its logits grow. In
 float32 the loss of a confident row then rounds to 0 and the gradient at its label with it, while
-the rest of the gradient stays: the softmax collapse of Prieto et al., 2025 (arXiv 2501.04697). Task,
-perceptron and share of the pairs are theirs; two networks start from the same parameters and take
-steps of Adam on all training rows, in one jitted program. The script prints and draws, step by step,
-the loss as computed and from the same logits in float64, the training rows whose loss and whose
-gradient at the label are exactly 0, how far a row of the gradient is from summing to 0 (as a part of
-the sum of its magnitudes), both accuracies and the largest logit:
+the rest of the gradient stays: the softmax collapse of Prieto et al., 2025 (arXiv 2501.04697).
+Task, perceptron and share of the pairs are theirs; two networks start from the same parameters and
+take steps of Adam on all training rows, in one jitted program. The script prints and draws, step
+by step, the loss as computed and from the same logits in float64, the training rows whose loss and
+whose gradient at the label are exactly 0, how far a row of the gradient is from summing to 0 (as a
+part of the sum of its magnitudes), both accuracies and the largest logit:
 
     python examples/collapse.py --figure collapse.png
 
 By default, from about step 3,000 on, optax's loss is 0 in nearly all rows, logits drift into the
 thousands, and the accuracy on held-out pairs stays at 17 %. With sxe's the loss goes on falling to
-3e-16, and that accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). With --dtype float64
---steps 3600 both losses reach 22.6 %, where float32 has 15.4 % with optax's and 22.7 % with sxe's.
+3e-16, and that accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). With --dtype
+float64 --steps 3600 both losses reach 22.6 %, where float32 has 15.4 % with optax's and 22.7 %
+with sxe's.
 
 Two other settings that were tried do not generalise. With --modulus 47 --steps 10000 optax's loss
-collapses all the same, but held-out accuracy stays below 1 % with both: too few pairs. With
---eps 1e-8, which is optax's own, Adam's steps shrink as soon as gradients are smaller than that, so
-that the exact loss alone does not help much: 13 % with optax's loss, 17 % with sxe's. The authors'
-code has 1e-25 there. Here it is 1e-18: a gradient below 1e-19 has a square that float32 cannot hold,
-and Adam would divide it by eps alone.
+collapses all the same, but held-out accuracy ends below 1 % with both. With --eps 1e-8, which is
+optax's own, Adam's steps shrink as soon as gradients are smaller than that, so that the exact loss
+alone does not help much: 13 % with optax's loss, 17 % with sxe's. The authors' code has 1e-25
+there. Here it is 1e-18: a gradient below 1e-19 has a square that float32 cannot hold, and Adam
+would divide it by eps alone.
 """
 
 import argparse
