@@ -1,0 +1,72 @@
+"""Tied embeddings in Flax NNX: one matrix looks tokens up and is the kernel of the head.
+
+The loss takes hidden states and the embedding's transpose, so that the logits [..., K] never exist.
+To run it:
+
+    python examples/recipes/tied_embedding_nnx.py
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import sxe
+
+K, D = 512, 32  # classes, features
+
+
+class Model(nnx.Module):
+    def __init__(self, *, rngs):
+        self.embed = nnx.Embed(K, D, rngs=rngs)
+        self.layer = nnx.Linear(D, D, rngs=rngs)
+
+    def hidden(self, tokens):
+        """[...] to [..., D]."""
+        return self.layer(self.embed(tokens))
+
+    def __call__(self, tokens):
+        """Logits [..., K], to sample from; training does without."""
+        return self.embed.attend(self.hidden(tokens))
+
+
+def loss_fn(model, tokens, labels):
+    kernel = model.embed.embedding[...].T
+    return sxe.linear_softmax_cross_entropy(model.hidden(tokens), kernel, labels)
+
+
+def logits_loss_fn(model, tokens, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(model(tokens), labels).mean()
+
+
+def difference(tree, expected):
+    """The largest difference, each relative to the largest magnitude of its array."""
+    ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
+    return max(jax.tree.leaves(ratio))
+
+
+def main():
+    tokens, labels = jnp.arange(K), jax.random.permutation(jax.random.key(0), K)
+    model = Model(rngs=nnx.Rngs(0))
+
+    result = nnx.jit(nnx.value_and_grad(loss_fn))(model, tokens, labels)
+    expected = nnx.jit(nnx.value_and_grad(logits_loss_fn))(model, tokens, labels)
+    error = difference(result, expected)
+    print(f"loss and gradients: largest difference from those of logits {error:.1e}")
+    print(f"loss before training: {result[0]:.2f}")
+
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(loss_fn)(model, tokens, labels)
+        optimizer.update(model, grads)
+        return loss
+
+    for _ in range(100):
+        step(model, optimizer)
+    print(f"loss after 100 steps: {loss_fn(model, tokens, labels):.2f}")
+
+
+if __name__ == "__main__":
+    main()
