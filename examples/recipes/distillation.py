@@ -1,11 +1,11 @@
-"""Knowledge distillation: dense targets of a teacher at a temperature, and hard labels.
+"""Knowledge distillation: dense targets of a teacher at a temperature, with hard labels.
 
     loss = a T^2 CE(softmax(teacher / T), student / T) + (1 - a) CE(labels, student)
 
-The factor T^2 makes up for the gradient of the first term, which falls as 1 / T^2. The head divides
-the student's logits by T with `logit_scale`, and takes the teacher's probabilities as labels of a
-float dtype. As they are constant, this cross-entropy has the gradient of the Kullback-Leibler
-divergence; the value is larger by the teacher's entropy. To run it:
+The factor T^2 makes up for the gradient of the first term, which falls as 1 / T^2 (arXiv
+1503.02531). The head divides the student's logits by T with `logit_scale`, and takes the teacher's
+probabilities as labels of a float dtype. As they are constant, this cross-entropy has the gradient
+of the Kullback-Leibler divergence; the value is larger by the teacher's entropy. To run it:
 
     python examples/recipes/distillation.py
 """

@@ -22,7 +22,7 @@ import sxe
 
 B, T, D, K = 16, 24, 32, 300  # pairs, tokens, features, classes
 BETA = 0.1
-IGNORE = -100  # the label in front of a prompt's tokens
+IGNORE = -100  # the label where the next token is the prompt's
 
 
 def hidden_fn(params, tokens):
@@ -79,7 +79,9 @@ def main():
     opt_state = optimizer.init(params)
 
     (loss, _), _ = grad_fn(params, reference, *pairs)
-    print(f"loss at first: log 2 + {loss - math.log(2):.1e}")
+    print(
+        f"loss of the reference model: largest difference from log 2 {abs(loss - math.log(2)):.1e}"
+    )
     for _ in range(20):
         (loss, preferred), grads = grad_fn(params, reference, *pairs)
         updates, opt_state = optimizer.update(grads, opt_state)

@@ -1,0 +1,74 @@
+"""The recipes run as a user runs them, and what they print is right; a new one is found."""
+
+import importlib.util
+import re
+
+import pytest
+from test_examples import ROOT, run_example
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("equinox", "flax"))),
+    reason="the recipes need `pip install -e '.[examples]'`",
+)
+
+RECIPES = sorted(path.name for path in (ROOT / "examples" / "recipes").glob("*.py"))
+FAST = {"preference.py", "tied_embedding_linen.py"}
+
+# Of what a recipe prints beside differences: a pattern, and the range of the numbers in it.
+LEARNS = [
+    (r"^loss before training: (\S+)$", 6, 7),  # log 512 is 6.24
+    (r"^loss after 100 steps: (\S+)$", 0, 0.1),
+]
+CLAIMS = {
+    "distillation.py": [
+        (r"agree on (\d+)% of the rows before training$", 0, 5),
+        (r"agree on (\d+)% of the rows after 200 steps$", 50, 100),
+    ],
+    "gradient_accumulation.py": [
+        (r"^mean of means: loss off by (\S+)%, gradient by \S+%$", 0.5, 10),
+        (r"^mean of means: loss off by \S+%, gradient by (\S+)%$", 50, 1000),
+    ],
+    "mixed_precision.py": [
+        (r"^step 1: loss (\S+), (\S+) in float32$", 6, 7),
+        (r"^steps skipped: (\d+) of 300, ", 2, 30),
+        (r"^loss of step 300: (\S+)$", 0, 0.1),
+        (r"^gradient without scale: (\S+)% zeros", 1, 90),
+        (r"^gradient without scale: .* relative error (\S+)$", 1e-2, 1),
+        (r"^gradient with scale 2\^16: (\S+)% zeros", 0, 0.5),
+        (r"^gradient with scale 2\^16: .* relative error (\S+)$", 0, 1e-2),
+    ],
+    "packed_sequences.py": [
+        (r"^6 documents, 82 tokens, in (\d+) rows of 42$", 2, 2),
+        (r"^labels across borders: gradients off by (\S+)%$", 10, 1000),
+        (r"^attention across borders: gradients off by (\S+)%$", 10, 1000),
+    ],
+    "preference.py": [
+        (r"^loss after 20 steps: (\S+), ", 0, 0.3),  # log 2 at first
+        (r"chosen preferred in (\d+)% of the pairs$", 100, 100),
+    ],
+    "tied_embedding_equinox.py": LEARNS,
+    "tied_embedding_linen.py": LEARNS,
+    "tied_embedding_nnx.py": LEARNS,
+}
+
+
+def test_claims_are_of_recipes_that_exist():
+    assert set(RECIPES) >= CLAIMS.keys()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in RECIPES],
+)
+def test_recipe_prints_what_is_right(recipe, tmp_path):
+    done = run_example(f"recipes/{recipe}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "largest difference" in line]
+    assert lines, f"expected a line with a largest difference, got {done.stdout}"
+    for line in lines:
+        assert 0 <= float(line.split()[-1]) < 2e-5, line
+    for pattern, low, high in CLAIMS.get(recipe, ()):
+        found = re.search(pattern, done.stdout, re.MULTILINE)
+        assert found, f"expected {pattern}, got {done.stdout}"
+        for number in found.groups():
+            assert low <= float(number) <= high, found[0]
