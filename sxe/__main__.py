@@ -6,14 +6,16 @@ python -m sxe bench    speed and memory, beside the peers that are installed
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 
-from sxe import _check, _options, _plan
+from sxe import _check, _options, _page, _plan
 from sxe._softmax_cross_entropy import RULES
 from sxe.derivation import Line
 
@@ -54,6 +56,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         default="float64",
         help="in which the lines are evaluated (default: float64)",
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write it there as a page too")
     parser.set_defaults(run=partial(_run_check, parser))
 
 
@@ -272,9 +275,25 @@ def _run_check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
         N, K = _check.problem_size(arguments.rows, arguments.classes, arguments.seed)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.html is not None:
+        with _writing(parser, arguments.html):
+            arguments.html.open("a").close()  # before the measuring, and what is there stays
     report = _check.check(N, K, arguments.seed, arguments.dtype)
     print("\n".join(line.rstrip() for line in _text(report)))
+    if arguments.html is not None:
+        page = _page.page(report)
+        with _writing(parser, arguments.html):
+            arguments.html.write_text(page, encoding="utf-8")
+        print(f"page: {arguments.html.absolute().as_uri()}")
     return 1 if report.failures else 0
+
+
+@contextlib.contextmanager
+def _writing(parser: argparse.ArgumentParser, file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        parser.error(f"--html: expected a file that can be written, got {file}: {error.strerror}")
 
 
 def _text(report: _check.Report) -> Iterator[str]:

@@ -9,11 +9,12 @@
 
 import decimal
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,12 @@ ROUNDED_AWAY = {  # rows of logits, exact in float32; the label is class 0
     "40, 0, 0": (40.0, 0.0, 0.0),
     "2048 times 1e7": (1e7,) * 2048,
 }
+SWEEPS = {  # by magnitude a, and the row of logits with it; the label is class 0
+    # To where exp(-a) is about to leave float32's normal numbers.
+    "lead": ([float(n) for n in range(81)], "a, 0, -1", lambda a: (a, 0, -1)),
+    "offset": ([10 ** (n / 8) for n in range(65)], "a, a + 1, a - 2", lambda a: (a, a + 1, a - 2)),
+}
+EXAMPLE = 3, 4  # rows and classes
 
 
 class Comparison(NamedTuple):
@@ -70,6 +77,33 @@ class Precision(NamedTuple):
     passed: bool
 
 
+class Sweep(NamedTuple):
+    """Relative errors of a number in float32 as the logits grow; inf where it is not finite."""
+
+    name: str
+    magnitude: str
+    row: str  # the logits, with a for the magnitude
+    quantity: str
+    at: tuple[float, ...]
+    errors: dict[str, tuple[float, ...]]
+    passed: bool
+
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+class Example(NamedTuple):
+    """A small problem with one-hot targets: what autodiff gives, to be looked at."""
+
+    jacobian: tuple[tuple[Matrix, ...], ...]  # of softmax, [i][k][j][l]
+    q: Matrix
+    y: Matrix
+    difference: Matrix  # q - y
+    gradient: Matrix  # of the loss, [N, K], by the attached rule
+    jacobian_error: float  # of D4
+    gradient_error: float  # of D9
+
+
 class Report(NamedTuple):
     """What `check` measured."""
 
@@ -81,11 +115,13 @@ class Report(NamedTuple):
     row_sums: tuple[Comparison, ...]
     rules: tuple[Comparison, ...]
     precision: tuple[Precision, ...]
+    sweeps: tuple[Sweep, ...]
+    example: Example
 
     @property
     def failures(self) -> tuple[str, ...]:
         """The names of what did not pass. optax's errors are reported, not judged."""
-        parts = (self.lines, self.row_sums, self.rules, self.precision)
+        parts = (self.lines, self.row_sums, self.rules, self.precision, self.sweeps)
         return tuple(result.name for part in parts for result in part if not result.passed)
 
 
@@ -121,6 +157,8 @@ def check(
             row_sums=_check_row_sums(x, T * y),
             rules=_check_rules(x, {"integer labels": labels, "dense targets": T * y}, g),
             precision=_check_precision(),
+            sweeps=_check_sweeps(),
+            example=_example(seed),
         )
 
 
@@ -272,6 +310,59 @@ def _check_precision() -> tuple[Precision, ...]:
         passed = errors[0] <= PRECISION[quantity]
         results.append(Precision(f"{row}: {quantity}", truth, a, b, *errors, passed))
     return tuple(results)
+
+
+def _textbook(x: Array, labels: Array) -> Array:
+    """D0 as it is written, for autodiff."""
+    return derivation.d0(x, jax.nn.one_hot(labels, x.shape[1], dtype=x.dtype))
+
+
+@partial(jax.jit, static_argnums=0)
+def _sweep(loss: Callable[..., Array], rows: Array) -> tuple[Array, Array]:
+    """Of each row, with label 0: the loss, and its gradient there."""
+    label = jnp.zeros(1, jnp.int32)
+    values, gradients = jax.vmap(lambda x: jax.value_and_grad(loss)(x[None], label))(rows)
+    return values, gradients[:, 0, 0]
+
+
+def _check_sweeps() -> tuple[Sweep, ...]:
+    losses = {"sxe": softmax_cross_entropy, "optax": _optax, "autodiff of D0": _textbook}
+    results = []
+    for magnitude, (at, row, logits) in SWEEPS.items():
+        rows = jnp.array([logits(a) for a in at], jnp.float32)
+        truths = zip(*map(sixty_digits, rows.tolist()), strict=True)  # of what float32 holds
+        found = {who: _sweep(loss, rows) for who, loss in losses.items()}
+        for n, (quantity, truth) in enumerate(zip(PRECISION, truths, strict=True)):
+            errors = {
+                who: tuple(map(_relative_error, numbers[n].tolist(), truth))
+                for who, numbers in found.items()
+            }
+            passed = max(errors["sxe"]) <= PRECISION[quantity]
+            name = f"{magnitude} {at[0]:.0f} to {at[-1]:.3g}: {quantity}"
+            results.append(Sweep(name, magnitude, row, quantity, tuple(at), errors, passed))
+    return tuple(results)
+
+
+def _relative_error(value: float, truth: float) -> float:
+    return abs(value / truth - 1) if math.isfinite(value) else math.inf
+
+
+def _example(seed: int) -> Example:
+    x, _, _, labels, _ = _problem(*EXAMPLE, seed)
+    arrays = _pictured(softmax_cross_entropy, x / 2, labels)  # nearer: few entries look like zero
+    return Example(*(_tuples(a.tolist()) for a in arrays))
+
+
+@partial(jax.jit, static_argnums=0)
+def _pictured(loss: Callable[..., Array], x: Array, labels: Array) -> tuple[Array, ...]:
+    q, y = softmax(x), jax.nn.one_hot(labels, x.shape[1], dtype=x.dtype)
+    jacobian, gradient = jax.jacfwd(softmax)(x), jax.grad(loss)(x, labels)
+    errors = _error(derivation.d4(x, y), jacobian), _error(derivation.d9(x, y), gradient.T)
+    return jacobian, q, y, q - y, gradient, *errors
+
+
+def _tuples(nested: Any) -> Any:
+    return tuple(map(_tuples, nested)) if isinstance(nested, list) else nested
 
 
 def sixty_digits(logits: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,34 @@
+"""``python -m sxe check --html``: the report as one page that needs nothing but itself."""
+
+from importlib import resources
+from string import Template
+
+import jax
+import optax
+
+from sxe._check import Report
+from sxe._page import pictures, sections
+from sxe._page.elements import markup
+
+
+def page(report: Report) -> str:
+    """HTML of the whole report. No script, and no request for anything else.
+
+    Raises:
+      LookupError: for a formula or an assumption that `formulas` does not typeset.
+    """
+    template = Template(resources.files(__name__).joinpath("page.html").read_text("utf-8"))
+    return template.substitute(
+        verdict=markup(sections.verdict(report)),
+        title="FAIL: sxe check" if report.failures else "sxe check",
+        hero=markup(sections.hero(report)),
+        problem=markup(sections.problem(report)),
+        derivation=markup(sections.derivation(report)),
+        row_sums=markup(sections.row_sums(report)),
+        jacobian=markup(pictures.jacobian(report.example)),
+        gradient=markup(pictures.gradient(report.example)),
+        sweeps="".join(markup(pictures.sweep(sweep)) for sweep in report.sweeps),
+        precision=markup(sections.precision(report)),
+        rules=markup(sections.rules(report)),
+        versions=f"JAX {jax.__version__}, optax {optax.__version__}, {jax.default_backend()}",
+    )

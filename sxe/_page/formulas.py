@@ -1,0 +1,216 @@
+"""The formulas of `sxe.derivation` in MathML, each beside the text that it typesets.
+
+The text is the key: a line, or an assumption, that is added or changed has no MathML until somebody
+writes it here, and the page says so instead of showing another formula.
+"""
+
+import copy
+from typing import NamedTuple
+from xml.etree.ElementTree import Element
+
+from sxe._page.elements import MINUS, e
+
+Part = Element | str
+APPLY = "\N{FUNCTION APPLICATION}"
+SUM = "\N{N-ARY SUMMATION}"
+PARTIAL = "\N{PARTIAL DIFFERENTIAL}"
+NOT_EQUAL = "\N{NOT EQUAL TO}"
+
+
+def _token(part: Part) -> Element:
+    if isinstance(part, Element):
+        return part
+    if part.isdigit():
+        return e("mn", part)
+    return e("mi" if part.isalpha() or part == PARTIAL else "mo", part)
+
+
+def row(*parts: Part, **attributes: object) -> Element:
+    return e("mrow", *map(_token, parts), **attributes)
+
+
+def sub(base: Part, indices: str) -> Element:
+    return e("msub", _token(base), row(*indices))
+
+
+def sup(base: Part, exponent: str) -> Element:
+    return e("msup", _token(base), _token(exponent))
+
+
+def frac(above: Part, below: Part) -> Element:
+    return e("mfrac", _token(above), _token(below))
+
+
+def total(index: str) -> Element:
+    return e("munder", _token(SUM), _token(index))
+
+
+def negative() -> Element:
+    return e("mo", MINUS, form="prefix")
+
+
+def group(*parts: Part, fences: str = "()", stretchy: bool = False) -> Element:
+    """In fences, which are at the ends of a row of their own, or they are spaced as operators."""
+    left, right = (e("mo", fence, stretchy=str(stretchy).lower()) for fence in fences)
+    return row(left, *parts, right)
+
+
+def space() -> Element:
+    return e("mspace", width="0.17em")
+
+
+def softmax(k: str, i: str) -> Element:
+    return row(sub("s", k), APPLY, group(sub("x", i)))
+
+
+def exp(indices: str) -> Element:
+    return row("exp", APPLY, group(sub("x", indices)))
+
+
+def iverson(a: str, b: str) -> Element:
+    return group(a, "=", b, fences="[]")
+
+
+def log(of: Part) -> Element:
+    return row(space(), "log", APPLY, space(), of)
+
+
+def slope(of: Part, by: str) -> Element:
+    return frac(row(PARTIAL, of), row(PARTIAL, sub("x", by)))
+
+
+def one_over(below: Part) -> Element:
+    return row(space(), frac("1", below), space())
+
+
+FORMULAS = {
+    "L = -(1/N) sum_i sum_k y_ik log s_k(x_i)": row(
+        *("L", "=", negative(), one_over("N"), total("i"), total("k")),
+        *(sub("y", "ik"), log(softmax("k", "i"))),
+    ),
+    "ds_k(x_i)/dx_jl = 0": row(slope(softmax("k", "i"), "jl"), "=", "0"),
+    "exp(x_ik)/S - (exp(x_ik)/S)^2 = s_k (1 - s_k)": row(
+        *(frac(exp("ik"), "S"), MINUS, sup(group(frac(exp("ik"), "S"), stretchy=True), "2")),
+        *("=", sub("s", "k"), group("1", MINUS, sub("s", "k"))),
+    ),
+    "-exp(x_ik) exp(x_il) / S^2 = -s_k s_l": row(
+        *(negative(), frac(row(exp("ik"), space(), exp("il")), sup("S", "2"))),
+        *("=", negative(), sub("s", "k"), sub("s", "l")),
+    ),
+    "[i=j] s_k(x_i) ([k=l] - s_l(x_i))": row(
+        *(iverson("i", "j"), softmax("k", "i")),
+        group(iverson("k", "l"), MINUS, softmax("l", "i")),
+    ),
+    "-(1/N) sum_i sum_k y_ik (1/s_k(x_i)) ds_k(x_i)/dx_jl": row(
+        *(negative(), one_over("N"), total("i"), total("k"), sub("y", "ik")),
+        *(one_over(softmax("k", "i")), slope(softmax("k", "i"), "jl")),
+    ),
+    "-(1/N) sum_k y_jk ([k=l] - s_l(x_j))": row(
+        *(negative(), one_over("N"), total("k"), sub("y", "jk")),
+        group(iverson("k", "l"), MINUS, softmax("l", "j")),
+    ),
+    "-(1/N) y_jl + (1/N) sum_k y_jk s_l(x_j)": row(
+        *(negative(), one_over("N"), sub("y", "jl"), "+"),
+        *(one_over("N"), total("k"), sub("y", "jk"), softmax("l", "j")),
+    ),
+    "(1/N) (s_l(x_j) - y_jl)": row(one_over("N"), group(softmax("l", "j"), MINUS, sub("y", "jl"))),
+    "dL/dx = (1/N) (q - y)^T": row(
+        *(frac(row(PARTIAL, "L"), row(PARTIAL, "x")), "="),
+        *(one_over("N"), sup(group("q", MINUS, "y"), "T")),
+    ),
+    "none": e("mtext", "none"),
+    "j != i": row("j", NOT_EQUAL, "i"),
+    "j = i, k = l": row("j", "=", "i", ",", "k", "=", "l"),
+    "j = i, k != l": row("j", "=", "i", ",", "k", NOT_EQUAL, "l"),
+    "s_k(x_i) > 0": row(softmax("k", "i"), ">", "0"),
+    "sum_k y_jk = 1": row(total("k"), sub("y", "jk"), "=", "1"),
+    "sum_k y_jk != 1": row(total("k"), sub("y", "jk"), NOT_EQUAL, "1"),
+}
+
+
+class Step(NamedTuple):
+    """What happens in a line: in two words, left of its equals sign, and in a sentence."""
+
+    title: str
+    left: Element | None
+    told: str
+
+
+_DL = slope("L", "jl")
+STEPS = {
+    "D0": Step(
+        "The loss",
+        None,
+        "The mean, over the rows, of minus the logarithm of the probability that softmax gives "
+        "the target.",
+    ),
+    "D1": Step(
+        "Another row",
+        None,
+        "The softmax of row *i* reads the logits of row *i* only. Rows do not meet.",
+    ),
+    "D2": Step(
+        "The same logit",
+        slope(softmax("k", "i"), "ik"),
+        "The logit stands above the fraction bar and inside *S* below it, and the quotient rule "
+        "gives one term for each.",
+    ),
+    "D3": Step(
+        "Another class",
+        slope(softmax("k", "i"), "il"),
+        "Only *S* contains the other logit: what class *l* gains, class *k* pays in proportion.",
+    ),
+    "D4": Step(
+        "The Jacobian",
+        slope(softmax("k", "i"), "jl"),
+        "Two brackets, each 1 or 0, gather the three cases into one formula.",
+    ),
+    "D5": Step(
+        "The chain rule",
+        _DL,
+        "The derivative of the logarithm, one over the softmax, meets the Jacobian.",
+    ),
+    "D6": Step(
+        "Cancel",
+        _DL,
+        "The bracket *i* = *j* leaves one row of the double sum, and the softmax in front of the "
+        "Jacobian cancels the one below the 1. Nothing is divided by any more.",
+    ),
+    "D7": Step(
+        "Expand",
+        _DL,
+        "The bracket *k* = *l* picks one target out of the sum. This line holds for any targets, "
+        "and it is the one that sxe computes.",
+    ),
+    "D8": Step(
+        "Targets sum to one",
+        _DL,
+        "The softmax does not depend on *k*, and what is summed beside it is 1. Here, and not "
+        "before, the targets have to be a distribution.",
+    ),
+    "D9": Step(
+        "All entries at once",
+        None,
+        "With *q* for all values of softmax: prediction minus target, transposed, for the "
+        "derivative of a number by an *N* \N{MULTIPLICATION SIGN} *K* matrix is *K* "
+        "\N{MULTIPLICATION SIGN} *N*. jax.grad gives its transpose.",
+    ),
+}
+
+
+def math(
+    text: str, left: Element | None = None, display: str = "inline", relation: str = "="
+) -> Element:
+    """The MathML of a formula or assumption, and what stands to its left."""
+    if text not in FORMULAS:
+        raise LookupError(f"no MathML for {text!r}: add it to FORMULAS in sxe/_page/formulas.py")
+    body = [copy.deepcopy(FORMULAS[text])]
+    if left is not None:
+        body.insert(0, row(copy.deepcopy(left), relation, class_="left"))
+    return e("math", *body, display=display, alttext=text)
+
+
+def step(name: str) -> Step:
+    if name not in STEPS:
+        raise LookupError(f"nothing is told about {name}: add it to STEPS in sxe/_page/formulas.py")
+    return STEPS[name]

@@ -1,0 +1,187 @@
+"""The parts of the page that are text: the derivation, line by line, and the tables."""
+
+import math
+from xml.etree.ElementTree import Element
+
+from sxe._check import PRECISION, TOLERANCES, Comparison, Precision, Report
+from sxe._page.elements import (
+    MARKS,
+    MINUS,
+    bound,
+    e,
+    expectation,
+    number,
+    plain,
+    prose,
+    result,
+    scroll,
+    table,
+)
+from sxe._page.formulas import math as formula
+from sxe._page.formulas import step
+from sxe.derivation import Line
+
+
+def _word(measured: Line | Comparison | Precision) -> str:
+    return "pass" if measured.passed else "FAIL"
+
+
+def verdict(report: Report) -> Element:
+    failed = report.failures
+    text = f"FAIL: {'; '.join(failed)}" if failed else "pass: every line holds"
+    return e("p", result("FAIL" if failed else "pass", text), class_="verdict")
+
+
+def hero(report: Report) -> Element:
+    """From the first line to the last."""
+    first, last = (formula(report.lines[n].formula, display="block") for n in (0, -1))
+    arrow = e("span", "\N{RIGHTWARDS DOUBLE ARROW}", class_="arrow", aria_hidden="true")
+    return scroll("From the loss to its gradient", first, arrow, last, class_="hero")
+
+
+def problem(report: Report) -> Element:
+    return e(
+        "p",
+        *prose(
+            f"Measured for *N* = {report.rows} rows and *K* = {report.classes} classes, drawn from "
+            f"seed {str(report.seed).replace('-', MINUS)}; the lines in {report.dtype}."
+        ),
+    )
+
+
+def _position(value: float) -> str:
+    """Where a number is on a track from 1e-18 to 1, in percent."""
+    exponent = math.log10(min(max(value, 1e-18), 1))
+    return f"{100 * (1 + exponent / 18):.1f}%"
+
+
+def _measured(error: float, limit: float) -> list[Element]:
+    """The number, its limit, and where both are on a logarithmic track."""
+    style = f"--error:{_position(error)};--limit:{_position(limit)}"
+    kind = "track within" if error <= limit else "track beyond"
+    track = e("span", e("i"), class_=kind, style=style, aria_hidden="true")
+    return [number(error), track, e("span", bound(limit), class_="limit")]
+
+
+def derivation(report: Report) -> Element:
+    return e("ol", *(_line(line, report.dtype) for line in report.lines), class_="lines")
+
+
+def _line(line: Line, dtype: str) -> Element:
+    told, word = step(line.name), _word(line) if line.shown else "n/a"
+    limits = TOLERANCES[dtype]
+    facts = [
+        (
+            "compared with",
+            [e("span", line.compared_with.replace("^T", "\N{MODIFIER LETTER CAPITAL T}"))],
+        ),
+        ("assumes", [formula(line.assumption)]),
+    ]
+    if line.shown:
+        facts += [
+            ("autodiff", _measured(line.autodiff_error, limits.autodiff)),
+            ("differences", _measured(line.differences_error, limits.differences)),
+        ]
+    else:
+        facts.append(("errors", [e("span", "none: one row or one class has no such entries")]))
+    heading = e("h3", e("span", line.name, class_="name"), " ", e("span", told.title))
+    return e(
+        "li",
+        e("div", heading, result(word), class_="head"),
+        e(
+            "div",
+            scroll(f"Formula {line.name}", formula(line.formula, told.left, "block")),
+            e("p", *prose(told.told)),
+            class_="told",
+        ),
+        e("dl", *(e("div", e("dt", term), e("dd", *what)) for term, what in facts)),
+        id=line.name,
+        class_={"pass": "line", "FAIL": "line failed", "n/a": "line"}[word],
+    )
+
+
+def row_sums(report: Report) -> Element:
+    """The two lines for targets that are no distribution. The second is to fail."""
+    formulas = {line.name: line.formula for line in report.lines}
+    limit = TOLERANCES["float64"].autodiff
+    return e("div", *(_variant(c, formulas, limit) for c in report.row_sums), class_="variants")
+
+
+def _variant(comparison: Comparison, formulas: dict[str, str], limit: float) -> Element:
+    name, _, where = comparison.name.partition(" where ")
+    holds = comparison.error <= limit
+    relation, mark = ("=", "") if holds else ("\N{NOT EQUAL TO}", f"{MARKS['FAIL']} ")
+    return e(
+        "div",
+        e("h3", e("span", name, class_="name"), " where ", formula(where)),
+        scroll(
+            f"Formula {name} for these targets",
+            formula(formulas[name], step(name).left, "block", relation),
+        ),
+        e(
+            "p",
+            e("strong", e("span", mark, aria_hidden="true"), "It holds" if holds else "It fails"),
+            ": off by ",
+            number(comparison.error),
+            ". Expected: ",
+            expectation(comparison.expected),
+            ".",
+        ),
+        e("p", result(_word(comparison), "as expected" if comparison.passed else None)),
+        class_=f"variant {'holds' if holds else 'refuted'}"
+        + ("" if comparison.passed else " wrong"),
+    )
+
+
+def _head(*names: str) -> Element:
+    return e("tr", *(e("th", name, scope="col") for name in names))
+
+
+def precision(report: Report) -> Element:
+    limits = (f"{plain(limit, 1)} for the {quantity}" for quantity, limit in PRECISION.items())
+    rows = []
+    for row in report.precision:
+        logits, _, quantity = row.name.partition(": ")
+        heads = [e("th", quantity, scope="row")]
+        if quantity == next(iter(PRECISION)):
+            heads.insert(0, e("th", logits, scope="rowgroup", rowspan=len(PRECISION)))
+        cells = [e("td", number(n, 8)) for n in (row.truth, row.sxe, row.optax)]
+        errors = [_digits(error) for error in (row.sxe_error, row.optax_error)]
+        rows.append(e("tr", *heads, *cells, *errors, e("td", result(_word(row)))))
+    return table(
+        "The label is class 0. Behind an error is a bar as long as the result has correct digits. "
+        f"sxe may err by {' and '.join(limits)}; optax is not judged.",
+        [_head("logits", "of", "truth", "sxe", "optax", "sxe error", "optax error", "result")],
+        rows,
+        label="Rows that float32 rounds away",
+        class_="numbers",
+    )
+
+
+def _digits(error: float) -> Element:
+    """An error, over a bar as long as the result has correct digits, of the eight of float32."""
+    digits = min(max(-math.log10(max(error, 1e-8)), 0), 8) if math.isfinite(error) else 0
+    return e("td", number(error), class_="digits", style=f"--digits:{digits / 8:.3f}")
+
+
+def rules(report: Report) -> Element:
+    """A row for each kind of target and dtype, with the error of each rule."""
+    measured: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for comparison in report.rules:
+        rule, targets, dtype = comparison.name.split(", ")
+        measured.setdefault((targets, dtype), {})[rule] = comparison
+    names = list(next(iter(measured.values())))
+    rows = []
+    for (targets, dtype), by_rule in measured.items():
+        cells = [
+            e("td", number(c.error), " ", result(_word(c)), class_="judgement")
+            for c in (by_rule[name] for name in names)
+        ]
+        limit = e("td", expectation(by_rule[names[0]].expected))
+        rows.append(e("tr", e("th", targets, scope="row"), e("td", dtype), *cells, limit))
+    return table(
+        "The gradients of each rule against autodiff of the loss, for random cotangents",
+        [_head("targets", "dtype", *names, "expected")],
+        rows,
+        class_="numbers",
+    )
