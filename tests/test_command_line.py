@@ -72,6 +72,53 @@ def test_check_exits_with_1_when_a_line_is_broken(capsys, monkeypatch):
     assert rows[-1] == "verdict: FAIL: D6"
 
 
+def test_check_writes_a_page_and_says_where(capsys, tmp_path):
+    assert main(CHECK) == 0
+    text = capsys.readouterr().out
+    file = tmp_path / "a page.html"
+    assert main([*CHECK, "--html", str(file)]) == 0
+    assert capsys.readouterr().out == f"{text}page: {file.as_uri()}\n"
+    assert file.read_text("utf-8").startswith("<!doctype html>")
+    assert main([*CHECK, "--seed", "3", "--html", str(file)]) == 0
+    assert "drawn from seed 3" in file.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing/page.html", "No such file or directory"),
+        ("", "Is a directory"),
+        ("file/page.html", "Not a directory"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_an_error(capsys, monkeypatch, tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(_check, "check")  # nothing is measured
+    file = tmp_path / name
+    with pytest.raises(SystemExit) as exit_:
+        main([*CHECK, "--html", str(file)])
+    assert exit_.value.code == 2
+    message = f"--html: expected a file that can be written, got {file}: {reason}"
+    assert message in capsys.readouterr().err
+
+
+def test_a_page_that_can_no_longer_be_written_is_an_error(capsys, monkeypatch, tmp_path):
+    file, check = tmp_path / "page.html", _check.check
+
+    def check_and_take_the_file_away(*arguments):
+        file.unlink()
+        file.mkdir()
+        return check(*arguments)
+
+    monkeypatch.setattr(_check, "check", check_and_take_the_file_away)
+    with pytest.raises(SystemExit) as exit_:
+        main([*CHECK, "--html", str(file)])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out.endswith("verdict: pass\n")
+    assert f"got {file}: Is a directory" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,7 +142,7 @@ def test_arguments_that_do_not_fit(capsys, arguments, message):
 def test_help_names_the_command_and_its_options(capsys):
     for arguments, expected in (
         (["--help"], ["check"]),
-        (["check", "--help"], ["--seed", "--dtype"]),
+        (["check", "--help"], ["--seed", "--dtype", "--html"]),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
