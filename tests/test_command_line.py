@@ -1,6 +1,8 @@
 """python -m sxe: what it prints, and the exit status."""
 
+import inspect
 import os
+import pydoc
 import re
 import subprocess
 import sys
@@ -165,3 +167,13 @@ def test_from_the_shell():
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout.startswith("N = 2 rows, K = 3 classes, seed 0\n")
     assert process.stdout.endswith("verdict: pass\n")
+
+
+def test_pydoc_is_a_reference_of_all_that_is_public():
+    text = pydoc.plain(pydoc.render_doc(sxe))
+    for name in sxe.__all__:
+        value = getattr(sxe, name)
+        if callable(value):
+            assert f"{name}(" in text
+            assert inspect.getdoc(value).splitlines()[-1].strip() in text
+    assert "derivation" in text
