@@ -19,6 +19,8 @@ in one of two ways:
 Rules other than "vjp" leave all of this to JAX, which differentiates the same chunks one by one.
 """
 
+from __future__ import annotations  # so that help() names types shortly
+
 import functools
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A loss over the global arrays on a mesh, of one process or of many."""
 
+from __future__ import annotations  # so that help() names types shortly
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,8 @@
 """What a call of the head would do, from its sizes alone: path, chunks, FLOPs, memory, and what it
 moves between the devices of a mesh."""
 
+from __future__ import annotations  # so that help() names types shortly
+
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple

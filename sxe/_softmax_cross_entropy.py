@@ -7,6 +7,8 @@ The rule for rows below has two results, the loss without its z-loss, and lse; e
 is plain JAX on arrays of a number a row. It is attached in three ways, chosen by ``rule``.
 """
 
+from __future__ import annotations  # so that help() names types shortly
+
 import functools
 import itertools
 from collections.abc import Callable
