@@ -95,14 +95,14 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     mesh.add_argument("--fsdp", type=_names, help="and the rows of the kernel (default: none)")
     mesh.add_argument(
         "--memory",
-        type=float,
+        type=_positive,
         metavar="BYTES",
         help="of a device: as few devices for the classes as the head needs to fit",
     )
     floor = parser.add_argument_group("time floor, for a device with all of")
-    floor.add_argument("--flops-per-second", type=float, help="of its matrix products")
-    floor.add_argument("--bytes-per-second", type=float, help="of its memory")
-    floor.add_argument("--link-bytes-per-second", type=float, help="that it can send to others")
+    floor.add_argument("--flops-per-second", type=_positive, help="of its matrix products")
+    floor.add_argument("--bytes-per-second", type=_positive, help="of its memory")
+    floor.add_argument("--link-bytes-per-second", type=_positive, help="that it can send to others")
     parser.set_defaults(run=partial(_run_plan, parser))
 
 
@@ -112,15 +112,18 @@ def _run_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     for name, default in (("batch_axis_name", "data"), ("axis_name", "model")):
         given = getattr(arguments, name)
         call[name] = default if given is None and default in (arguments.mesh or {}) else given
-    rates = tuple(
-        getattr(arguments, f"{name}_per_second") for name in ("flops", "bytes", "link_bytes")
-    )
+    kinds_of_rates = ("flops", "bytes", "link_bytes")
+    rates = tuple(getattr(arguments, f"{kind}_per_second") for kind in kinds_of_rates)
     if any(rates) and not all(rates):
-        parser.error("a time floor needs all of its three rates")
+        missing = kinds_of_rates[rates.index(None)].replace("_", "-")
+        parser.error(
+            f"--{missing}-per-second: expected as well; a time floor needs all three rates"
+        )
     try:
         p = _plan.plan(**call, memory_bytes=arguments.memory)
     except ValueError as error:
-        parser.error(str(error))
+        name, _, message = str(error).partition(":")
+        parser.error(f"--{name.removesuffix('_bytes').replace('_', '-')}:{message}")
 
     def size(n: float) -> str:
         return f"{n / 2**20:,.1f} MiB" if n >= 2**17 else f"{n:,} bytes"
@@ -184,15 +187,21 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small problems and few rounds")
     parser.add_argument("--rounds", type=_size, default=15, help="at most (default: 15)")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="for one problem, roughly (default: 60)"
+        "--seconds", type=_positive, default=60, help="for one problem, roughly (default: 60)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all that was measured there")
-    parser.add_argument("--plot", metavar="FILE", help="draw a sweep over one of the sizes there")
+    parser.add_argument(
+        "--json", type=_file, metavar="FILE", help="write all that was measured there"
+    )
+    parser.add_argument(
+        "--plot", type=_file, metavar="FILE", help="draw a sweep over one of the sizes there"
+    )
     parser.set_defaults(run=partial(_run_bench, parser))
 
 
 def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     try:
+        if arguments.plot:
+            from matplotlib.figure import Figure
         from tqdm import tqdm
 
         from sxe._bench import contestants, measure, report
@@ -200,10 +209,13 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     except ImportError as error:
         parser.error(f"needs {error.name}: pip install 'sxe[bench]'")
     sizes = (arguments.rows, arguments.classes, arguments.hidden)
-    if any(sizes) and not (arguments.rows and arguments.classes):
-        parser.error("--rows and --classes are needed together")
-    if not any(sizes) and (arguments.dtype or arguments.dense or arguments.confident):
-        parser.error("--dtype, --dense and --confident need --rows and --classes")
+    if any(sizes) and not arguments.rows:
+        parser.error("--rows: expected with --classes or --hidden")
+    if any(sizes) and not arguments.classes:
+        parser.error("--classes: expected with --rows or --hidden")
+    for option in ("dtype", "dense", "confident"):
+        if getattr(arguments, option) and not any(sizes):
+            parser.error(f"--{option}: expected with --rows and --classes")
     if arguments.dense and arguments.hidden:
         parser.error("--dense: expected logits, without --hidden")
     if not 0 <= arguments.confident <= 1:
@@ -226,6 +238,11 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
             report.varied(problems)
         except ValueError as error:
             parser.error(str(error))
+        formats = Figure().canvas.get_supported_filetypes()
+        if arguments.plot.suffix[1:].lower() not in formats:
+            parser.error(
+                f"--plot: expected a file name in .png, .pdf or .svg, got {arguments.plot}"
+            )
     kinds = {"value": (False,), "both": (True,), None: (False, True)}[arguments.only]
     rounds = min(5, arguments.rounds) if arguments.quick else arguments.rounds
 
@@ -246,18 +263,18 @@ def _run_bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     if calls:
         print(report.calls_table(calls))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            file.write(report.to_json(machine, measurements, calls))
+        arguments.json.write_text(report.to_json(machine, measurements, calls))
     if arguments.plot:
-        report.plot(measurements, arguments.plot)
+        report.plot(measurements, str(arguments.plot))
     return 1 if any(t.wrong and t.name == "sxe" for m in measurements for t in m.timings) else 0
 
 
 def _mesh(text: str) -> dict[str, int]:
     parts = [part.partition("=") for part in text.split(",")]
-    if not all(name and size.isdecimal() for name, _, size in parts):
+    sizes = {name: int(size) for name, _, size in parts if name and size.isdecimal()}
+    if len(sizes) != len(parts):
         raise argparse.ArgumentTypeError(f"expected data=64,model=8 or the like, got {text!r}")
-    return {name: int(size) for name, _, size in parts}
+    return sizes
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -268,6 +285,25 @@ def _size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def _file(text: str) -> Path:
+    """A file that is written when all is measured: here is time to say that it cannot be."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"expected a file in a directory that exists, got {text!r}"
+        )
+    return Path(text)
 
 
 def _run_check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -16,8 +16,6 @@ def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """The class axes as non-negative ints, in the order given."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
-        if not isinstance(a, int) or isinstance(a, bool):
-            raise TypeError(f"axis: expected an int or a tuple of ints, got {axis!r}")
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"axis: expected axes in [{-ndim}, {ndim}) for logits with {ndim} dimensions, "
@@ -25,7 +23,10 @@ def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
             )
     normalized = tuple(a % ndim for a in axes)
     if not axes or len(set(normalized)) != len(axes):
-        raise ValueError(f"axis: expected one axis or several different ones, got {axis!r}")
+        raise ValueError(
+            f"axis: expected one axis or several different ones, got {axis!r} for logits with "
+            f"{ndim} dimensions"
+        )
     return normalized
 
 
@@ -85,7 +86,14 @@ def is_explicit(*arrays: Array | None) -> bool:
 def reshard(x: Array, spec: Sequence[Any]) -> Array:
     """x typed as split in that way, along its axes that are longer than 1."""
     spec = tuple(axis if axis and n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
-    return x if sharding(x) == spec else jax.reshard(x, PartitionSpec(*spec))
+    if sharding(x) == spec:
+        return x
+    if jax.sharding.get_abstract_mesh().empty:
+        raise ValueError(
+            "logits: expected a call in the context of the Explicit mesh that splits them, got no "
+            "mesh; use jax.set_mesh(mesh)"
+        )
+    return jax.reshard(x, PartitionSpec(*spec))
 
 
 def vary(x: Array, names: frozenset[str]) -> Array:
@@ -109,10 +117,12 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
             lax.axis_size(name)
         except NameError:
             raise ValueError(
-                f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}"
+                f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}; "
+                "for global arrays use sxe.over_mesh"
             ) from None
         if is_tracked(name) and name not in varying(x):
             raise ValueError(
                 f"{argument}: expected a mesh axis that splits {name_of_x}, got {name!r}, "
-                f"along which every device has the same ({jax.typeof(x)})"
+                f"along which every device has the same ({jax.typeof(x)}); split it in in_specs, "
+                "or leave the axis out"
             )

@@ -80,7 +80,8 @@ class Layout(NamedTuple):
         most = ndim - len(class_axes)
         if len(self.rows) > most:
             raise ValueError(
-                f"batch: expected mesh axes for at most {most} axes of rows, got {self.rows}"
+                f"batch: expected entries for at most {most} axes, those of the rows, got "
+                f"{PartitionSpec(*self.rows)}; classes names what splits the classes"
             )
 
         def walk(name: str, x: Any) -> Any:

@@ -531,12 +531,7 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     hidden, kernel, labels, projection, arrays = inputs
     _options.check_projection(hidden, kernel, projection)
     shape, axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
-    _options.check_rows(labels, arrays, static, shape, axes)
-    if arrays.where is not None and arrays.where.ndim == hidden.ndim:
-        raise ValueError(
-            f"where: expected a mask of rows, of shape {shape[:-1]}, got {arrays.where.shape}; "
-            "masks of classes need softmax_cross_entropy, or a bias of -inf"
-        )
+    _options.check_rows(labels, arrays, static, shape, axes, head=True)
     if static.layout is None and is_explicit(hidden, kernel):
         # Types say how the inputs are split. Those of the chunks of split rows they can't.
         static = static._replace(layout=layout_of(hidden, kernel))
@@ -648,6 +643,10 @@ def linear_softmax_cross_entropy(
     )
     projection = _options.parse_projection(bias, logit_scale, softcap)
     inputs = _Inputs(
-        jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels), projection, arrays
+        _options.array("hidden", hidden),
+        _options.array("kernel", kernel),
+        _options.array("labels", labels),
+        projection,
+        arrays,
     )
     return _loss(inputs, static=static, chunk_size=_options.parse_chunk_size(chunk_size))

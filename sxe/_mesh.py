@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sxe._axes import AxisName, axis_names
@@ -73,7 +74,10 @@ def over_mesh(
     """
     if loss not in LOSSES:
         names = ", ".join(f"sxe.{f.__name__}" for f in LOSSES)
-        raise TypeError(f"loss: expected one of {names}, got {loss!r}")
+        raise TypeError(
+            f"loss: expected one of {names}, got {loss!r}; options and jax.jit go with what "
+            "over_mesh returns"
+        )
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
     rows = tuple(batch) if isinstance(batch, PartitionSpec) else (batch,)
@@ -93,16 +97,31 @@ def over_mesh(
                 raise ValueError(f"{argument}: expected mesh axes named once, got {name!r} again")
             seen.add(name)
     if fsdp is not None and loss is not linear_softmax_cross_entropy:
-        raise ValueError(f"fsdp: expected None for {loss.__name__}, which has no kernel")
+        raise ValueError(
+            f"fsdp: expected None for {loss.__name__}, which has no kernel, got {fsdp!r}"
+        )
     for name in axis_names(layout.fsdp):
         if name not in axis_names(layout.batch):
-            raise ValueError(f"fsdp: expected axes of batch, {layout.batch}, got {name!r}")
+            raise ValueError(
+                f"fsdp: expected axes of batch, {axis_names(layout.batch)}, got {name!r}"
+            )
 
     @functools.wraps(loss)
     def over(*args: Any, **options: Any) -> Any:
         for option in ("axis_name", "batch_axis_name"):
             if option in options:
-                raise TypeError(f"{option}: expected none, over_mesh names the axes")
+                raise TypeError(
+                    f"{option}: expected none with over_mesh, where batch and classes name the "
+                    f"mesh axes, got {options[option]!r}"
+                )
+        manual = {*mesh.manual_axes, *jax.sharding.get_abstract_mesh().manual_axes}
+        for argument, axes in named:
+            if taken := manual & set(axis_names(axes)):
+                raise ValueError(
+                    f"{argument}: expected Auto or Explicit mesh axes, got {sorted(taken)}, which "
+                    "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
+                    "batch_axis_name"
+                )
         return loss(*args, axis_name=layout, **options)
 
     return over

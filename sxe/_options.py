@@ -1,10 +1,13 @@
 """The options that the losses share: what a caller may pass, and the errors for anything else."""
 
+import difflib
 import math
 import numbers
-import sys
+import reprlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -47,23 +50,77 @@ class Projection(NamedTuple):
     softcap: Array | float | None
 
 
-def _number(name: str, value: Any, lower: float, upper: float, off: float) -> Array | float | None:
-    """A number in that range, or None if it is the one that is off; or a scalar array."""
+def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
+    advice = ""
+    if isinstance(value, jax.core.Tracer):
+        advice = "; close over a Python value, or name it in the static_argnames of jax.jit"
+    return TypeError(f"{name}: expected {expected}, got {value!r}{advice}")
+
+
+def array(name: str, x: ArrayLike) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:  # which does not name the argument
+        message = f"{name}: expected an array, got {reprlib.repr(x)}"
+        raise TypeError(message) from error
+
+
+def _optional_array(name: str, x: ArrayLike | None) -> Array | None:
+    return None if x is None else array(name, x)
+
+
+def _number(
+    name: str, value: Any, expected: str, fits: Callable[[float], bool], off: float
+) -> Array | float | None:
+    """A number that fits, or None if it is the one that is off; or a scalar array."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
-        if not lower <= number <= upper:
-            raise ValueError(f"{name}: expected a number in [{lower}, {upper}], got {value}")
+        if not fits(number):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
         return None if number == off else number
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name}: expected a number or a scalar float array, got {value!r}")
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        advice = "" if dtype is None else "; cast it to a float dtype"
+        raise TypeError(
+            f"{name}: expected {expected}, or a scalar float array, got {value!r}{advice}"
+        )
     if jnp.shape(value) != ():
         raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}")
     return value
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _integer_or_none(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not _is_integer(value):
+        raise _wrong_type(name, "an int or None", value)
+    return int(value)
+
+
+def _axis(axis: Any) -> int | tuple[int, ...]:
+    several = isinstance(axis, (tuple, list))
+    if not all(map(_is_integer, axis if several else (axis,))):
+        raise _wrong_type("axis", "an int or a tuple of ints", axis)
+    return tuple(map(int, axis)) if several else int(axis)
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong_type(name, "True or False", value)
+    return bool(value)
+
+
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.7)
+        advice = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{advice}"
+        )
     return value
 
 
@@ -71,8 +128,10 @@ def mesh_axes(name: str, value: Any) -> AxisName:
     names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if value is None or names == ():
         return None
-    if not all(isinstance(n, str) for n in names) or len(set(names)) != len(names):
+    if not all(isinstance(n, str) for n in names):
         raise TypeError(f"{name}: expected a mesh axis name or a tuple of them, got {value!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{name}: expected mesh axes named once, got {value!r}")
     return names
 
 
@@ -100,26 +159,22 @@ def parse(
     layout = None
     if isinstance(axis_name, Layout):
         layout, axis_name = axis_name, None
-    if ignore_index is not None and (
-        not isinstance(ignore_index, (int, np.integer)) or isinstance(ignore_index, bool)
-    ):
-        raise TypeError(f"ignore_index: expected an int or None, got {ignore_index!r}")
-
-    def array(x: ArrayLike | None) -> Array | None:
-        return None if x is None else jnp.asarray(x)
-
     arrays = Arrays(
-        where=array(where),
-        weights=array(weights),
-        class_weights=array(class_weights),
-        label_smoothing=_number("label_smoothing", label_smoothing, 0, 1, off=0),
-        z_loss=_number("z_loss", z_loss, 0, math.inf, off=0),
+        where=_optional_array("where", where),
+        weights=_optional_array("weights", weights),
+        class_weights=_optional_array("class_weights", class_weights),
+        label_smoothing=_number(
+            "label_smoothing", label_smoothing, "a number in [0, 1]", lambda a: 0 <= a <= 1, off=0
+        ),
+        z_loss=_number(
+            "z_loss", z_loss, "a finite number of at least 0", lambda z: 0 <= z < math.inf, off=0
+        ),
     )
     static = Static(
-        ignore_index=None if ignore_index is None else int(ignore_index),
-        axis=tuple(axis) if isinstance(axis, list) else axis,
+        ignore_index=_integer_or_none("ignore_index", ignore_index),
+        axis=_axis(axis),
         reduction=one_of("reduction", reduction, reductions),
-        return_metrics=bool(return_metrics),
+        return_metrics=_bool("return_metrics", return_metrics),
         axis_name=mesh_axes("axis_name", axis_name),
         batch_axis_name=mesh_axes("batch_axis_name", batch_axis_name),
         rule=one_of("rule", rule, rules),
@@ -128,72 +183,83 @@ def parse(
     both = set(axis_names(static.axis_name)) & set(axis_names(static.batch_axis_name))
     if both:
         raise ValueError(
-            f"batch_axis_name: expected mesh axes that axis_name does not name, got {sorted(both)}"
+            f"batch_axis_name: expected other mesh axes than axis_name, got {sorted(both)} in both"
         )
     return arrays, static
 
 
-def _check_float(name: str, x: Array, shape: tuple[int, ...]) -> None:
+def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice: str = "") -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
     if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {x.shape}")
+        raise ValueError(
+            f"{name}: expected shape {shape}, one for each {each}, got {x.shape}{advice}"
+        )
 
 
 def parse_projection(
     bias: ArrayLike | None, logit_scale: ArrayLike, softcap: ArrayLike | None
 ) -> Projection:
     """The options of the head alone, checked as far as that needs no other argument."""
-    if isinstance(softcap, numbers.Real) and softcap == 0:
-        raise ValueError("softcap: expected a number above 0 or None, got 0")
     return Projection(
-        bias=None if bias is None else jnp.asarray(bias),
-        logit_scale=_number("logit_scale", logit_scale, -sys.float_info.max, sys.float_info.max, 1),
-        softcap=None if softcap is None else _number("softcap", softcap, 0, math.inf, math.inf),
+        bias=_optional_array("bias", bias),
+        logit_scale=_number("logit_scale", logit_scale, "a finite number", math.isfinite, off=1),
+        softcap=None
+        if softcap is None
+        else _number("softcap", softcap, "a number above 0 or None", lambda c: c > 0, off=math.inf),
     )
 
 
 def parse_chunk_size(chunk_size: Any) -> int | None:
-    if chunk_size is None:
-        return None
-    if not isinstance(chunk_size, (int, np.integer)) or isinstance(chunk_size, bool):
-        raise TypeError(f"chunk_size: expected an int or None, got {chunk_size!r}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    return int(chunk_size)
+    size = _integer_or_none("chunk_size", chunk_size)
+    if size is not None and size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, or None for the default, got {size}")
+    return size
 
 
 def check_projection(hidden: Array, kernel: Array, projection: Projection) -> None:
     """Raises unless hidden states, kernel and its options fit together."""
     check_logits("hidden", hidden)
     check_logits("kernel", kernel)
-    if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
+    size = hidden.shape[-1]
+    if kernel.ndim != 2 or kernel.shape[0] != size:
+        transposed = kernel.ndim == 2 and kernel.shape[1] == size
         raise ValueError(
-            f"kernel: expected shape [D, K] with D = {hidden.shape[-1]}, the last axis of hidden "
+            f"kernel: expected shape [D, K] with D = {size}, the last axis of hidden "
             f"{hidden.shape}, got {kernel.shape}"
+            + ("; of an embedding [K, D] pass its transpose, embedding.T" if transposed else "")
         )
+    if kernel.shape[1] == 0:
+        raise ValueError(f"kernel: expected [D, K] with at least one class, got {kernel.shape}")
     if projection.bias is not None:
-        _check_float("bias", projection.bias, kernel.shape[1:])
+        _check_float("bias", projection.bias, kernel.shape[1:], "class")
 
 
-def check_dtype(name: str, dtype: jnp.dtype) -> jnp.dtype:
+def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
     """The dtype, if it is one that the losses compute with."""
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise TypeError(
-            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}"
+            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}{advice}"
         )
     return dtype
 
 
 def check_logits(name: str, x: Array) -> None:
     """Raises unless x has one of the dtypes that the losses compute with, and an axis."""
-    check_dtype(name, x.dtype)
+    order = "logits, labels" if name == "logits" else "hidden, kernel, labels"
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    check_dtype(name, x.dtype, f"; the order of arguments is {order}" if integer else "")
     if x.ndim == 0:
         raise ValueError(f"{name}: expected at least one axis, got a scalar")
 
 
 def check_rows(
-    labels: Array, arrays: Arrays, static: Static, shape: tuple[int, ...], axes: tuple[int, ...]
+    labels: Array,
+    arrays: Arrays,
+    static: Static,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    head: bool = False,
 ) -> None:
     """Raises unless labels, masks and weights fit logits of that shape with those class axes."""
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
@@ -202,38 +268,50 @@ def check_rows(
         raise ValueError(
             f"logits: expected at least one class along axis {static.axis}, got shape {shape}"
         )
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        if labels.shape != rows:
-            raise ValueError(
-                f"labels: expected integer labels of shape {rows}, the logits' shape {shape} "
-                f"without axis {static.axis}, got {labels.shape} (dense targets have a float dtype)"
-            )
-    elif jnp.issubdtype(labels.dtype, jnp.floating):
-        if labels.shape != shape:
-            raise ValueError(
-                f"labels: expected dense targets of the logits' shape {shape}, got {labels.shape} "
-                "(class indices have an integer dtype)"
-            )
-        if static.ignore_index is not None:
-            raise ValueError(
-                f"ignore_index: expected None with dense targets, got {static.ignore_index}; "
-                "mask rows with where"
-            )
-    else:
+    within = ""
+    if static.axis_name or static.batch_axis_name:
+        within = "; inside jax.shard_map shapes are those of one device: see its in_specs"
+
+    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    if not sparse and not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
             "labels: expected class indices of an integer dtype or dense targets of a float dtype, "
-            f"got {labels.dtype}"
+            f"got {labels.dtype}; cast them to one of these"
+        )
+    if labels.shape != (rows if sparse else shape):
+        advice = within
+        other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
+        if labels.shape == shape:
+            advice = "; cast one-hot labels to a float dtype"
+        elif labels.shape == rows:
+            advice = "; cast class indices to an integer dtype"
+        elif labels.shape == (*rows, 1):
+            advice = "; take labels[..., 0]"
+        elif sparse and other and not head and not within:
+            advice = f"; if the classes are along axis {other[-1]}, pass axis={other[-1]}"
+        raise ValueError(
+            f"labels: expected shape {rows} of integers (class indices) or {shape} of floats "
+            f"(dense targets), got {labels.shape} of {labels.dtype}{advice}"
+        )
+    if not sparse and static.ignore_index is not None:
+        raise ValueError(
+            f"ignore_index: expected None with dense targets, got {static.ignore_index}; "
+            "mask rows with where"
         )
     where, weights, class_weights, _, _ = arrays
     if where is not None:
         if where.dtype != jnp.bool_:
-            raise TypeError(f"where: expected dtype bool, got {where.dtype}")
-        if where.shape not in (rows, shape):
-            raise ValueError(
-                f"where: expected shape {rows} (a mask of rows) or {shape} (a mask of classes), "
-                f"got {where.shape}"
-            )
+            raise TypeError(f"where: expected dtype bool, got {where.dtype}; pass where != 0")
+        if where.shape not in ((rows,) if head else (rows, shape)):
+            masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
+            if where.shape == shape:  # of the head
+                within = "; a class with a bias of -inf cannot occur"
+            raise ValueError(f"where: expected a mask of shape {masks}, got {where.shape}{within}")
     if weights is not None:
-        _check_float("weights", weights, rows)
+        of_classes = weights.shape == (classes,) and not within
+        advice = "; for one for each class pass class_weights" if of_classes else within
+        _check_float("weights", weights, rows, "row", advice)
     if class_weights is not None:
-        _check_float("class_weights", class_weights, (classes,))
+        of_rows = class_weights.shape == rows and not within
+        advice = "; for one for each row pass weights" if of_rows else within
+        _check_float("class_weights", class_weights, (classes,), "class", advice)

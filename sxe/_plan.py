@@ -4,7 +4,8 @@ moves between the devices of a mesh."""
 from __future__ import annotations  # so that help() names types shortly
 
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -101,6 +102,13 @@ class Plan(NamedTuple):
         self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
     ) -> Floor:
         """For a device with that matmul rate, memory bandwidth, and bandwidth to send to others."""
+        for name, rate in (
+            ("flops_per_second", flops_per_second),
+            ("bytes_per_second", bytes_per_second),
+            ("link_bytes_per_second", link_bytes_per_second),
+        ):
+            if not rate > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {rate!r}")
         return Floor(
             self.flops / flops_per_second,
             self.traffic_bytes / bytes_per_second,
@@ -172,15 +180,22 @@ def plan(
         ("differentiate", differentiate, INPUTS),
         ("options", options, TILE_OPTIONS),
     ):
-        if isinstance(names, str):
-            raise TypeError(f"{argument}: expected several names, got {names!r}")
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(
+                f"{argument}: expected a sequence of names among {known}, got {names!r}"
+            )
         for name in names:
             _options.one_of(argument, name, known)
-    dtype = _options.check_dtype("dtype", jnp.dtype(dtype))
+    dtype = _dtype(dtype)
     given = _options.parse_chunk_size(chunk_size)
     if backend is not None:
         _options.one_of("backend", backend, BACKENDS)
 
+    if mesh is not None and not isinstance(mesh, Mapping):
+        raise TypeError(
+            "mesh: expected the devices along each mesh axis, as {'data': 64, 'model': 8}, got "
+            f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape"
+        )
     sizes = dict(mesh or {})
     axes = {
         "axis_name": _options.mesh_axes("axis_name", axis_name),
@@ -200,9 +215,19 @@ def plan(
         options=tuple(options),
         backend=backend or jax.default_backend(),
     )
+    if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
+        raise TypeError(f"memory_bytes: expected a number or None, got {memory_bytes!r}")
     if memory_bytes is None:
         return _plan(call, sizes, **axes)
     return _smallest_class_split(call, sizes, memory_bytes, **axes)
+
+
+def _dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        known = None if dtype is None else jnp.dtype(dtype)  # of None, NumPy makes float64
+    except TypeError:
+        known = None
+    return _options.check_dtype("dtype", dtype if known is None else known)
 
 
 class _Call(NamedTuple):
@@ -221,12 +246,15 @@ class _Call(NamedTuple):
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
     for name, devices in sizes.items():
         if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
-            raise ValueError(f"mesh: expected at least one device along {name!r}, got {devices!r}")
+            raise ValueError(f"mesh: expected an int of at least 1 for {name!r}, got {devices!r}")
     seen: set[str] = set()
     for argument, names in axes.items():
         for name in axis_names(names):
             if name not in sizes:
-                raise ValueError(f"{argument}: expected axes of mesh {sizes}, got {name!r}")
+                raise ValueError(
+                    f"{argument}: expected axes of mesh, {tuple(sizes)}, got {name!r}"
+                    + ("" if sizes else "; pass mesh={" + f"{name!r}: ..." + "}")
+                )
             if argument == "fsdp" and name not in axis_names(axes["batch_axis_name"]):
                 raise ValueError(f"fsdp: expected axes of batch_axis_name, got {name!r}")
             if argument != "fsdp" and name in seen:
@@ -241,7 +269,10 @@ def _smallest_class_split(
 ) -> Plan:
     for argument in ("axis_name", "batch_axis_name"):
         if len(axis_names(axes[argument])) != 1:
-            raise ValueError(f"{argument}: expected one axis with memory_bytes, got {axes}")
+            raise ValueError(
+                f"{argument}: expected one axis of mesh, whose size memory_bytes decides, got "
+                f"{axes[argument]!r}"
+            )
     (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
     devices = sizes[model] * sizes[data]
     least = math.inf
@@ -255,6 +286,11 @@ def _smallest_class_split(
         if found.peak_bytes <= memory_bytes:
             return found
         least = min(least, found.peak_bytes)
+    if least == math.inf:
+        raise ValueError(
+            f"mesh: expected {devices} devices that divide {call.rows} rows and {call.classes} "
+            f"classes in some way, got {sizes}; pad rows or classes"
+        )
     raise ValueError(
         f"memory_bytes: expected at least {least:.3g} for the head on {devices} devices, got "
         f"{memory_bytes:.3g}"
@@ -274,13 +310,15 @@ def _plan(
 
     shards, groups = devices_along(axis_name), devices_along(batch_axis_name)
     gathered = devices_along(fsdp)
-    for argument, size, parts in (
-        ("rows", call.rows, groups),
-        ("classes", call.classes, shards),
-        ("hidden", call.hidden, gathered),
+    for argument, size, parts, axes in (
+        ("rows", call.rows, groups, batch_axis_name),
+        ("classes", call.classes, shards, axis_name),
+        ("hidden", call.hidden, gathered, fsdp),
     ):
         if size % parts:
-            raise ValueError(f"{argument}: expected a multiple of {parts}, the devices, got {size}")
+            raise ValueError(
+                f"{argument}: expected a multiple of {parts}, the devices along {axes}, got {size}"
+            )
     rows, hidden, classes = call.rows // groups, call.hidden, call.classes // shards
     if not sizes:
         return _on_a_device(call, sizes, ())

@@ -470,7 +470,8 @@ def softmax_cross_entropy(
         rule=rule,
         rules=tuple(RULES),
     )
-    return _loss(_Inputs(jnp.asarray(logits), jnp.asarray(labels), arrays), static=static)
+    given = _options.array("logits", logits), _options.array("labels", labels)
+    return _loss(_Inputs(*given, arrays), static=static)
 
 
 def softmax_cross_entropy_with_gradient(
@@ -527,5 +528,5 @@ def softmax_cross_entropy_with_gradient(
         rule="vjp",
         rules=tuple(RULES),
     )
-    inputs = _Inputs(jnp.asarray(logits), jnp.asarray(labels), arrays)
-    return _loss(inputs, static=static, with_gradient=True)
+    given = _options.array("logits", logits), _options.array("labels", labels)
+    return _loss(_Inputs(*given, arrays), static=static, with_gradient=True)

@@ -135,27 +135,6 @@ def test_calls(capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--rows", "8"], "--rows and --classes are needed together"),
-        (["--dense"], "--dtype, --dense and --confident need --rows and --classes"),
-        (["--rows", "8", "--classes", "9", "--plot", "x.png"], "--plot: expected one of"),
-        (["--peers", "nobody"], "--peers: not installed: nobody"),
-        (["--rows", "8", "--classes", "9", "--hidden", "3", "--dense"], "--dense: expected logits"),
-        (
-            ["--rows", "8", "--classes", "9", "--confident", "2"],
-            "--confident: expected a share in [0, 1], got 2.0",
-        ),
-    ],
-)
-def test_arguments_that_do_not_fit(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_status:
-        main(["bench", *arguments])
-    assert exit_status.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="PyTorch is not a dependency of the tests"
 )

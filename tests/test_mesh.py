@@ -302,22 +302,6 @@ def test_explicit_kernel_split_by_rows(kernel):
     assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, kernel), 2)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "kernel", "message"),
-    [
-        (P(None, "model"), P(None, None), r"^hidden: .*last axis.*8@model"),
-        (P("model", None), P(None, "model"), r"^kernel: .*classes.*'model'.*8@model,8.*16@model"),
-    ],
-)
-def test_ambiguous_explicit_layout(hidden, kernel, message):
-    mesh = make_mesh(2, 4, kind=EXPLICIT)
-    p = problem(shape=(N, D, K))
-    p["hidden"] = jax.device_put(p["hidden"], NamedSharding(mesh, hidden))
-    p["kernel"] = jax.device_put(p["kernel"], NamedSharding(mesh, kernel))
-    with pytest.raises(ValueError, match=message):
-        HEAD(**p)
-
-
 @pytest.mark.parametrize("auto", ["data", "model"])
 def test_meshes_of_both_kinds(auto):
     """over_mesh takes all of its axes; the plain call leaves the automatic one to the compiler."""
@@ -355,54 +339,6 @@ def test_labels_are_checked():
     with pytest.raises(checkify.JaxRuntimeError, match=rf"labels: .*\[0, {K}\), got {K} at"):
         error.throw()
     assert np.isnan(value)
-
-
-# What it says no to
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"batch": "rows"}, ValueError, r"^batch: .*\('data', 'model'\).*'rows'"),
-        ({"classes": ("model", "x")}, ValueError, "^classes: .*'x'"),
-        ({"batch": "model", "classes": "model"}, ValueError, "^classes: .*'model' again"),
-        ({"batch": P("data", "data")}, ValueError, "^batch: .*'data' again"),
-        ({"batch": 1}, TypeError, "^batch: .*mesh axis name.*1"),
-        ({"batch": "data", "fsdp": "model"}, ValueError, r"^fsdp: .*\('data',\).*'model'"),
-        ({"batch": "data", "fsdp": "data", "loss": LOGITS}, ValueError, "^fsdp: .*no kernel"),
-        ({"loss": jnp.mean}, TypeError, "^loss: .*sxe.linear_softmax_cross_entropy, got .*mean"),
-        ({"mesh": (2, 4)}, TypeError, r"^mesh: .*\(2, 4\)"),
-    ],
-    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
-)
-def test_wrong_layout(arguments, error, message):
-    arguments = {"loss": HEAD, "mesh": make_mesh(2, 4)} | arguments
-    with pytest.raises(error, match=message):
-        sxe.over_mesh(arguments.pop("loss"), arguments.pop("mesh"), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "error", "message"),
-    [
-        ((7, D, K), {}, ValueError, r"^hidden: .*axis 0.*multiple of 2.*\('data',\).*\(7, 8\)"),
-        ((N, D, 18), {}, ValueError, r"^kernel: .*axis 1.*multiple of 4.*'model'.*\(8, 18\).*pad"),
-        ((N, 7, K), {"fsdp": "data"}, ValueError, r"^kernel: .*axis 0.*multiple of 2.*\(7, 16\)"),
-        ((N, D, K), {"batch": P("data", None, "x")}, ValueError, "^batch: .*'x'"),
-        ((N, D, K), {"batch": P(None, "data")}, ValueError, "^batch: .*at most 1 .*rows"),
-        ((N, D, K), {"axis_name": "model"}, TypeError, "^axis_name: .*over_mesh"),
-        ((N, D, K), {"batch_axis_name": "data"}, TypeError, "^batch_axis_name: .*over_mesh"),
-        ((N, D, K), {"labels": np.zeros(5, np.int32)}, ValueError, "^labels: .*8.*5"),
-        ((N, D, K), {"bias": np.zeros(4, np.float32)}, ValueError, "^bias: .*16.*4"),
-    ],
-    ids=lambda x: ", ".join(x) if isinstance(x, dict) else "",
-)
-def test_wrong_call(shape, options, error, message):
-    """Among them shapes that fit a shard: those of a call are the global ones."""
-    layout = {"batch": "data", "classes": "model"}
-    layout |= {name: options[name] for name in ("batch", "fsdp") if name in options}
-    rest = {name: x for name, x in options.items() if name not in layout}
-    with pytest.raises(error, match=message):
-        sxe.over_mesh(HEAD, make_mesh(2, 4), **layout)(**(problem(shape=shape) | rest))
 
 
 # What the compiled program moves

@@ -1,0 +1,719 @@
+"""What a new user would do wrong, and what the error says: the argument, what was expected, what
+came and, where that is not plain from these, what to do."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sxe
+from sxe.__main__ import main
+
+N, D, K = 6, 2, 5
+LOGITS, LABELS = np.zeros((N, K), np.float32), np.zeros(N, np.int32)
+HIDDEN, KERNEL = np.zeros((N, D), np.float32), np.zeros((D, K), np.float32)
+NAN, INF = float("nan"), float("inf")
+
+
+def says(argument, error, message):
+    """The error's text is one line, 'argument: ' and what message matches, to its end.
+
+    JAX may append a note on how it filters tracebacks, below a ruler.
+    """
+    return pytest.raises(error, match=rf"\A{argument}: {message}(\Z|\n-{{5,}}\n)")
+
+
+def named(cases):
+    """Test parameters from argument, what else a call is given, error, and message."""
+    ids = [f"{argument}: {'; '.join(map(str, given))}" for argument, given, *_ in cases]
+    return pytest.mark.parametrize(
+        ("argument", "given", "error", "message"), cases, ids=[i[:40] for i in ids]
+    )
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+# Options that all losses share.
+
+ARRAY, DTYPE = (
+    "expected an array, got ",
+    "expected dtype bfloat16, float16, float32 or float64, got ",
+)
+NUMBER = r"expected a number in \[0, 1\]"
+AT_LEAST_0 = "expected a finite number of at least 0"
+OR_ARRAY = ", or a scalar float array, got "
+INDICES = (
+    r"expected shape \(6,\) of integers \(class indices\) or \(6, 5\) of floats \(dense targets\)"
+)
+STATIC = "; close over a Python value, or name it in the static_argnames of jax.jit"
+ONE_OF = "expected one of 'vjp', 'jvp', 'autodiff', got "
+OUTSIDE = "expected a mesh axis of an enclosing jax.shard_map, got 'x'; for global .* sxe.over_mesh"
+MESH_AXIS = "expected a mesh axis name or a tuple of them, got "
+
+SHARED = [
+    ("labels", {"labels": None}, TypeError, f"{ARRAY}None"),
+    ("labels", {"labels": ["cat"] * N}, TypeError, rf"{ARRAY}\['cat', .*\]"),
+    ("labels", {"labels": zeros(N, dtype=bool)}, TypeError, "expected .* got bool; cast .*"),
+    ("labels", {"labels": zeros(N, K, dtype=complex)}, TypeError, "expected .* got complex64; .*"),
+    ("labels", {"labels": zeros(4, dtype=int)}, ValueError, rf"{INDICES}, got \(4,\) of int32"),
+    ("labels", {"labels": 1}, ValueError, rf"{INDICES}, got \(\) of int32"),
+    ("labels", {"labels": zeros(N, 4)}, ValueError, rf"{INDICES}, got \(6, 4\) of float32"),
+    ("labels", {"labels": zeros(1, K)}, ValueError, rf"{INDICES}, got \(1, 5\) of float32"),
+    (
+        "labels",
+        {"labels": zeros(N, K, dtype=int)},
+        ValueError,
+        rf"{INDICES}, got \(6, 5\) of int32; cast one-hot labels to a float dtype",
+    ),
+    (
+        "labels",
+        {"labels": zeros(N)},
+        ValueError,
+        rf"{INDICES}, got \(6,\) of float32; cast class indices to an integer dtype",
+    ),
+    (
+        "labels",
+        {"labels": zeros(N, 1, dtype=int)},
+        ValueError,
+        rf"{INDICES}, got \(6, 1\) of int32; take labels\[..., 0\]",
+    ),
+    ("where", {"where": "all"}, TypeError, f"{ARRAY}'all'"),
+    ("where", {"where": zeros(N)}, TypeError, "expected dtype bool, got float32; pass where != 0"),
+    ("where", {"where": zeros(N, 1, dtype=bool)}, ValueError, r"expected a .*, got \(6, 1\)"),
+    ("where", {"where": True}, ValueError, r"expected a mask of shape \(6,\) \(rows\).*, got \(\)"),
+    ("weights", {"weights": {}}, TypeError, f"{ARRAY}{{}}"),
+    ("weights", {"weights": [1] * N}, TypeError, "expected a float dtype, got int32"),
+    (
+        "weights",
+        {"weights": zeros(N, 1)},
+        ValueError,
+        r"expected shape \(6,\), one for each row, got \(6, 1\)",
+    ),
+    (
+        "weights",
+        {"weights": zeros(K)},
+        ValueError,
+        r"expected shape \(6,\), .*, got \(5,\); for one for each class pass class_weights",
+    ),
+    ("class_weights", {"class_weights": {0: 1.0}}, TypeError, rf"{ARRAY}{{0: 1.0}}"),
+    (
+        "class_weights",
+        {"class_weights": [1] * K},
+        TypeError,
+        "expected a float dtype, got int32",
+    ),
+    (
+        "class_weights",
+        {"class_weights": zeros(4)},
+        ValueError,
+        r"expected shape \(5,\), one for each class, got \(4,\)",
+    ),
+    (
+        "class_weights",
+        {"class_weights": zeros(N)},
+        ValueError,
+        r"expected shape \(5,\), .*, got \(6,\); for one for each row pass weights",
+    ),
+    ("label_smoothing", {"label_smoothing": 10}, ValueError, f"{NUMBER}, got 10"),
+    ("label_smoothing", {"label_smoothing": -0.1}, ValueError, f"{NUMBER}, got -0.1"),
+    ("label_smoothing", {"label_smoothing": NAN}, ValueError, f"{NUMBER}, got nan"),
+    ("label_smoothing", {"label_smoothing": "0.1"}, TypeError, f"{NUMBER}{OR_ARRAY}'0.1'"),
+    ("label_smoothing", {"label_smoothing": None}, TypeError, f"{NUMBER}{OR_ARRAY}None"),
+    ("label_smoothing", {"label_smoothing": True}, TypeError, f"{NUMBER}{OR_ARRAY}True"),
+    (
+        "label_smoothing",
+        {"label_smoothing": zeros(2)},
+        ValueError,
+        r"expected a scalar, got shape \(2,\)",
+    ),
+    (
+        "label_smoothing",
+        {"label_smoothing": np.asarray(0)},
+        TypeError,
+        rf"{NUMBER}{OR_ARRAY}array\(0\); cast it to a float dtype",
+    ),
+    ("z_loss", {"z_loss": -1e-4}, ValueError, f"{AT_LEAST_0}, got -0.0001"),
+    ("z_loss", {"z_loss": INF}, ValueError, f"{AT_LEAST_0}, got inf"),
+    ("z_loss", {"z_loss": None}, TypeError, f"{AT_LEAST_0}{OR_ARRAY}None"),
+    ("ignore_index", {"ignore_index": -1.0}, TypeError, "expected an int or None, got -1.0"),
+    ("ignore_index", {"ignore_index": True}, TypeError, "expected an int or None, got True"),
+    ("ignore_index", {"ignore_index": [1, 2]}, TypeError, r"expected an int .*, got \[1, 2\]"),
+    (
+        "ignore_index",
+        {"labels": zeros(N, K), "ignore_index": -1},
+        ValueError,
+        "expected None with dense targets, got -1; mask rows with where",
+    ),
+    ("reduction", {"reduction": "average"}, ValueError, "expected one of .*, got 'average'"),
+    ("reduction", {"reduction": "Mean"}, ValueError, "expected .*'Mean'; did you mean 'mean'\\?"),
+    ("reduction", {"reduction": np.zeros(2)}, ValueError, r"expected .*, got array\(.*\)"),
+    ("return_metrics", {"return_metrics": "no"}, TypeError, "expected True or False, got 'no'"),
+    ("axis_name", {"axis_name": 3}, TypeError, f"{MESH_AXIS}3"),
+    ("axis_name", {"axis_name": P("x")}, TypeError, rf"{MESH_AXIS}P.*\('x',\)"),
+    (
+        "axis_name",
+        {"axis_name": ("x", "x")},
+        ValueError,
+        r"expected mesh axes named once, got \('x', 'x'\)",
+    ),
+    ("axis_name", {"axis_name": "x"}, ValueError, OUTSIDE),
+    ("batch_axis_name", {"batch_axis_name": "x"}, ValueError, OUTSIDE),
+    (
+        "batch_axis_name",
+        {"axis_name": "x", "batch_axis_name": ("y", "x")},
+        ValueError,
+        r"expected other mesh axes than axis_name, got \['x'\] in both",
+    ),
+]
+
+RULES = [
+    ("rule", {"rule": "hessian"}, ValueError, f"{ONE_OF}'hessian'"),
+    ("rule", {"rule": "JVP"}, ValueError, rf"{ONE_OF}'JVP'; did you mean 'jvp'\?"),
+]
+
+# Of the losses on logits.
+
+IMAGES = zeros(2, K, 4, 3)  # with PyTorch's class axis
+IN_ORDER = "; the order of arguments is logits, labels"
+AXIS = "expected an int or a tuple of ints, got "
+
+OF_LOGITS = [
+    ("logits", {"logits": None}, TypeError, f"{ARRAY}None"),
+    ("logits", {"logits": [[1.0, 2.0], [3.0]]}, TypeError, rf"{ARRAY}\[\[1.0, 2.0\], \[3.0\]\]"),
+    ("logits", {"logits": zeros(2, dtype=object)}, TypeError, rf"{ARRAY}array\(.*object\)"),
+    ("logits", {"logits": (LOGITS, {})}, TypeError, rf"{ARRAY}\(array\(.*\), {{}}\)"),
+    ("logits", {"logits": [[1, 2]]}, TypeError, f"{DTYPE}int32{IN_ORDER}"),
+    ("logits", {"logits": LABELS, "labels": LOGITS}, TypeError, f"{DTYPE}int32{IN_ORDER}"),
+    ("logits", {"logits": zeros(N, K, dtype=complex)}, TypeError, f"{DTYPE}complex64"),
+    (
+        "logits",
+        {"logits": zeros(N, K, dtype=jnp.float8_e4m3fn)},
+        TypeError,
+        f"{DTYPE}float8_e4m3fn",
+    ),
+    ("logits", {"logits": 1.0}, ValueError, "expected at least one axis, got a scalar"),
+    (
+        "logits",
+        {"logits": zeros(N, 0)},
+        ValueError,
+        r"expected at least one class along axis -1, got shape \(6, 0\)",
+    ),
+    (
+        "labels",
+        {"logits": IMAGES, "labels": zeros(2, 4, 3, dtype=int)},
+        ValueError,
+        r"expected .*\(2, 5, 4\).*, got \(2, 4, 3\).*; if the .* along axis 1, pass axis=1",
+    ),
+    (
+        "where",
+        {"where": zeros(K, dtype=bool)},
+        ValueError,
+        r"expected a mask of shape \(6,\) \(rows\) or \(6, 5\) \(classes\), got \(5,\)",
+    ),
+    ("axis", {"axis": 2}, ValueError, r"expected axes in \[-2, 2\) for .* 2 dimensions, got 2"),
+    ("axis", {"axis": -3}, ValueError, r"expected axes in \[-2, 2\) .*, got -3"),
+    ("axis", {"axis": (1, -1)}, ValueError, r"expected .* different ones, got \(1, -1\) .*"),
+    ("axis", {"axis": ()}, ValueError, r"expected one axis or several different ones, got \(\) .*"),
+    ("axis", {"axis": 1.0}, TypeError, f"{AXIS}1.0"),
+    ("axis", {"axis": True}, TypeError, f"{AXIS}True"),
+    ("axis", {"axis": None}, TypeError, f"{AXIS}None"),
+    ("axis", {"axis": {1}}, TypeError, rf"{AXIS}\{{1}}"),
+    ("axis", {"axis": np.zeros(1, int)}, TypeError, rf"{AXIS}array\(\[0\]\)"),
+]
+
+
+@named([*SHARED, *RULES, *OF_LOGITS])
+def test_logits(argument, given, error, message):
+    arguments = {"logits": LOGITS, "labels": LABELS} | given
+    losses = [sxe.softmax_cross_entropy]
+    if argument != "rule":
+        losses.append(sxe.softmax_cross_entropy_with_gradient)
+    for loss in losses:
+        with says(argument, error, message):
+            loss(**arguments)
+        with says(argument, error, message):
+            jax.eval_shape(lambda loss=loss: loss(**arguments))
+
+
+def test_the_pass_with_gradient_has_no_rows():
+    with says("reduction", ValueError, "expected one of 'mean', 'sum', got 'none'"):
+        sxe.softmax_cross_entropy_with_gradient(LOGITS, LABELS, reduction="none")
+
+
+def test_a_program_of_an_axis_that_is_equal_is_not_taken():
+    """1 == 1.0 == True, and a jitted function would not tell them apart."""
+    jax.eval_shape(lambda: sxe.softmax_cross_entropy(LOGITS, LABELS, axis=1))
+    for axis in (1.0, True):
+        with says("axis", TypeError, f"{AXIS}{axis}"):
+            sxe.softmax_cross_entropy(LOGITS, LABELS, axis=axis)
+
+
+# Of the head.
+
+SHAPE = r"expected shape \[D, K\] with D = 2, the last axis of hidden \(6, 2\), got "
+HEAD_ORDER = "; the order of arguments is hidden, kernel, labels"
+FINITE, ABOVE_0 = "expected a finite number", "expected a number above 0 or None"
+
+OF_HEAD = [
+    ("hidden", {"hidden": {}}, TypeError, f"{ARRAY}{{}}"),
+    ("hidden", {"hidden": zeros(N, D, dtype=int)}, TypeError, f"{DTYPE}int32{HEAD_ORDER}"),
+    ("hidden", {"hidden": 1.0}, ValueError, "expected at least one axis, got a scalar"),
+    ("kernel", {"kernel": {"kernel": 1}}, TypeError, rf"{ARRAY}{{'kernel': 1}}"),
+    ("kernel", {"kernel": LABELS, "labels": KERNEL}, TypeError, f"{DTYPE}int32{HEAD_ORDER}"),
+    ("kernel", {"kernel": zeros(D)}, ValueError, rf"{SHAPE}\(2,\)"),
+    ("kernel", {"kernel": zeros(1, D, K)}, ValueError, rf"{SHAPE}\(1, 2, 5\)"),
+    (
+        "kernel",
+        {"kernel": KERNEL.T},
+        ValueError,
+        rf"{SHAPE}\(5, 2\); of an embedding \[K, D\] pass its transpose, embedding.T",
+    ),
+    ("kernel", {"kernel": zeros(D, 0)}, ValueError, r"expected .* one class, got \(2, 0\)"),
+    ("bias", {"bias": "none"}, TypeError, f"{ARRAY}'none'"),
+    ("bias", {"bias": True}, TypeError, "expected a float dtype, got bool"),
+    (
+        "bias",
+        {"bias": zeros(D)},
+        ValueError,
+        r"expected shape \(5,\), one for .* class, got \(2,\)",
+    ),
+    ("logit_scale", {"logit_scale": NAN}, ValueError, f"{FINITE}, got nan"),
+    ("logit_scale", {"logit_scale": INF}, ValueError, f"{FINITE}, got inf"),
+    ("logit_scale", {"logit_scale": None}, TypeError, f"{FINITE}{OR_ARRAY}None"),
+    ("logit_scale", {"logit_scale": zeros(3)}, ValueError, r"expected a scalar, got shape \(3,\)"),
+    ("softcap", {"softcap": 0}, ValueError, f"{ABOVE_0}, got 0"),
+    ("softcap", {"softcap": -30.0}, ValueError, f"{ABOVE_0}, got -30.0"),
+    ("softcap", {"softcap": NAN}, ValueError, f"{ABOVE_0}, got nan"),
+    ("softcap", {"softcap": False}, TypeError, f"{ABOVE_0}{OR_ARRAY}False"),
+    ("softcap", {"softcap": "30"}, TypeError, f"{ABOVE_0}{OR_ARRAY}'30'"),
+    ("softcap", {"softcap": zeros(1)}, ValueError, r"expected a scalar, got shape \(1,\)"),
+    ("chunk_size", {"chunk_size": 0}, ValueError, "expected at least 1, or None .*, got 0"),
+    ("chunk_size", {"chunk_size": -1}, ValueError, "expected at least 1, or None .*, got -1"),
+    ("chunk_size", {"chunk_size": 512.0}, TypeError, "expected an int or None, got 512.0"),
+    ("chunk_size", {"chunk_size": True}, TypeError, "expected an int or None, got True"),
+    (
+        "where",
+        {"where": zeros(N, K, dtype=bool)},
+        ValueError,
+        r"expected .* \(6,\) \(rows\), got \(6, 5\); a class with a bias of -inf cannot occur",
+    ),
+    # Nothing about axis, which the head does not have:
+    ("labels", {"labels": zeros(K, dtype=int)}, ValueError, rf"{INDICES}, got \(5,\) of int32"),
+]
+
+
+@named([*SHARED, *RULES, *OF_HEAD])
+def test_head(argument, given, error, message):
+    arguments = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS} | given
+    with says(argument, error, message):
+        sxe.linear_softmax_cross_entropy(**arguments)
+    with says(argument, error, message):
+        jax.eval_shape(lambda: sxe.linear_softmax_cross_entropy(**arguments))
+
+
+# Under transformations.
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("axis", -1, rf"{AXIS}.*Tracer.*{STATIC}"),
+        ("ignore_index", -1, f"expected an int or None, got .*Tracer.*{STATIC}"),
+        ("return_metrics", True, f"expected True or False, got .*Tracer.*{STATIC}"),
+        ("label_smoothing", 0, f"{NUMBER}{OR_ARRAY}.*Tracer.*; cast it to a float dtype"),
+    ],
+)
+def test_a_static_option_that_is_traced(argument, value, message):
+    """As by jax.jit(sxe.softmax_cross_entropy)(logits, labels, axis=-1)."""
+    with says(argument, TypeError, message):
+        jax.jit(sxe.softmax_cross_entropy)(LOGITS, LABELS, **{argument: value})
+
+
+def test_a_chunk_size_that_is_traced():
+    with says("chunk_size", TypeError, f"expected an int or None, got .*Tracer.*{STATIC}"):
+        jax.jit(sxe.linear_softmax_cross_entropy)(HIDDEN, KERNEL, LABELS, chunk_size=2)
+
+
+# On a mesh: 8 rows, D = 4 and 16 classes, over 2 x 4 devices.
+
+WIDE = {"logits": zeros(8, 16), "labels": zeros(8, dtype=int)}
+WIDE_HEAD = {"hidden": zeros(8, 4), "kernel": zeros(4, 16), "labels": zeros(8, dtype=int)}
+HEAD = sxe.linear_softmax_cross_entropy
+
+
+def make_mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def within_shard_map(loss, arrays, specs, **options):
+    f = jax.shard_map(
+        lambda arrays: loss(**arrays, **options),
+        mesh=make_mesh(),
+        in_specs=({name: specs.get(name, P()) for name in arrays},),
+        out_specs=P(),
+    )
+    return jax.eval_shape(f, arrays)
+
+
+BOTH = {"axis_name": "model", "batch_axis_name": "data"}
+SPLIT = {"logits": P("data", "model"), "labels": P("data")}
+SAME = "along which .* same .*; split it in in_specs, or leave the axis out"
+ONE_DEVICE = "; inside jax.shard_map shapes are those of one device: see its in_specs"
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "specs", "options", "message"),
+    [
+        ("axis_name", {}, {}, {"axis_name": "x"}, OUTSIDE),
+        ("axis_name", {}, {"logits": P("data")}, BOTH, f"expected .* 'model', {SAME}"),
+        (
+            "batch_axis_name",
+            {},
+            {"logits": P(None, "model"), "labels": P()},
+            BOTH,
+            f"expected .*'data', {SAME}",
+        ),
+        ("labels", {}, {"labels": P()}, BOTH, rf"expected .*, got \(8,\) of int32{ONE_DEVICE}"),
+        (
+            "labels",
+            {"labels": zeros(8, 16)},
+            {},
+            BOTH,
+            rf"expected .* \(4, 4\) .*, got \(4, 16\) of float32{ONE_DEVICE}",
+        ),
+        ("where", {"where": zeros(8, dtype=bool)}, {}, BOTH, rf"expected .*\(8,\){ONE_DEVICE}"),
+        ("weights", {"weights": zeros(8)}, {}, BOTH, rf"expected .*, got \(8,\){ONE_DEVICE}"),
+        (
+            "class_weights",
+            {"class_weights": zeros(16)},
+            {},
+            BOTH,
+            rf"expected shape \(4,\), one for each class, got \(16,\){ONE_DEVICE}",
+        ),
+    ],
+)
+def test_within_shard_map(argument, given, specs, options, message):
+    for loss in (sxe.softmax_cross_entropy, sxe.softmax_cross_entropy_with_gradient):
+        with says(argument, ValueError, message):
+            within_shard_map(loss, WIDE | given, SPLIT | specs, **options)
+
+
+@pytest.mark.parametrize(
+    ("argument", "specs", "message"),
+    [
+        ("axis_name", {}, f"expected .* splits the kernel, got 'model', {SAME}"),
+        ("batch_axis_name", {"hidden": P()}, f"expected .* hidden states, got 'data', {SAME}"),
+    ],
+)
+def test_head_within_shard_map(argument, specs, message):
+    specs = {"hidden": P("data"), "labels": specs.get("hidden", P("data"))} | specs
+    if argument == "batch_axis_name":
+        specs["kernel"] = P(None, "model")
+    with says(argument, ValueError, message):
+        within_shard_map(HEAD, WIDE_HEAD, specs, **BOTH)
+
+
+@named(
+    [
+        ("loss", {"loss": jnp.mean}, TypeError, r"expected one of sxe\.softmax_.*, got .*mean.*"),
+        ("loss", {"loss": jax.jit(HEAD)}, TypeError, "expected .*; options and jax.jit go with .*"),
+        ("mesh", {"mesh": (2, 4)}, TypeError, r"expected a jax.sharding.Mesh .*, got \(2, 4\)"),
+        ("batch", {"batch": 0}, TypeError, f"{MESH_AXIS}0"),
+        ("batch", {"batch": "x"}, ValueError, r"expected axes .*\('data', 'model'\), got 'x'"),
+        ("batch", {"batch": ("data", "data")}, ValueError, r"expected .* once, got .*'data'\)"),
+        ("batch", {"batch": P("data", "data")}, ValueError, "expected .* once, got 'data' again"),
+        (
+            "classes",
+            {"batch": "model", "classes": "model"},
+            ValueError,
+            "expected mesh axes named once, got 'model' again",
+        ),
+        (
+            "fsdp",
+            {"batch": "data", "fsdp": "model"},
+            ValueError,
+            r"expected axes of batch, \('data',\), got 'model'",
+        ),
+        (
+            "fsdp",
+            {"loss": sxe.softmax_cross_entropy, "fsdp": "data"},
+            ValueError,
+            "expected None for softmax_cross_entropy, which has no kernel, got 'data'",
+        ),
+    ]
+)
+def test_over_mesh(argument, given, error, message):
+    with says(argument, error, message):
+        sxe.over_mesh(**{"loss": HEAD, "mesh": make_mesh(), **given})
+
+
+MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shape {}; {}"
+
+
+@named(
+    [
+        (
+            "hidden",
+            {"hidden": zeros(7, 4), "labels": zeros(7, dtype=int)},
+            ValueError,
+            MULTIPLE.format(0, 2, r"\(7, 4\)", "pad the rows, and mask them with where"),
+        ),
+        (
+            "kernel",
+            {"kernel": zeros(4, 15)},
+            ValueError,
+            MULTIPLE.format(1, 4, r"\(4, 15\)", "pad the classes, with logits or a bias of -inf"),
+        ),
+        (
+            "kernel",
+            {"hidden": zeros(8, 3), "kernel": zeros(3, 16)},
+            ValueError,
+            MULTIPLE.format(0, 2, r"\(3, 16\)", "split it along other axes or none"),
+        ),
+        (
+            "batch",
+            {"batch": P("data", "model"), "classes": None, "fsdp": None},
+            ValueError,
+            r"expected entries for at most 1 axes, those of the rows, got P.*; classes names .*",
+        ),
+        (
+            "axis_name",
+            {"axis_name": "model"},
+            TypeError,
+            "expected none with over_mesh, where batch and classes name .*, got 'model'",
+        ),
+        # The shapes are those of all devices:
+        ("labels", {"labels": zeros(4, dtype=int)}, ValueError, r"expected .*\(8,\).*\(4,\) .*"),
+        ("bias", {"bias": zeros(4)}, ValueError, r"expected shape \(16,\), .*, got \(4,\)"),
+    ]
+)
+def test_a_call_over_mesh(argument, given, error, message):
+    layout = {"batch": "data", "classes": "model", "fsdp": "data"}
+    layout |= {name: given[name] for name in layout if name in given}
+    arguments = WIDE_HEAD | {name: x for name, x in given.items() if name not in layout}
+    with says(argument, error, message):
+        sxe.over_mesh(HEAD, make_mesh(), **layout)(**arguments)
+
+
+def test_over_mesh_within_shard_map():
+    over = sxe.over_mesh(HEAD, make_mesh(), batch="data")
+    message = r"expected Auto or Explicit .*, got \['data'\], which are Manual; .*axis_name.*"
+    with says("batch", ValueError, message):
+        within_shard_map(over, WIDE_HEAD, {"hidden": P("data"), "labels": P("data")})
+
+
+@pytest.mark.parametrize(
+    ("argument", "hidden", "kernel", "message"),
+    [
+        (
+            "hidden",
+            P(None, "model"),
+            P(),
+            "expected a last axis that no .*@model.*; jax.reshard it",
+        ),
+        (
+            "kernel",
+            P("model"),
+            P(None, "model"),
+            "expected classes .*'model'.*; jax.reshard one .*",
+        ),
+    ],
+)
+def test_head_on_an_explicit_mesh(argument, hidden, kernel, message):
+    mesh = make_mesh(AxisType.Explicit)
+    specs = {"hidden": hidden, "kernel": kernel, "labels": P()}
+    arrays = {
+        name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in WIDE_HEAD.items()
+    }
+    with says(argument, ValueError, message):
+        HEAD(**arrays)
+
+
+def test_logits_of_an_explicit_mesh_without_it():
+    sharding = NamedSharding(make_mesh(AxisType.Explicit), P("data"))
+    message = r"expected a call in .* Explicit mesh .*, got no mesh; use jax.set_mesh\(mesh\)"
+    with says("logits", ValueError, message):
+        sxe.softmax_cross_entropy(**jax.device_put(WIDE, sharding))
+
+
+# The plan.
+
+OF_DEVICES = {"mesh": {"data": 2, "model": 2}} | BOTH
+NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
+
+
+@named(
+    [
+        ("rows", {"rows": -1}, ValueError, "expected at least 0, got -1"),
+        ("hidden", {"hidden": 2.0}, TypeError, "expected an int, got 2.0"),
+        ("classes", {"classes": 0}, ValueError, "expected at least 1, got 0"),
+        ("dtype", {"dtype": "int32"}, TypeError, f"{DTYPE}int32"),
+        ("dtype", {"dtype": "bf16"}, TypeError, f"{DTYPE}bf16"),
+        ("dtype", {"dtype": None}, TypeError, f"{DTYPE}None"),
+        ("reduction", {"reduction": "max"}, ValueError, "expected one of .*, got 'max'"),
+        ("rule", {"rule": "grad"}, ValueError, f"{ONE_OF}'grad'"),
+        ("differentiate", {"differentiate": "hidden"}, TypeError, f"{NAMES}'hidden'"),
+        ("differentiate", {"differentiate": None}, TypeError, f"{NAMES}None"),
+        ("differentiate", {"differentiate": ["bias"]}, ValueError, "expected one of .* got 'bias'"),
+        ("options", {"options": ["z_loss"]}, ValueError, "expected one of 'where', .*'z_loss'"),
+        ("chunk_size", {"chunk_size": 0}, ValueError, "expected at least 1, .*, got 0"),
+        ("backend", {"backend": "cuda"}, ValueError, "expected .* 'gpu', 'tpu', got 'cuda'"),
+        (
+            "mesh",
+            {"mesh": (2, 4)},
+            TypeError,
+            r"expected .*{'data': .*, got \(2, 4\); .*mesh.shape",
+        ),
+        ("mesh", {"mesh": {"data": 0}}, ValueError, "expected an int .* 1 for 'data', got 0"),
+        ("mesh", {"mesh": {"data": 2.0}}, ValueError, "expected an int .* for 'data', got 2.0"),
+        ("axis_name", {"axis_name": "x"}, ValueError, "expected .* 'x'; pass mesh={'x': ...}"),
+        ("axis_name", {"axis_name": 2}, TypeError, f"{MESH_AXIS}2"),
+        (
+            "axis_name",
+            {"mesh": {"data": 2}, "axis_name": "x"},
+            ValueError,
+            r"expected axes of mesh, \('data',\), got 'x'",
+        ),
+        (
+            "batch_axis_name",
+            {"mesh": {"data": 2}, "axis_name": "data", "batch_axis_name": "data"},
+            ValueError,
+            "expected axes named once, got 'data' again",
+        ),
+        (
+            "fsdp",
+            OF_DEVICES | {"fsdp": "model"},
+            ValueError,
+            "expected axes of batch_axis_name, got 'model'",
+        ),
+        ("rule", OF_DEVICES | {"rule": "jvp"}, ValueError, "expected 'vjp' with a mesh, got 'jvp'"),
+        (
+            "rows",
+            OF_DEVICES | {"rows": 7},
+            ValueError,
+            r"expected a multiple of 2, the devices along \('data',\), got 7",
+        ),
+        ("classes", OF_DEVICES | {"classes": 7}, ValueError, r"expected .*\('model',\), got 7"),
+        (
+            "hidden",
+            OF_DEVICES | {"hidden": 3, "fsdp": "data"},
+            ValueError,
+            r"expected a multiple of 2, the devices along \('data',\), got 3",
+        ),
+        (
+            "axis_name",
+            {"mesh": {"data": 2}, "memory_bytes": 1e9},
+            ValueError,
+            "expected one axis of mesh, whose size memory_bytes decides, got None",
+        ),
+        (
+            "memory_bytes",
+            OF_DEVICES | {"memory_bytes": "8GB"},
+            TypeError,
+            "expected a number or None, got '8GB'",
+        ),
+        (
+            "memory_bytes",
+            OF_DEVICES | {"memory_bytes": 10},
+            ValueError,
+            "expected at least [0-9]+ for the head on 4 devices, got 10",
+        ),
+        (
+            "mesh",
+            OF_DEVICES | {"rows": 7, "classes": 13, "memory_bytes": 1e9},
+            ValueError,
+            "expected 4 devices that divide 7 rows and 13 classes .*, got .*; pad rows or classes",
+        ),
+    ]
+)
+def test_plan(argument, given, error, message):
+    with says(argument, error, message):
+        sxe.plan(**{"rows": 8, "hidden": 4, "classes": 16, **given})
+
+
+@pytest.mark.parametrize("argument", ["flops", "bytes", "link_bytes"])
+def test_rates_of_a_plan(argument):
+    rates = {f"{name}_per_second": 1.0 for name in ("flops", "bytes", "link_bytes")}
+    argument += "_per_second"
+    with says(argument, ValueError, "expected a number above 0, got 0"):
+        sxe.plan(8, 4, 16).floor(**(rates | {argument: 0}))
+
+
+# The derivation takes the loss's arguments.
+
+
+def test_derivation():
+    with says("labels", ValueError, rf"{INDICES}, got \(4,\) of int32"):
+        sxe.derivation.gradient(LOGITS, LABELS[:4])
+
+
+# The command line.
+
+PLAN = ["plan", "--rows", "8", "--hidden", "4", "--classes", "16"]
+BENCH = ["bench", "--rows", "8", "--classes", "9"]
+MESH = [*PLAN, "--mesh", "data=2,model=2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument", "message"),
+    [
+        ([*PLAN, "--rows", "1e6"], "--rows", "expected an integer of at least 1, got '1e6'"),
+        ([*PLAN, "--chunk-size", "0"], "--chunk-size", "expected an integer .*, got '0'"),
+        ([*PLAN, "--dtype", "fp32"], "--dtype", "invalid choice: 'fp32' .*float32.*"),
+        ([*PLAN, "--mesh", "2x4"], "--mesh", "expected data=64,model=8 or the like, got '2x4'"),
+        ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected data=64,model=8 or .*"),
+        ([*PLAN, "--mesh", "data=0"], "--mesh", "expected an int of at least 1 for 'data', got 0"),
+        ([*PLAN, "--mesh", "data=3"], "--rows", r"expected a multiple of 3, .*\('data',\), got 8"),
+        ([*MESH, "--axis-name", "a,a"], "--axis-name", r"expected .* once, got \('a', 'a'\)"),
+        ([*PLAN, "--memory", "1e9"], "--axis-name", "expected one axis of mesh, .*, got None"),
+        ([*MESH, "--memory", "8GB"], "--memory", "expected a number above 0, got '8GB'"),
+        ([*MESH, "--memory", "-1"], "--memory", "expected a number above 0, got '-1'"),
+        ([*MESH, "--memory", "10"], "--memory", "expected at least [0-9]+ .*, got 10"),
+        (
+            [*PLAN, "--flops-per-second", "1e12", "--link-bytes-per-second", "1e9"],
+            "--bytes-per-second",
+            "expected as well; a time floor needs all three rates",
+        ),
+        ([*PLAN, "--bytes-per-second", "0"], "--bytes-per-second", "expected .* 0, got '0'"),
+        (["bench", "--rows", "8"], "--classes", "expected with --rows or --hidden"),
+        (["bench", "--hidden", "8"], "--rows", "expected with --classes or --hidden"),
+        (["bench", "--dense"], "--dense", "expected with --rows and --classes"),
+        ([*BENCH, "--hidden", "3", "--dense"], "--dense", "expected logits, without --hidden"),
+        ([*BENCH, "--confident", "2"], "--confident", r"expected a share in \[0, 1\], got 2.0"),
+        ([*BENCH, "--seconds", "-1"], "--seconds", "expected a number above 0, got '-1'"),
+        ([*BENCH, "--peers", "nobody"], "--peers", "not installed: nobody; found .*"),
+        ([*BENCH, "--plot", "x.png"], "--plot", "expected one of --rows, --hidden and .*"),
+        ([*BENCH, "16", "--plot", "x.foo"], "--plot", "expected .* in .png, .*, got x.foo"),
+        (
+            [*BENCH, "--json", "no/x.json"],
+            "--json",
+            "expected a file in .* exists, got 'no/x.json'",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_command_line(arguments, argument, message, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        main(arguments)
+    assert exit_status.value.code == 2
+    text = capsys.readouterr().err
+    assert re.search(rf"^python -m sxe \w+: error: (argument )?{argument}: {message}$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"), [("tqdm", BENCH), ("matplotlib", [*BENCH, "16", "--plot", "x.png"])]
+)
+def test_an_extra_that_is_missing(missing, arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    text = capsys.readouterr().err
+    assert re.search(rf"error: needs {missing}[.\w]*: pip install 'sxe\[bench\]'$", text, re.M)
