@@ -58,6 +58,10 @@ def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
 
 
 def array(name: str, x: ArrayLike) -> Array:
+    if isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
+        # With x64 off JAX would wrap a label that 32 bits do not hold, onto another class.
+        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        x = np.clip(x, held.min, held.max)
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError) as error:  # which does not name the argument

@@ -80,6 +80,18 @@ def test_wide_labels_do_not_wrap():
     assert np.isnan(value).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_numpy_labels_do_not_wrap(dtype, x64):
+    labels = np.array([2**32 + 1, 2**63 - 1, 1], dtype)
+    logits = jnp.asarray(some_logits(3, 5))
+    value = sxe.softmax_cross_entropy(logits, labels, reduction="none")
+    assert np.isnan(value).tolist() == [True, True, False]
+    value = sxe.linear_softmax_cross_entropy(
+        jnp.eye(3, dtype="float32"), logits, labels, reduction="none"
+    )
+    assert np.isnan(value).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(("dtype", "label"), [("uint8", 156), ("int8", -100), ("int4", -4)])
 def test_ignore_index_is_a_number_not_a_bit_pattern(dtype, label):
     """-100 is 156 in uint8 and -4 in int4, and neither of these is ignored."""

@@ -121,6 +121,7 @@ def varied(problems: Sequence[Problem]) -> str:
 def plot(measurements: Sequence[Measurement], file: str) -> None:
     """Time and temporaries over the size that varies, a line for each contestant."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
     name = varied([m.problem for m in measurements])
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -140,6 +141,11 @@ def plot(measurements: Sequence[Measurement], file: str) -> None:
     for axes, label in ((of_time, "milliseconds"), (of_memory, "temporaries, MiB")):
         axes.set_xlabel(name)
         axes.set_ylabel(label)
+        axes.set_xticks(sorted({getattr(m.problem, name) for m in measurements}))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,}"))
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.grid(alpha=0.3)
     of_time.legend(fontsize="small")
     figure.savefig(file, dpi=150)
