@@ -422,8 +422,9 @@ def softmax_cross_entropy(
       batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
         sums in the metrics are over the global batch.
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
-        the least memory. "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not at
-        all, so that JAX differentiates the loss itself.
+        the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
+        a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
+        at all, so that JAX differentiates the loss itself.
 
     Returns:
       The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist

@@ -118,7 +118,7 @@ def gradient(x: Array, y: Array) -> Array:
      [ 0.25 -0.25]
      [ 0.    0.  ]]
     """
-    dL_dx: Array = jax.grad(softmax_cross_entropy)(x, y)
+    dL_dx: Array = jax.grad(softmax_cross_entropy)(jnp.asarray(x), y)
     return dL_dx.T
 
 

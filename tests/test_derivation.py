@@ -277,3 +277,9 @@ def test_sixty_digits():
     np.testing.assert_allclose(
         confident, (math.log1p(math.exp(-40)), -1 / (1 + math.exp(40))), rtol=1e-15
     )
+
+
+def test_gradient_takes_lists():
+    x, labels = [[1.0, 2.0, 0.0]], [1]
+    expected = derivation.gradient(jnp.array(x), jnp.array(labels))
+    np.testing.assert_array_equal(derivation.gradient(x, labels), expected)
