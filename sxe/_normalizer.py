@@ -172,9 +172,10 @@ def rows_per_block(x: Array) -> int | None:
 def normalize(x: Array) -> Normalizer:
     """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
     on_cpu = jax.default_backend() == "cpu" and is_local()
+    K = x.shape[-1]  # of an exported program it may be a symbol
+    few = isinstance(K, int) and 2 <= K <= FEW_CLASSES
     # JAX 0.10 compiles it wrongly in a sharded program, at the lowest level of optimization.
-    few = 2 <= x.shape[-1] <= FEW_CLASSES and jax.__version_info__ >= (0, 11)
-    if on_cpu and few and jax.device_count() == 1:
+    if on_cpu and few and jax.device_count() == 1 and jax.__version_info__ >= (0, 11):
         return _normalize_few(x)
     tile = functools.partial(_normalize_tile, rest=_rest_if_needed if on_cpu else _rest_in_one_pass)
     rows = rows_per_block(x)

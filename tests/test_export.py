@@ -1,5 +1,6 @@
 """jax.export: one program for every platform, through bytes, at sizes that are still open."""
 
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,3 +183,20 @@ def test_shards(rule):
     exported = export_everywhere(jax.value_and_grad(split), *arrays)
     assert exported.nr_devices == 8
     check(jax.jit(exported.call)(*arrays), logits, labels)
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np, sxe
+from jax import export
+n, k = export.symbolic_shape("n, k")
+shapes = jax.ShapeDtypeStruct((n, k), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+exported = export.export(jax.jit(jax.grad(sxe.softmax_cross_entropy)))(*shapes)
+logits, labels = jnp.eye(3, 5), jnp.array([0, 4, 2])
+expected = jax.grad(sxe.softmax_cross_entropy)(logits, labels)
+np.testing.assert_allclose(exported.call(logits, labels), expected, rtol=1e-6)
+"""
+
+
+def test_open_sizes_on_one_device():
+    """In a process of its own: there the number of classes may choose how they are summed."""
+    fresh.run("-c", ONE_DEVICE)
