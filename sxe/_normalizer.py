@@ -138,7 +138,8 @@ def _normalize_few(x: Array) -> Normalizer:
         m = jnp.maximum(m, other)
     shift = jnp.where(m == -jnp.inf, 0, m)
     r = sum(_exp_difference(smaller, shift) for smaller in left)
-    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+    # Behind a barrier, or the gradient would have it all computed once more, for each result.
+    return Normalizer(*lax.optimization_barrier((m, jnp.where(m == -jnp.inf, -1, r))))
 
 
 BLOCK_BYTES = 4 * 2**20  # a block of rows in float32; its temporaries stay in a CPU's cache
