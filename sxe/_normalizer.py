@@ -136,8 +136,11 @@ def _normalize_few(x: Array) -> Normalizer:
     for other in others:
         left.append(jnp.minimum(m, other))
         m = jnp.maximum(m, other)
-    shift = jnp.where(m == -jnp.inf, 0, m)
-    r = sum(_exp_difference(smaller, shift) for smaller in left)
+    second = functools.reduce(jnp.maximum, left)
+    shift = jnp.where(second == -jnp.inf, 0, second)
+    r = _exp_difference(second, jnp.where(m == -jnp.inf, 0, m)) * sum(
+        jnp.exp(smaller - shift) for smaller in left
+    )
     # Behind a barrier, or the gradient would have it all computed once more, for each result.
     return Normalizer(*lax.optimization_barrier((m, jnp.where(m == -jnp.inf, -1, r))))
 
