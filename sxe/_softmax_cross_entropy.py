@@ -58,7 +58,7 @@ from sxe._targets import (
     make_rows,
     take_label,
     target_cost,
-    target_gaps,
+    target_derivatives,
     target_sum,
     target_tile,
 )
@@ -147,17 +147,17 @@ def rows_bwd(
     """
     x, targets, state = res
     g, g_lse = gs
-    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
+    at_label, at_dense = target_derivatives(targets, x, state, axis_name)
     d_label_target = None if targets.label_target is None else g * at_label
-    d_total = g * state.log1p_r
     if shares:
         g, g_lse = psum((g, g_lse), axis_name)
     d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
     d_dense = None
     if targets.dense is not None:
-        d_dense = vary_like(g, x)[..., None] * at_dense  # D0 in t: with d_total, -log q
+        d_dense = vary_like(g, x)[..., None] * at_dense
         ones = tuple(i for i, n in enumerate(targets.dense.shape) if n == 1)
         d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
+    d_total = vary_like(jnp.zeros_like(targets.total), targets.total)
     return d_x, Targets(None, d_label_target, d_dense, d_total)
 
 
@@ -187,7 +187,7 @@ def _rows_jvp_rule(
     x_dot, targets_dot = tangents
     (loss, lse), state = _row_loss(x, targets, axis_name)
     ones, zeros = jnp.ones_like(state.r), jnp.zeros_like(state.r)
-    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
+    at_label, at_dense = target_derivatives(targets, x, state, axis_name)
     loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
 
     def over_classes(d: Array, x_dot: Array) -> Array:
@@ -204,8 +204,6 @@ def _rows_jvp_rule(
         loss_dot = loss_dot + targets_dot.label_target * at_label
     if targets.dense is not None and not isinstance(targets_dot.dense, SymbolicZero):
         loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense)
-    if not isinstance(targets_dot.total, SymbolicZero):
-        loss_dot = loss_dot + targets_dot.total * state.log1p_r
     return (loss, lse), (loss_dot, lse_dot)
 
 
@@ -221,8 +219,11 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     """
     x = nz.wide(x)
     state = nz.merge_over(nz.normalize(lax.stop_gradient(x)), axis_name)
-    # 1, or NaN in a row without a distribution, which is NaN then in every shard's derivative too.
-    x = x * (1 + (state.m - state.m) + (state.r - state.r))[..., None]
+    total = lax.stop_gradient(targets.total)
+    # 0, or NaN in a row without a distribution or with a label that is no class: it is NaN then in
+    # value and in every shard's derivative.
+    nothing = (state.m - state.m) + (state.r - state.r) + (total - total)
+    x = x * (1 + nothing)[..., None]
     confident = (state.r < 1) & (state.m > -jnp.inf)
     top = (x == state.m[..., None]) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
@@ -233,8 +234,9 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     ratio = jnp.where(moved.r > 0, state.r / jnp.where(moved.r > 0, moved.r, 1), 1)
     r = moved.r * lax.stop_gradient(ratio)
     moved = moved._replace(r=r)
-    cost = target_cost(targets, x, moved.m, moved.log1p_r, axis_name)
-    return nz.row_loss(moved, cost, targets.total), origin + moved.lse
+    # sum_k t_k (lse - x_k), without the total: see target_derivatives.
+    loss = target_cost(targets, x, moved.lse, jnp.zeros_like(moved.r), axis_name)
+    return loss + nothing, origin + moved.lse
 
 
 RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {

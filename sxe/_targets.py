@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
 from sxe._label_check import checked
+from sxe._normalizer import Normalizer
 
 
 class Targets(NamedTuple):
@@ -112,6 +113,18 @@ def target_gaps(
         m, log1p_r = vary_like((m, log1p_r), x)
         at_dense = gap(x, m[..., None], log1p_r[..., None], dense)
     return at_label, at_dense
+
+
+def target_derivatives(
+    targets: Targets, x: Array, state: Normalizer, axis_name: AxisName = None
+) -> tuple[Array, Array]:
+    """-log q at the label [...] and at the dense targets [..., K]: D0 differentiated in each t_k.
+
+    It counts t_k's share of the total, so that the total itself has the derivative 0. Apart, the
+    two parts of 0 log 0 would each meet a cotangent and be rounded before they cancel.
+    """
+    at_label, at_dense = target_gaps(targets, x, state.m, state.log1p_r, axis_name)
+    return at_label + state.log1p_r, at_dense + vary_like(state.log1p_r, x)[..., None]
 
 
 def target_cost(

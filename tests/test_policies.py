@@ -399,6 +399,40 @@ def test_zero_log_zero_in_value_and_every_derivative(rule):
     assert np.isfinite(d_class_weights).all()
 
 
+@every_rule
+def test_zero_log_zero_is_exact_when_compiled(rule):
+    """Not the rounding that is left where XLA fuses a product into the sum that is to cancel it."""
+    rng = np.random.default_rng(4)
+    logits, hidden, kernel = some_logits(64, 7), some_logits(64, 5), some_logits(5, 7)
+    bias = np.where(np.arange(7) == 3, -INF, 0).astype(np.float32)
+    targets = rng.uniform(size=logits.shape).astype(np.float32)
+    targets[:, 3] = 0
+    labels, class_weights = rng.integers(3, size=64), np.ones(7, np.float32)
+    class_weights[3] = 0
+    logits += bias
+    g = jnp.asarray(some_logits(64))
+
+    def losses(targets, class_weights):
+        for reduction in ("mean", "sum", "none"):
+            options = {"reduction": reduction, "rule": rule}
+            scale = g if reduction == "none" else g[0]
+            for loss, args in (
+                (sxe.softmax_cross_entropy, (logits,)),
+                (functools.partial(sxe.linear_softmax_cross_entropy, bias=bias), (hidden, kernel)),
+            ):
+                yield (scale * loss(*args, targets, **options)).sum()
+                smoothed = options | {"class_weights": class_weights, "label_smoothing": 0.1}
+                yield (scale * loss(*args, labels, **smoothed)).sum()
+
+    run = jax.jit(jax.jacobian(lambda *args: jnp.stack(list(losses(*args))), argnums=(0, 1)))
+    d_targets, d_class_weights = run(targets, class_weights)
+    assert (np.asarray(d_targets[..., 3]) == 0).all()
+    assert (np.asarray(d_class_weights[..., 3]) == 0).all()
+    rest = np.delete(logits, 3, axis=1).astype(np.float64)
+    nll = -rest + np.log(np.exp(rest).sum(-1, keepdims=True))
+    assert_close(np.delete(d_targets[8], 3, axis=-1), np.asarray(g)[:, None] * nll)
+
+
 def test_an_option_that_is_off_does_nothing():
     """z_loss = 0 beside an infinite lse, smoothing = 0 beside a class that cannot occur."""
     logits = np.array([[3e38, 3e38, -INF]], np.float32)
