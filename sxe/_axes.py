@@ -83,6 +83,36 @@ def is_explicit(*arrays: Array | None) -> bool:
     return any(mesh.explicit_axes for mesh in meshes)
 
 
+def check_splits(
+    name_of_x: str, split: Sequence[Any], class_axes: Sequence[int], **arrays: Array | None
+) -> None:
+    """Raises where an explicit mesh splits these arrays otherwise than x, or than one another.
+
+    ``split`` is how it splits the axes of the logits. Class weights have the first class axis, an
+    array of the logits' rank all axes, and any other those of the rows.
+    """
+    every = range(len(split))
+    rows = [i for i in every if i not in class_axes]
+    found = [(axes, name_of_x) for axes in split]
+    for name, a in arrays.items():
+        if a is None:
+            continue
+        own = class_axes[:1] if name == "class_weights" else every if a.ndim == len(split) else rows
+        for i, axes in zip(own, sharding(a), strict=True):
+            expected, source = found[i]
+            others = {n for k in every if k != i for n in axis_names(found[k][0])}
+            if axes in (None, expected):
+                continue
+            if expected is None and not others & set(axis_names(axes)):
+                found[i] = axes, name
+                continue
+            spec = PartitionSpec(*(found[k][0] for k in own))
+            raise ValueError(
+                f"{name}: expected to be split as {source}, {spec}, or not at all, got "
+                f"{PartitionSpec(*sharding(a))} ({jax.typeof(a)}); use jax.reshard({name}, {spec})"
+            )
+
+
 def reshard(x: Array, spec: Sequence[Any]) -> Array:
     """x typed as split in that way, along its axes that are longer than 1."""
     spec = tuple(axis if axis and n > 1 else None for axis, n in zip(spec, x.shape, strict=True))

@@ -38,8 +38,10 @@ from sxe._axes import (
     AxisName,
     axis_names,
     check_axis_name,
+    check_splits,
     is_explicit,
     psum,
+    sharding,
     vary,
     varying,
 )
@@ -535,6 +537,13 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     if static.layout is None and is_explicit(hidden, kernel):
         # Types say how the inputs are split. Those of the chunks of split rows they can't.
         static = static._replace(layout=layout_of(hidden, kernel))
+        check_splits(
+            *("hidden and kernel", (*sharding(hidden)[:-1], sharding(kernel)[1]), axes),
+            labels=labels,
+            where=arrays.where,
+            weights=arrays.weights,
+            class_weights=arrays.class_weights,
+        )
     result = functools.partial(_result, chunk_size=chunk_size)
     layout = static.layout
     if layout is None:

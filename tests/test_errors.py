@@ -536,6 +536,49 @@ def test_head_on_an_explicit_mesh(argument, hidden, kernel, message):
         HEAD(**arrays)
 
 
+OTHERWISE = [
+    ("weights", {"weights": P("model")}, None, r"P\('data',\)"),
+    ("where", {"where": P(("data", "model"))}, None, r"P\('data',\)"),
+    ("labels", {"labels": P("model")}, None, r"P\('data',\)"),
+    ("class_weights", {"class_weights": P("data")}, None, r"P\('model',\)"),
+    # Where nothing splits the rows another argument may, but not as the classes are:
+    ("labels", {"rows": None, "labels": P("model")}, None, r"P\(None,\)"),
+    (
+        "weights",
+        {"rows": None, "classes": None, "labels": P("data"), "weights": P("model")},
+        "labels",
+        r"P\('data',\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+@pytest.mark.parametrize(
+    ("argument", "specs", "of", "spec"), OTHERWISE, ids=[str(given) for _, given, *_ in OTHERWISE]
+)
+def test_arrays_that_an_explicit_mesh_splits_otherwise(argument, specs, of, spec, head):
+    mesh = make_mesh(AxisType.Explicit)
+    specs = {"rows": "data", "classes": "model"} | specs
+    rows, classes = specs["rows"], specs["classes"]
+    specs |= {"logits": P(rows, classes), "hidden": P(rows), "kernel": P(None, classes)}
+    arrays = (WIDE_HEAD if head else WIDE) | {
+        "where": zeros(8, dtype=bool),
+        "weights": zeros(8),
+        "class_weights": zeros(16),
+    }
+    arrays = {
+        name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P())))
+        for name, x in arrays.items()
+    }
+    of = of or ("hidden and kernel" if head else "logits")
+    got = r"got P\(.*\) \(.*@.*\)"
+    message = (
+        f"expected .* as {of}, {spec}, or not at all, {got}; use jax.reshard.{argument}, {spec}."
+    )
+    with jax.set_mesh(mesh), says(argument, ValueError, message):
+        (HEAD if head else sxe.softmax_cross_entropy)(**arrays)
+
+
 def test_logits_of_an_explicit_mesh_without_it():
     sharding = NamedSharding(make_mesh(AxisType.Explicit), P("data"))
     message = r"expected a call in .* Explicit mesh .*, got no mesh; use jax.set_mesh\(mesh\)"
