@@ -73,10 +73,21 @@ def _optional_array(name: str, x: ArrayLike | None) -> Array | None:
     return None if x is None else array(name, x)
 
 
+def _is_numpy_scalar(value: Any) -> bool:
+    if not isinstance(value, np.ndarray | np.generic) or value.shape != ():
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
 def _number(
     name: str, value: Any, expected: str, fits: Callable[[float], bool], off: float
 ) -> Array | float | None:
-    """A number that fits, or None if it is the one that is off; or a scalar array."""
+    """A number that fits, or None if it is the one that is off; or a scalar array of JAX.
+
+    That array's value is not looked at: it may be traced or, on a device, would be waited for.
+    """
+    if _is_numpy_scalar(value):
+        value = float(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
         if not fits(number):

@@ -451,8 +451,8 @@ def softmax_cross_entropy(
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
-        option out of range, ``ignore_index`` with dense targets, or a mesh axis that does not split
-        the logits.
+        option out of range (of a ``jax.Array`` the value is not looked at), ``ignore_index`` with
+        dense targets, or a mesh axis that does not split the logits.
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
     ``sxe._normalizer``.

@@ -436,7 +436,7 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
 def test_an_option_that_is_off_does_nothing():
     """z_loss = 0 beside an infinite lse, smoothing = 0 beside a class that cannot occur."""
     logits = np.array([[3e38, 3e38, -INF]], np.float32)
-    for zero in (0, 0.0, np.float32(0)):
+    for zero in (0, 0.0, np.float32(0), np.zeros(())):
         value = sxe.softmax_cross_entropy(logits, [1], z_loss=zero, label_smoothing=zero)
         assert value == pytest.approx(np.log(2), rel=1e-6)
 
