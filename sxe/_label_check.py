@@ -17,14 +17,14 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
 
-def checked(labels: Array, bad: Array, classes: int) -> Array:
+def checked(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> Array:
     """The labels, where under ``checkify`` the first bad one raises an error."""
-    check = functools.partial(_check, classes=classes)
+    check = functools.partial(_check, classes=classes, ignore_index=ignore_index)
     (labels,) = _checked_p.bind(labels, bad, call_jaxpr=jax.make_jaxpr(check)(labels, bad))
     return labels
 
 
-def _check(labels: Array, bad: Array, classes: int) -> list[Array]:
+def _check(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> list[Array]:
     # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
     row = jnp.zeros(bad.shape, jnp.int32)
     for axis in range(bad.ndim):
@@ -32,9 +32,11 @@ def _check(labels: Array, bad: Array, classes: int) -> list[Array]:
     last = jnp.iinfo(jnp.int32).max
     first = jnp.min(jnp.where(bad, row, last), initial=last)
     position = jnp.unravel_index(first, bad.shape) if bad.size and bad.ndim else ()
+    advice = "; pass ignore_index=-100 (or what marks such rows) to leave them out"
     checkify.debug_check(
         ~jnp.any(bad),
-        "labels: expected class indices in [0, {classes}), got {label} at position {position}",
+        "labels: expected class indices in [0, {classes}), got {label} at position {position}"
+        + (advice if ignore_index is None else ""),
         classes=jnp.asarray(classes),
         label=jnp.sum(jnp.where(bad & (row == first), labels, 0), dtype=labels.dtype),
         position=jnp.stack(position) if position else jnp.zeros((0,), jnp.int32),

@@ -419,7 +419,8 @@ def softmax_cross_entropy(
       class_weights: float [K], a weight for each class.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes.
       z_loss: at least 0, the weight of lse^2, which keeps logits from drifting.
-      ignore_index: integer labels with this value mark rows that do not count.
+      ignore_index: integer labels with this value mark rows that do not count. Off by default:
+        PyTorch's -100 is then out of range, and its row NaN.
       axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
         them, in that order, and ``class_weights`` is flat as well.
       reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the

@@ -248,7 +248,7 @@ def make_rows(
         return Rows(targets, w, norm, counts)
 
     bad = ~good if counts is None else counts & ~good
-    labels = checked(labels, bad, classes.number)
+    labels = checked(labels, bad, classes.number, ignore_index)
     label = jnp.where(good, labels, -1).astype(jnp.int32)
     label_weight = jnp.ones_like(w) if c is None else _weight_of(label, c, classes)
     norm = norm if c is None else norm * label_weight

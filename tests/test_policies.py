@@ -120,6 +120,15 @@ def test_checkify_names_position_label_and_classes(jit):
     assert error.get() is None
 
 
+@pytest.mark.parametrize("ignore_index", [None, -100, 3])
+def test_checkify_names_ignore_index_where_it_is_off(ignore_index):
+    f = checkify.checkify(functools.partial(sxe.softmax_cross_entropy, ignore_index=ignore_index))
+    label = -100 if ignore_index is None else -1
+    message = f(some_logits(2, 5), np.array([1, label]))[0].get()
+    assert f"got {label} at position [1]" in message
+    assert ("; pass ignore_index=-100 (" in message) == (ignore_index is None)
+
+
 def test_checkify_in_gradients_and_for_one_row():
     f = checkify.checkify(jax.grad(sxe.softmax_cross_entropy))
     assert "got 5" in f(some_logits(5), np.array(5))[0].get()
