@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import operator
 import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,23 +105,25 @@ def _number(
     return value
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def integer(name: str, value: Any, expected: str = "an int") -> int:
+    """The value as an int, if it is an integer of any kind: of Python, of NumPy, a scalar array."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise _wrong_type(name, expected, value)
 
 
 def _integer_or_none(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if not _is_integer(value):
-        raise _wrong_type(name, "an int or None", value)
-    return int(value)
+    return None if value is None else integer(name, value, "an int or None")
 
 
 def _axis(axis: Any) -> int | tuple[int, ...]:
-    several = isinstance(axis, (tuple, list))
-    if not all(map(_is_integer, axis if several else (axis,))):
-        raise _wrong_type("axis", "an int or a tuple of ints", axis)
-    return tuple(map(int, axis)) if several else int(axis)
+    expected = "an int or a tuple of ints"
+    if isinstance(axis, (tuple, list)):
+        return tuple(integer("axis", a, expected) for a in axis)
+    return integer("axis", axis, expected)
 
 
 def _bool(name: str, value: Any) -> bool:

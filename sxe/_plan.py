@@ -169,9 +169,10 @@ def plan(
       >>> p.temporary_bytes < p.logits_bytes
       True
     """
+    rows = _options.integer("rows", rows)
+    hidden = _options.integer("hidden", hidden)
+    classes = _options.integer("classes", classes)
     for name, size, least in (("rows", rows, 0), ("hidden", hidden, 1), ("classes", classes, 1)):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name}: expected an int, got {size!r}")
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
     _options.one_of("reduction", reduction, _options.REDUCTIONS)
@@ -196,7 +197,10 @@ def plan(
             "mesh: expected the devices along each mesh axis, as {'data': 64, 'model': 8}, got "
             f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape"
         )
-    sizes = dict(mesh or {})
+    sizes = {
+        name: _options.integer("mesh", devices, f"an int of at least 1 for {name!r}")
+        for name, devices in (mesh or {}).items()
+    }
     axes = {
         "axis_name": _options.mesh_axes("axis_name", axis_name),
         "batch_axis_name": _options.mesh_axes("batch_axis_name", batch_axis_name),
@@ -245,7 +249,7 @@ class _Call(NamedTuple):
 
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
     for name, devices in sizes.items():
-        if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        if devices < 1:
             raise ValueError(f"mesh: expected an int of at least 1 for {name!r}, got {devices!r}")
     seen: set[str] = set()
     for argument, names in axes.items():

@@ -7,12 +7,14 @@ Each of `d0` ... `d9` is one line: its docstring is the formula, its body the sa
 and D3 the first form; D4 runs the second), and nothing more. So the lines overflow where exp does,
 from logits of 88 in float32; `sxe.softmax_cross_entropy` has the arithmetic that does not. `LINES`
 says what each line is compared with and what it assumes; `python -m sxe check` measures them all.
+Where x and y are not both [N, K] a line raises ValueError: NumPy would broadcast labels [N].
 
 >>> x, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([[0.0, 1.0, 0.0]])
 >>> bool(jnp.allclose(d9(x, y), jax.grad(d0)(x, y).T))
 True
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +25,8 @@ from jax import Array
 
 from sxe._softmax_cross_entropy import softmax_cross_entropy
 
+ClosedForm = Callable[[Array, Array], Array]
+
 
 def softmax(x: Array) -> Array:
     """s_k(x_i) = exp(x_ik) / sum_h exp(x_ih)"""
@@ -30,30 +34,53 @@ def softmax(x: Array) -> Array:
     return jnp.exp(x) / jnp.sum(jnp.exp(x), axis=1, keepdims=True)
 
 
+def _line_of_xy(formula: ClosedForm) -> ClosedForm:
+    """The line, for x and y that fit alone."""
+
+    @functools.wraps(formula)
+    def line(x: Array, y: Array) -> Array:
+        shape = jnp.shape(x)
+        if len(shape) != 2:
+            raise ValueError(f"x: expected logits [N, K], got shape {shape}")
+        if jnp.shape(y) != shape:
+            raise ValueError(
+                f"y: expected targets [N, K] as the logits are, {shape}, got {jnp.shape(y)}; "
+                f"of labels [N] pass jax.nn.one_hot(y, {shape[1]})"
+            )
+        return formula(x, y)
+
+    return line
+
+
+@_line_of_xy
 def d0(x: Array, y: Array) -> Array:
     """L = -(1/N) sum_i sum_k y_ik log s_k(x_i)"""
     N = len(x)
     return -(1 / N) * jnp.sum(y * jnp.log(softmax(x)))
 
 
+@_line_of_xy
 def d1(x: Array, y: Array) -> Array:
     """ds_k(x_i)/dx_jl = 0"""
     N, K = x.shape
     return jnp.zeros((N, K, N, K), x.dtype)
 
 
+@_line_of_xy
 def d2(x: Array, y: Array) -> Array:
     """exp(x_ik)/S - (exp(x_ik)/S)^2 = s_k (1 - s_k)"""
     S = jnp.sum(jnp.exp(x), axis=1, keepdims=True)
     return jnp.exp(x) / S - (jnp.exp(x) / S) ** 2
 
 
+@_line_of_xy
 def d3(x: Array, y: Array) -> Array:
     """-exp(x_ik) exp(x_il) / S^2 = -s_k s_l"""
     S = jnp.sum(jnp.exp(x), axis=1)[:, None, None]
     return -jnp.exp(x)[:, :, None] * jnp.exp(x)[:, None, :] / S**2
 
 
+@_line_of_xy
 def d4(x: Array, y: Array) -> Array:
     """[i=j] s_k(x_i) ([k=l] - s_l(x_i))"""
     N, K = x.shape
@@ -63,6 +90,7 @@ def d4(x: Array, y: Array) -> Array:
     return i_is_j * s[:, :, None, None] * (k_is_l - s[:, None, None, :])
 
 
+@_line_of_xy
 def d5(x: Array, y: Array) -> Array:
     """-(1/N) sum_i sum_k y_ik (1/s_k(x_i)) ds_k(x_i)/dx_jl"""
     N = len(x)
@@ -70,6 +98,7 @@ def d5(x: Array, y: Array) -> Array:
     return -(1 / N) * jnp.sum((y * (1 / s))[:, :, None, None] * ds_dx, axis=(0, 1))
 
 
+@_line_of_xy
 def d6(x: Array, y: Array) -> Array:
     """-(1/N) sum_k y_jk ([k=l] - s_l(x_j))"""
     N, K = x.shape
@@ -78,6 +107,7 @@ def d6(x: Array, y: Array) -> Array:
     return -(1 / N) * jnp.sum(y[:, :, None] * (k_is_l - s[:, None, :]), axis=1)
 
 
+@_line_of_xy
 def d7(x: Array, y: Array) -> Array:
     """-(1/N) y_jl + (1/N) sum_k y_jk s_l(x_j)"""
     N = len(x)
@@ -85,6 +115,7 @@ def d7(x: Array, y: Array) -> Array:
     return -(1 / N) * y + (1 / N) * jnp.sum(y[:, :, None] * s[:, None, :], axis=1)
 
 
+@_line_of_xy
 def d8(x: Array, y: Array) -> Array:
     """(1/N) (s_l(x_j) - y_jl)"""
     N = len(x)
@@ -92,6 +123,7 @@ def d8(x: Array, y: Array) -> Array:
     return (1 / N) * (s - y)
 
 
+@_line_of_xy
 def d9(x: Array, y: Array) -> Array:
     """dL/dx = (1/N) (q - y)^T"""
     N = len(x)
@@ -120,9 +152,6 @@ def gradient(x: Array, y: Array) -> Array:
     """
     dL_dx: Array = jax.grad(softmax_cross_entropy)(jnp.asarray(x), y)
     return dL_dx.T
-
-
-ClosedForm = Callable[[Array, Array], Array]
 
 
 class Line(NamedTuple):

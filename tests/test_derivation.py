@@ -77,6 +77,8 @@ def test_a_seed_repeats_and_the_configuration_stays(x64):
         ({"classes": -2}, "classes: expected at least 1, got -2"),
         ({"rows": 50, "classes": 50}, r"expected at most 2048, got 50 \* 50 = 2500"),
         ({"dtype": "float16"}, "expected one of float64, float32, bfloat16, got float16"),
+        ({"dtype": "f99"}, "dtype: expected one of float64, float32, bfloat16, got f99"),
+        ({"dtype": None}, "dtype: expected one of float64, float32, bfloat16, got None"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error(arguments, message):

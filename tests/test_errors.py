@@ -607,6 +607,8 @@ NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
     [
         ("rows", {"rows": -1}, ValueError, "expected at least 0, got -1"),
         ("hidden", {"hidden": 2.0}, TypeError, "expected an int, got 2.0"),
+        ("rows", {"rows": True}, TypeError, "expected an int, got True"),
+        ("classes", {"classes": np.zeros(2, int)}, TypeError, r"expected an int, got array\(.*\)"),
         ("classes", {"classes": 0}, ValueError, "expected at least 1, got 0"),
         ("dtype", {"dtype": "int32"}, TypeError, f"{DTYPE}int32"),
         ("dtype", {"dtype": "bf16"}, TypeError, f"{DTYPE}bf16"),
@@ -626,7 +628,7 @@ NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
             r"expected .*{'data': .*, got \(2, 4\); .*mesh.shape",
         ),
         ("mesh", {"mesh": {"data": 0}}, ValueError, "expected an int .* 1 for 'data', got 0"),
-        ("mesh", {"mesh": {"data": 2.0}}, ValueError, "expected an int .* for 'data', got 2.0"),
+        ("mesh", {"mesh": {"data": 2.0}}, TypeError, "expected an int .* for 'data', got 2.0"),
         ("axis_name", {"axis_name": "x"}, ValueError, "expected .* 'x'; pass mesh={'x': ...}"),
         ("axis_name", {"axis_name": 2}, TypeError, f"{MESH_AXIS}2"),
         (
@@ -706,6 +708,16 @@ def test_rates_of_a_plan(argument):
 def test_derivation():
     with says("labels", ValueError, rf"{INDICES}, got \(4,\) of int32"):
         sxe.derivation.gradient(LOGITS, LABELS[:4])
+
+
+@pytest.mark.parametrize("line", sxe.derivation.LINES, ids=lambda line: line.name)
+def test_lines_of_the_derivation(line):
+    message = r"expected targets .*\(6, 5\), got {}; of labels \[N\] pass jax.nn.one_hot\(y, 5\)"
+    for y in (LABELS, zeros(K), zeros(1, K), zeros(N, 1)):
+        with says("y", ValueError, message.format(re.escape(str(y.shape)))):
+            line.closed_form(LOGITS, y)
+    with says("x", ValueError, r"expected logits \[N, K\], got shape \(5,\)"):
+        line.closed_form(LOGITS[0], LOGITS[0])
 
 
 # The command line.

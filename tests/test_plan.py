@@ -9,6 +9,7 @@ import re
 import fresh
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding
@@ -51,6 +52,20 @@ MESHES = [
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", ("hidden",), {})),
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", (), {})),
 ]
+
+
+INTEGERS = [np.int64, np.uint8, np.asarray, jnp.asarray]
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=lambda f: f.__name__)
+def test_sizes_of_any_integer_type(integer):
+    options = {"batch_axis_name": "data", "reduction": "none"}
+    sizes = {"rows": 64, "hidden": 16, "classes": 240, "chunk_size": 8}
+    expected = sxe.plan(**sizes, mesh={"data": 2}, **options)
+    sizes = {name: integer(n) for name, n in sizes.items()}
+    plan = sxe.plan(**sizes, mesh={"data": integer(2)}, **options)
+    assert plan == expected
+    assert type(plan.flops) is type(plan.chunk_size) is int
 
 
 def call(rows, hidden, classes, dtype, differentiate, options, sizes=None, **axes):
