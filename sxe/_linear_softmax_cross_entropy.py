@@ -598,12 +598,15 @@ def linear_softmax_cross_entropy(
       where: bool [...], the rows that count. The head has no mask of classes.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices
-        of all classes.
+        of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed.
       weights, class_weights, label_smoothing, z_loss, ignore_index, reduction, return_metrics,
         batch_axis_name: as for ``softmax_cross_entropy``.
       rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as
         ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
         differentiates one chunk after the other, and matmuls are in float32.
+
+    ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names and ``rule``
+    are Python values, static under ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
       The loss, float32 (float64 if hidden or kernel is), or ``(loss, sxe.Metrics)``. Gradients

@@ -418,7 +418,7 @@ def softmax_cross_entropy(
       weights: float [...], a weight for each row. A row of weight 0 does not count.
       class_weights: float [K], a weight for each class.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes.
-      z_loss: at least 0, the weight of lse^2, which keeps logits from drifting.
+      z_loss: finite, at least 0, the weight of lse^2, which keeps logits from drifting.
       ignore_index: integer labels with this value mark rows that do not count. Off by default:
         PyTorch's -100 is then out of range, and its row NaN.
       axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
@@ -426,16 +426,22 @@ def softmax_cross_entropy(
       reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
         row's weight times, for integer labels, its label's class weight; 0 where nothing counts.
         "sum", sum_i w_i loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
-      return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient.
+      return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient; for
+        ``jax.value_and_grad`` with ``has_aux=True``.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split. Logits, dense targets, class weights and class masks are then this device's classes;
-        labels are indices of all classes.
+        labels are indices of all classes. An axis that splits nothing is an error, but with
+        ``check_vma=False`` goes unnoticed, and the value is wrong.
       batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
         sums in the metrics are over the global batch.
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself.
+
+    ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names and ``rule`` are
+    Python values, static under ``jax.jit``: bind them by ``functools.partial``, or name them in
+    ``static_argnames``. Logits that an Explicit mesh splits need ``jax.set_mesh(mesh)``.
 
     Returns:
       The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist
@@ -453,7 +459,8 @@ def softmax_cross_entropy(
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
         option out of range (of a ``jax.Array`` the value is not looked at), ``ignore_index`` with
-        dense targets, or a mesh axis that does not split the logits.
+        dense targets, a mesh axis that does not split the logits, or arrays that an Explicit mesh
+        splits otherwise.
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
     ``sxe._normalizer``.
@@ -509,8 +516,8 @@ def softmax_cross_entropy_with_gradient(
     logits; the derivation's K x N layout is ``sxe.derivation``'s.
 
     Args:
-      logits, labels and options: as for ``softmax_cross_entropy``, without ``rule``, and with
-        ``reduction`` "mean" or "sum".
+      logits, labels and options: as for ``softmax_cross_entropy``, static ones too, without
+        ``rule``, and with ``reduction`` "mean" or "sum".
 
     Returns:
       ``(loss, gradient)``, or ``((loss, sxe.Metrics), gradient)`` with ``return_metrics``. With
