@@ -39,13 +39,13 @@ def _line_of_xy(formula: ClosedForm) -> ClosedForm:
 
     @functools.wraps(formula)
     def line(x: Array, y: Array) -> Array:
-        shape = jnp.shape(x)
-        if len(shape) != 2:
-            raise ValueError(f"x: expected logits [N, K], got shape {shape}")
-        if jnp.shape(y) != shape:
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        if x.ndim != 2:
+            raise ValueError(f"x: expected logits [N, K], got shape {x.shape}")
+        if y.shape != x.shape:
             raise ValueError(
-                f"y: expected targets [N, K] as the logits are, {shape}, got {jnp.shape(y)}; "
-                f"of labels [N] pass jax.nn.one_hot(y, {shape[1]})"
+                f"y: expected targets [N, K] as the logits are, {x.shape}, got {y.shape}; "
+                f"of labels [N] pass jax.nn.one_hot(y, {x.shape[1]})"
             )
         return formula(x, y)
 

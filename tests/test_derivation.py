@@ -86,6 +86,14 @@ def test_what_cannot_be_checked_is_an_error(arguments, message):
         _check.check(**arguments)
 
 
+def test_lines_take_lists():
+    x, y = [[1.0, 2.0, 0.5]], [[0.0, 1.0, 0.0]]
+    for line in derivation.LINES:
+        np.testing.assert_array_equal(
+            line.closed_form(x, y), line.closed_form(jnp.array(x), jnp.array(y))
+        )
+
+
 def test_d0_is_the_loss_as_written(problem):
     x, y = (np.asarray(a) for a in problem)
     rows, classes = x.shape
