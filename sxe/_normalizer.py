@@ -64,8 +64,8 @@ def _apart(m: Array, after: Array) -> Array:
     return m
 
 
-def _exp_difference(x: Array, m: Array) -> Array:
-    """exp(x - m), and of the exact difference: float32 rounds one of 80 by up to 4e-6.
+def _exp_difference(x: Array, m: Array, scale: float = 1) -> Array:
+    """scale exp(x - m), and of the exact difference: float32 rounds one of 80 by up to 4e-6.
 
     What the rounding lost is Knuth's two-sum; halves, because x - m may overflow.
     """
@@ -73,14 +73,15 @@ def _exp_difference(x: Array, m: Array) -> Array:
     s = a - b
     back = s - a
     lost = (a - (s - back)) - (b + back)
-    return jnp.exp(2 * s) * (1 + lax.stop_gradient(2 * lost))
+    e = jnp.exp(s)
+    return (scale * e) * e * (1 + lax.stop_gradient(2 * lost))
 
 
 def normalize_tile(x: Array) -> Normalizer:
     """The state of a tile of logits, [..., K] to [...], of which a row of -inf is the identity.
 
     m is a constant under differentiation. No result depends on the choice of the shift, so that its
-    derivative is zero, and r carries all of lse's.
+    derivative is zero, and r carries all of lse's. JAX may differentiate it as it stands.
     """
     return _normalize_tile(x, _rest_in_one_pass)
 
@@ -97,10 +98,13 @@ def _normalize_tile(x: Array, rest: Callable[[Array, Array, Array], Array]) -> N
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 
-def _rest_in_one_pass(x: Array, m: Array, confident: Array) -> Array:
-    """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for the confident rows."""
-    e = _exp_difference(x, m[..., None])
-    return jnp.sum(e - jnp.floor(e), axis=-1)  # of a maximum 0 is left, and of all others all
+def _rest_in_one_pass(x: Array, m: Array, confident: Array, scale: float = 1) -> Array:
+    """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for the confident rows.
+
+    Scaled, terms below the smallest normal number, which would each be 0, add up as well.
+    """
+    e = jnp.where(x < m[..., None], _exp_difference(x, m[..., None], scale), 0)
+    return jnp.sum(e, axis=-1) / scale
 
 
 def _rest_if_needed(x: Array, m: Array, confident: Array) -> Array:
@@ -181,7 +185,8 @@ def normalize(x: Array) -> Normalizer:
     # JAX 0.10 compiles it wrongly in a sharded program, at the lowest level of optimization.
     if on_cpu and few and jax.device_count() == 1 and jax.__version_info__ >= (0, 11):
         return _normalize_few(x)
-    tile = functools.partial(_normalize_tile, rest=_rest_if_needed if on_cpu else _rest_in_one_pass)
+    rest = _rest_if_needed if on_cpu else functools.partial(_rest_in_one_pass, scale=2.0**64)
+    tile = functools.partial(_normalize_tile, rest=rest)
     rows = rows_per_block(x)
     if rows is None:
         return tile(x)

@@ -232,9 +232,7 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
     moved = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
     # The move rounded x. r has the value from before it, and the derivative from after it.
-    ratio = jnp.where(moved.r > 0, state.r / jnp.where(moved.r > 0, moved.r, 1), 1)
-    r = moved.r * lax.stop_gradient(ratio)
-    moved = moved._replace(r=r)
+    moved = moved._replace(r=state.r + (moved.r - lax.stop_gradient(moved.r)))
     # sum_k t_k (lse - x_k), without the total: see target_derivatives.
     loss = target_cost(targets, x, moved.lse, jnp.zeros_like(moved.r), axis_name)
     return loss + nothing, origin + moved.lse
