@@ -5,16 +5,15 @@ import os
 import jax
 import pytest
 
-flags = ["--xla_force_host_platform_device_count=8"]
+# Compiling, often programs of one operation, is most of the tests' time, and takes less without
+# optimizations. CI runs the tests with them as well.
+flags = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
 if jax.__version_info__ < (0, 11):
-    # Compiling, often programs of one operation, is most of the tests' time, and there twice as
-    # slow with optimizations. Newer JAX runs the same tests with all of them.
-    flags += [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_use_fusion_emitters=false",
-    ]
+    flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"]
 # XLA reads them when JAX first looks for devices. The user's come last, and win.
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
