@@ -47,7 +47,14 @@ from sxe._axes import (
 )
 from sxe._layout import layout_of
 from sxe._options import Arrays, Projection, Static
-from sxe._projection import gather_rows, product_bwd, product_fwd, transform, zeros_as
+from sxe._projection import (
+    gather_rows,
+    product_bwd,
+    product_fwd,
+    product_precision,
+    transform,
+    zeros_as,
+)
 from sxe._reduction import Best, best, denominator, first_of, metrics, specs, sums, weighted
 from sxe._softmax_cross_entropy import (
     RULES,
@@ -91,6 +98,7 @@ class _Program(NamedTuple):
 
     chunks: int
     dtype: DTypeLike  # of the product of hidden states and kernel
+    precision: Any  # of that product, and of those for the gradients
     axis_name: AxisName
     weighted: bool  # whether a row may weigh 0 that has no loss
     metrics: bool
@@ -184,6 +192,7 @@ def _rows_bwd(
 
 
 def _chunk_bwd(
+    program: _Program,
     of_rows: Callable[[Any, Array, Any], tuple[Any, Array, tuple[Array | None, Any]]],
     wanted: _Wanted,
     shared: _Shared,
@@ -196,10 +205,12 @@ def _chunk_bwd(
     ``of_rows`` gives d u, which rows count, and what else is to come out.
     """
     carry, d_kernel = carry
-    u = product_fwd(chunk.hidden, shared.kernel)
+    u = product_fwd(chunk.hidden, shared.kernel, program.precision)
     carry, d_u, (counts, outputs) = over_rows(of_rows, carry, u, rows)
     hidden = keep(counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
-    d_hidden, d_kernel = product_bwd(d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden)
+    d_hidden, d_kernel = product_bwd(
+        d_u, hidden, shared.kernel, d_kernel, wanted.batch.hidden, program.precision
+    )
     d_hidden = None if d_hidden is None else keep(counts, d_hidden)
     return (carry, d_kernel), (d_hidden, outputs)
 
@@ -222,10 +233,10 @@ def _rows_by(rule: str, program: _Program, shared: _Shared, batch: _Batch) -> _R
         # In float32, which holds the operands' products: or JAX would round the kernel's gradient
         # to the operands' dtype in every chunk.
         hidden = keep(chunk.counts, chunk.hidden)  # a NaN there times a d u of 0 is a NaN
-        u = product_fwd(hidden, shared.kernel)
+        u = product_fwd(hidden, shared.kernel, program.precision)
         x, _, counts, largest = _logits(program, shared, u, chunk)
         if program.metrics and chunk.counts is not None:
-            u = product_fwd(*lax.stop_gradient((chunk.hidden, shared.kernel)))
+            u = product_fwd(*lax.stop_gradient((chunk.hidden, shared.kernel)), program.precision)
             largest = _logits(program, lax.stop_gradient(shared), u, chunk).best
         loss, lse = RULES[rule](x, _targets(shared, chunk), program.axis_name)
         return carry, _Results(keep(counts, loss), keep(counts, lse), largest)
@@ -247,7 +258,7 @@ def _rows_and_state(
         return carry, None, (share(x, _targets(shared, rows), program.axis_name), largest)
 
     def body(carry: None, chunk: _Batch) -> tuple[None, Any]:
-        u = product_fwd(chunk.hidden, shared.kernel)
+        u = product_fwd(chunk.hidden, shared.kernel, program.precision)
         _, _, outputs = over_rows(of_rows, carry, u, chunk._replace(hidden=None))
         return carry, outputs
 
@@ -327,7 +338,8 @@ def _weighted_sum_fwd(
         return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, largest, d_rows))
 
     def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
-        return _chunk_bwd(of_rows, wanted, shared, carry, chunk, chunk._replace(hidden=None))
+        rows = chunk._replace(hidden=None)
+        return _chunk_bwd(program, of_rows, wanted, shared, carry, chunk, rows)
 
     total = vary(jnp.zeros((), batch.weight.dtype), varying(batch.weight))
     zeros = _only(wanted.shared, jax.tree.map(lambda x: zeros_as(x, x.shape), shared))
@@ -394,7 +406,7 @@ def _single_rows_bwd(program: _Program, res: Any, gs: _Results) -> tuple[_Shared
     def body(carry: Any, at_chunk: Any) -> tuple[Any, Any]:
         chunk, *rest = at_chunk
         rows = (chunk._replace(hidden=None), *rest)
-        return _chunk_bwd(of_rows, wanted, shared, carry, chunk, rows)
+        return _chunk_bwd(program, of_rows, wanted, shared, carry, chunk, rows)
 
     zeros = _only(wanted.shared, jax.tree.map(lambda x: zeros_as(x, x.shape), shared))
     rows = (batch, state, _instantiate(gs.loss), g_lse)
@@ -497,7 +509,12 @@ def _prepare(
     batch = _Batch(hidden.astype(wide), targets, rows.weight, counts)
     batch = jax.tree.map(flat, batch)
     program = _Program(
-        chunks, dtype, static.axis_name, arrays.weights is not None, static.return_metrics
+        chunks,
+        dtype,
+        product_precision(dtype),
+        static.axis_name,
+        arrays.weights is not None,
+        static.return_metrics,
     )
     return program, *_typed_alike(shared, batch, static.axis_name), rows
 
@@ -617,6 +634,11 @@ def linear_softmax_cross_entropy(
     Logits are accumulated in float32 whatever the operands are, and so are d hidden in its chunk
     and d kernel over all chunks. The gradient of the logits stays in float32 for its products on a
     CPU; on an accelerator it is rounded to bfloat16 where the operands are bfloat16.
+
+    float32 is multiplied as float32, also where JAX's default for matmuls is TF32, on a GPU, or
+    bfloat16, on a TPU. For those, which are several times as fast, ask JAX:
+    ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"``, around the call or as the
+    option ``jax_default_matmul_precision``, applies to all products of the head, both ways.
 
     Rows that do not count contribute nothing to value or gradient, whatever stands in them.
     Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.

@@ -1,6 +1,7 @@
 """The head: every option, precision, edges and cost, against logits in float64 NumPy."""
 
 import functools
+import re
 
 import fresh
 import jax
@@ -475,6 +476,50 @@ def test_flops(of, reduction, products):
     assert str(jax.make_jaxpr(run)(given, p, g)).count("dot_general[") == products
     flops = jax.jit(run).lower(given, p, g).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * n // chunks * width * classes * products, rel=0.05)
+
+
+def precisions(f, *arguments):
+    """Of every matrix product in f, as JAX hands it to XLA."""
+    text = jax.jit(f).lower(*arguments).as_text()
+    found = re.findall(r"dot_general.*?precision = \[(\w+), (\w+)\]", text)
+    assert len(found) == text.count("stablehlo.dot_general") > 0
+    return {name for both in found for name in both}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@every_rule
+@pytest.mark.parametrize(
+    ("hidden", "kernel", "precision"),
+    [
+        ("float32", "float32", "HIGHEST"),
+        ("bfloat16", "float32", "HIGHEST"),
+        ("float16", "float16", "HIGH"),
+        ("bfloat16", "bfloat16", "DEFAULT"),
+    ],
+)
+def test_precision_of_products(hidden, kernel, precision, rule, reduction):
+    """By the dtype of the inputs, whose digits none of the products drops, unless asked to."""
+    p = {"hidden": jnp.zeros((N, D), hidden), "kernel": jnp.zeros((D, K), kernel)}
+    labels = problem()["labels"]
+
+    def pullback(forward, p, g):
+        def loss(p):
+            with jax.numpy_dtype_promotion("standard"):
+                static = {"reduction": reduction, "rule": rule, "chunk_size": 4}
+                return head(p | {"labels": labels}, **static)
+
+        with jax.default_matmul_precision(forward):
+            _, pullback = jax.vjp(loss, p)
+        return pullback(g)  # outside of the context
+
+    g = cotangents()[reduction]
+    for forward, expected in [
+        (None, precision),
+        ("tensorfloat32", "HIGH"),
+        ("bfloat16", "DEFAULT"),
+        ("float32", "HIGHEST"),
+    ]:
+        assert precisions(functools.partial(pullback, forward), p, g) == {expected}
 
 
 ONE_DEVICE = """
