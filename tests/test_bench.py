@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import pytest
 
 import sxe
 from sxe.__main__ import main
-from sxe._bench import contestants
-from sxe._bench.measure import measure
+from sxe._bench import contestants, report
+from sxe._bench.measure import Measurement, Timing, measure
 from sxe._bench.problem import Problem, errors, truth
 
 PROBLEMS = [
@@ -106,6 +107,88 @@ def test_a_wrong_peer_is_marked_in_the_table(peers, monkeypatch, capsys):
     assert ") !" in text
     assert "! wrong is wrong at 8 x 11, float32, value: error of loss 1.0e-03" in text
     assert "fails failed at 8 x 11, float32, value: NotImplementedError: not here" in text
+
+
+@pytest.mark.parametrize(
+    ("problem", "gradient", "rate"),
+    [
+        (Problem(1000, 2000), False, "8.0 GB/s"),
+        (Problem(1000, 2000), True, "16.0 GB/s"),
+        (Problem(1000, 2000, dtype="bfloat16"), True, "8.0 GB/s"),
+        (Problem(1000, 2000, dense=True), True, "24.0 GB/s"),
+        (Problem(1000, 2000, hidden=500), False, "2 TFLOP/s"),
+        (Problem(1000, 2000, hidden=50, dtype="bfloat16"), True, "600 GFLOP/s"),
+    ],
+    ids=str,
+)
+def test_the_rate_is_that_of_what_has_to_be_done(problem, gradient, rate):
+    """In a call of a millisecond, of which the floor is three quarters."""
+    timings = tuple(
+        Timing(name, (seconds,), temporary_bytes=mib * 2**20)
+        for name, seconds, mib in [("sxe", 1e-3, 3), ("peer", 2e-3, 5), ("floor", 0.75e-3, 0)]
+    )
+    titles, _, row = report.table([Measurement(problem, gradient, "", timings)]).splitlines()
+    cells = re.split(r"\s{2,}", row.strip())
+    assert cells[2:] == ["1", rate, "1.33", "0.50 (0.50..0.50)", "3/5"]
+    assert "MiB: sxe/peer" in titles
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen", "expected"),
+    [
+        ("float32", None, "highest"),
+        ("float32", "tensorfloat32", "tensorfloat32"),
+        ("bfloat16", None, None),
+    ],
+)
+def test_all_multiply_float32_alike(dtype, chosen, expected, monkeypatch):
+    """Also on a GPU, where JAX's default is TF32, and sxe's is not."""
+    seen = []
+    losses = contestants.losses
+
+    def watched(problem):
+        def loss(*arguments):
+            seen.append(jax.config.jax_default_matmul_precision)
+            return losses(problem)["optax"]["optax"](*arguments)
+
+        return {**losses(problem), "optax": {"optax": loss}}
+
+    monkeypatch.setattr(contestants, "losses", watched)
+    with jax.default_matmul_precision(chosen):
+        measure(Problem(8, 11, hidden=5, dtype=dtype), True, ("optax",), 1, 60.0)
+    assert seen
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize(("backend", "waits"), [("cpu", 4), ("gpu", 1)])
+def test_an_accelerator_is_kept_busy(backend, waits, monkeypatch):
+    contestant = contestants.Contestant("", lambda x: x + 1, jnp.ones(3))
+    seen = []
+    monkeypatch.setattr(jax, "block_until_ready", seen.append)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert contestant.seconds(3) > 0
+    assert len(seen) == waits
+
+
+def test_on_an_accelerator_optax_has_logits_in_bfloat16_too(monkeypatch):
+    problem = Problem(9, 11, hidden=5, dtype="bfloat16")
+    assert list(contestants.losses(problem)["optax"]) == ["optax"]
+    hidden, kernel, labels = problem.data()
+    arrays = (jnp.asarray(hidden, "bfloat16"), jnp.asarray(kernel, "bfloat16"), labels)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = contestants.losses(problem)["optax"]
+    assert list(found) == ["optax", "optax, narrow logits"]
+    assert list(contestants.losses(problem._replace(dtype="float32"))["optax"]) == ["optax"]
+    wide, narrow = (f(*arrays) for f in found.values())
+    assert narrow.dtype == "float32"
+    assert narrow == pytest.approx(float(wide), rel=1e-2)
+    gradients = (oracle.head_gradients(*arrays)[n] for n in ("hidden", "kernel"))
+    for actual, right in zip(
+        jax.grad(found["optax, narrow logits"], (0, 1))(*arrays), gradients, strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(actual, np.float64), right, atol=3e-2 * np.abs(right).max()
+        )
 
 
 def test_a_sweep_as_table_json_and_plot(tmp_path, capsys):

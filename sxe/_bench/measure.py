@@ -24,7 +24,22 @@ from sxe._bench.contestants import (
 )
 from sxe._bench.problem import TOLERANCES, Outcome, Problem, errors, truth
 
-SHORTEST = 2e-3  # seconds that are timed at once, by repeating a call that is shorter
+
+def shortest(backend: str) -> float:
+    """The seconds that are timed at once, by repeating a call that is shorter.
+
+    A call to an accelerator has to be sent there, and the last one's end comes back late.
+    """
+    return 2e-3 if backend == "cpu" else 5e-2
+
+
+def products_in(dtype: str) -> Any:
+    """Where all contestants multiply float32 as float32, or as the caller of JAX has chosen.
+
+    sxe does so by itself. With JAX's default, others would on a GPU multiply in TF32.
+    """
+    chosen = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    return jax.default_matmul_precision(chosen or ("highest" if dtype == "float32" else None))
 
 
 class Timing(NamedTuple):
@@ -81,8 +96,9 @@ class Machine(NamedTuple):
     """Where it ran, and what that machine does at best.
 
     Attributes:
-      copy: bytes per second, read and written, of a copy of 256 MiB.
-      matmul: FLOPs per second of a product of two 4096 x 4096 matrices (2048 on a CPU), by dtype.
+      float32_products: in what float32 is multiplied, by all contestants.
+      copy: bytes per second, read and written, of a copy of 1 GiB (256 MiB on a CPU).
+      matmul: FLOPs per second of a product of two 8192 x 8192 matrices (2048 on a CPU), by dtype.
     """
 
     device: str
@@ -108,8 +124,9 @@ def measure(
     arguments = [jnp.asarray(x, x.dtype if x.dtype == np.int32 else dtype) for x in data]
     true = truth(problem, *(np.asarray(x) for x in arguments))
     with ExitStack() as stack:
-        runners, failed = contestants(problem, gradient, peers, stack, *arguments)
-        bound, times = floor(problem, gradient, *arguments)
+        with products_in(problem.dtype):
+            runners, failed = contestants(problem, gradient, peers, stack, *arguments)
+            bound, times = floor(problem, gradient, *arguments)
         judged = {}
         for runner in runners:
             try:
@@ -120,7 +137,8 @@ def measure(
                 failed[runner.name] = why(error)
         runners = [r for r in runners if r.name in judged]
         everyone = [(r, 1) for r in runners] + [(bound, times)]
-        repeats = [max(1, math.ceil(SHORTEST / r.seconds())) for r, _ in everyone]
+        least = shortest(jax.default_backend())
+        repeats = [max(1, math.ceil(least / r.seconds())) for r, _ in everyone]
         taken: list[list[float]] = [[] for _ in everyone]
         start = time.perf_counter()
         for i in range(rounds):
@@ -155,27 +173,27 @@ def _path(problem: Problem, gradient: bool, arguments: list[Any]) -> str:
 
 
 def machine() -> Machine:
-    gpu = jax.default_backend() != "cpu"
-    device = jax.devices()[0]
+    backend, device = jax.default_backend(), jax.devices()[0]
 
     def best(f: Callable[..., Any], *arguments: Any) -> float:
         contestant = Contestant("", f, *arguments)
-        contestant.seconds()
-        return min(contestant.seconds() for _ in range(5))
+        repeats = max(1, math.ceil(shortest(backend) / contestant.seconds()))
+        return min(contestant.seconds(repeats) for _ in range(5))
 
-    x = jnp.ones((2**26,), jnp.float32)
+    x = jnp.ones((2**26 if backend == "cpu" else 2**28,), jnp.float32)
     copy = 2 * x.nbytes / best(lambda x: x + 1, x)
-    n = 4096 if gpu else 2048
+    n = 2048 if backend == "cpu" else 8192
     rates = {}
     for dtype in ("float32", "bfloat16"):
-        a = jnp.ones((n, n), dtype)
-        rates[dtype] = 2 * n**3 / best(lambda a: jnp.matmul(a, a), a)
+        a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+        with products_in(dtype):
+            rates[dtype] = 2 * n**3 / best(jnp.matmul, a, a)
     precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     return Machine(
         device=f"{device.platform} {device.device_kind}".strip(),
         devices=jax.device_count(),
         cores=os.cpu_count() or 1,
-        float32_products=str(precision or "default, which is TF32 on GPUs that have it"),
+        float32_products=str(precision or "float32"),
         versions={"jax": jax.__version__, **installed()},
         copy=copy,
         matmul=rates,

@@ -49,6 +49,19 @@ class Problem(NamedTuple):
         notes += [f"{self.confident:.0%} confident"] if self.confident else []
         return ", ".join((self.sizes, self.dtype, *notes))
 
+    def least_bytes(self, gradient: bool) -> int | None:
+        """To read the logits and, if dense, the targets, and to write the gradient; None: a head.
+
+        Once each, which no program does that reads the logits again for the gradient.
+        """
+        arrays, itemsize = 1 + self.dense + gradient, int(self.dtype[-2:]) // 8
+        return None if self.hidden else arrays * self.rows * self.classes * itemsize
+
+    def flops(self, gradient: bool) -> int | None:
+        """Of the head's products, 6 N D K with gradient and 2 N D K without; None: given logits."""
+        products = 3 if gradient else 1
+        return 2 * products * self.rows * self.hidden * self.classes if self.hidden else None
+
     def data(self) -> tuple[Array, ...]:
         """Logits, or hidden states and kernel, in float32; and the labels."""
         rng = np.random.default_rng(0)

@@ -13,30 +13,51 @@ from sxe._bench.problem import Problem
 
 def heading(machine: Machine) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in machine.matmul.items())
+    rates = ", ".join(f"{dtype} {_flops(rate)}" for dtype, rate in machine.matmul.items())
     return (
         f"{machine.device}, {machine.cores} CPU cores, {machine.devices} device(s); {versions}\n"
-        f"copy {machine.copy / 1e9:,.1f} GB/s; matmul GFLOP/s: {rates}; "
+        f"copy {machine.copy / 1e9:,.1f} GB/s; matmul {rates}; "
         f"float32 products: {machine.float32_products}"
     )
 
 
+def _flops(rate: float) -> str:
+    unit, name = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")
+    return f"{rate / unit:,.3g} {name}" if rate < 100 * unit else f"{rate / unit:,.0f} {name}"
+
+
+def _rate(m: Measurement, t: Timing) -> str:
+    """Of what a call has to do at least: bytes of given logits, FLOPs of the head."""
+    flops, least = m.problem.flops(m.gradient), m.problem.least_bytes(m.gradient)
+    if flops is not None:
+        return _flops(flops / t.median)
+    assert least is not None
+    return f"{least / t.median / 1e9:,.1f} GB/s"
+
+
 def table(measurements: Sequence[Measurement]) -> str:
-    """A row for each problem: sxe's time, and as a multiple of the floor's and of each peer's."""
+    """A row for each problem: sxe's time, and as a multiple of the floor's and of each peer's.
+
+    Then the temporaries of all whose programs are known, in the order of the columns.
+    """
     names = dict.fromkeys(t.name for m in measurements for t in m.timings if t.name != "sxe")
     peers = [name for name in names if name != "floor"]
+    timings = [{t.name: t for t in m.timings} for m in measurements]
+    known = ["sxe"]
+    known += [p for p in peers if any(p in t and t[p].temporary_bytes is not None for t in timings)]
     rows = []
-    for m in measurements:
-        by_name = {t.name: t for t in m.timings}
+    for m, by_name in zip(measurements, timings, strict=True):
         ours, floor = by_name["sxe"], by_name["floor"]
         ratios = [_ratio(ours, by_name.get(name)) for name in peers]
-        mib = "/".join(_mib(by_name[name]) for name in ("sxe", "optax") if name in by_name)
+        mib = "/".join(_mib(by_name[name]) if name in by_name else "-" for name in known)
         what = "both" if m.gradient else "value"
         ms = 1e3 * ours.median
-        sxe_columns = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", f"{ours.over(floor)[0]:.2f}")
+        sxe_columns = [f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}", _rate(m, ours)]
+        sxe_columns += [f"{ours.over(floor)[0]:.2f}"]
         rows.append([m.problem.name, what, *sxe_columns, *ratios, mib, _compile(by_name)])
-    columns = ["N x K or N x D x K", "", "sxe, ms", "/ floor", *(f"/ {name}" for name in peers)]
-    return tabulate(rows, [*columns, "MiB: sxe/optax", "compile"], disable_numparse=True)
+    columns = ["N x K or N x D x K", "", "sxe, ms", "rate", "/ floor"]
+    columns += [*(f"/ {name}" for name in peers), f"MiB: {'/'.join(known)}", "compile"]
+    return tabulate(rows, columns, disable_numparse=True)
 
 
 def _ratio(ours: Timing, theirs: Timing | None) -> str:
