@@ -611,7 +611,7 @@ def linear_softmax_cross_entropy(
       softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
       chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
         on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
-        less than 128 rows on a CPU, 1024 on an accelerator, up to a sixteenth of the rows.
+        less than 128 rows on a CPU, 2048 on an accelerator, up to a sixteenth of the rows.
       where: bool [...], the rows that count. The head has no mask of classes.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices

@@ -30,7 +30,10 @@ class Chunk(NamedTuple):
 def chunk_for(backend: str) -> Chunk:
     """Chunks that need less than 64 MiB in all, with what else is as large as their logits."""
     if backend != "cpu":
-        return Chunk(32 * 2**20, 1024)  # their gradient in bfloat16
+        # Beside their gradient in bfloat16. Each chunk reads and writes the kernel's gradient, in
+        # float32: by its data sheet, 3.35 TB/s and 989 TFLOP/s, an H100 multiplies 1,180 rows with
+        # the kernel in that time.
+        return Chunk(32 * 2**20, 2048)
     if jax.__version_info__ < (0, 11):
         return Chunk(24 * 2**20, 128)  # a copy that XLA makes, for some options
     return Chunk(48 * 2**20, 128)
