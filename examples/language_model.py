@@ -7,6 +7,10 @@ model on the same batches, each in a process of its own. At the end the script p
 and peak memory of both, lets the model write some code, and draws the loss curves:
 
     python examples/language_model.py --loss both --figure language_model.png
+
+On an accelerator, a last layer of the size that language models have, in bfloat16:
+
+    python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16
 """
 
 import argparse
@@ -104,20 +108,21 @@ def encode(tokenizer, texts):
 class Block(nnx.Module):
     """Attention and a perceptron, each behind a norm and around a shortcut."""
 
-    def __init__(self, dim, heads, *, rngs):
+    def __init__(self, dim, heads, dtype, *, rngs):
         zeros = nnx.initializers.zeros  # at first each block is the identity: learns much faster
-        self.attention_norm = nnx.RMSNorm(dim, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(dim, dtype=dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
             heads,
             dim,
             use_bias=False,
             decode=False,
             out_kernel_init=zeros,
+            dtype=dtype,
             rngs=rngs,
         )
-        self.mlp_norm = nnx.RMSNorm(dim, rngs=rngs)
-        self.up = nnx.Linear(dim, 4 * dim, rngs=rngs)
-        self.down = nnx.Linear(4 * dim, dim, kernel_init=zeros, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(dim, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(dim, 4 * dim, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(4 * dim, dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, mask):
         x = x + self.attention(self.attention_norm(x), mask=mask)
@@ -125,14 +130,19 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """From tokens [B, T] to the hidden states [B, T, D] in front of the last layer."""
+    """From tokens [B, T] to the hidden states [B, T, D] in front of the last layer.
 
-    def __init__(self, args, *, rngs):
-        small = nnx.initializers.normal(0.02)
-        self.embedding = nnx.Embed(args.vocabulary, args.dim, embedding_init=small, rngs=rngs)
-        self.position = nnx.Embed(args.context, args.dim, embedding_init=small, rngs=rngs)
-        self.blocks = nnx.List([Block(args.dim, args.heads, rngs=rngs) for _ in range(args.layers)])
-        self.norm = nnx.RMSNorm(args.dim, rngs=rngs)
+    Weights are float32, and dtype is what they are multiplied in.
+    """
+
+    def __init__(self, args, *, classes=None, dtype=None, rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        small = {"embedding_init": nnx.initializers.normal(0.02), **options}
+        self.embedding = nnx.Embed(classes or args.vocabulary, args.dim, **small)
+        self.position = nnx.Embed(args.context, args.dim, **small)
+        blocks = [Block(args.dim, args.heads, **options) for _ in range(args.layers)]
+        self.blocks = nnx.List(blocks)
+        self.norm = nnx.RMSNorm(args.dim, **options)
 
     def __call__(self, tokens):
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))
@@ -144,11 +154,11 @@ class Transformer(nnx.Module):
     @property
     def kernel(self):
         """[D, K], of the last layer: the embedding once more, transposed."""
-        return self.embedding.embedding[...].T
+        return self.embedding.embedding[...].astype(self.embedding.dtype).T
 
 
 def optax_loss(hidden, kernel, labels):
-    logits = hidden @ kernel
+    logits = (hidden @ kernel).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -186,7 +196,7 @@ def peak_memory():
 
 def train(name, args, tokens, held_out, prompt):
     """Train with the loss of this name, and return a Run."""
-    model = Transformer(args, rngs=nnx.Rngs(args.seed))
+    model = Transformer(args, classes=args.classes, dtype=args.dtype, rngs=nnx.Rngs(args.seed))
     graph, params = nnx.split(model, nnx.Param)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.steps // 10, args.steps
@@ -208,7 +218,7 @@ def train(name, args, tokens, held_out, prompt):
         model = nnx.merge(graph, params)
 
         def add_one(i, tokens):
-            logits = model(tokens)[0, i - 1] @ model.kernel
+            logits = (model(tokens)[0, i - 1] @ model.kernel)[: args.vocabulary]
             token = jax.random.categorical(jax.random.fold_in(key, i), logits / args.temperature)
             return tokens.at[0, i].set(token)
 
@@ -322,6 +332,10 @@ def main():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--vocabulary", type=int, default=16_384)
+    parser.add_argument(
+        "--classes", type=int, help="of the last layer, if more than the vocabulary has"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--text-bytes", type=int, default=6_000_000, help="how much to read")
     parser.add_argument("--held-out-files", type=int, default=8)
     parser.add_argument("--prompt", default="def", help="what the sample begins with")
@@ -332,6 +346,8 @@ def main():
     if parser.parse_args().smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args()
+    if args.classes is not None and args.classes < args.vocabulary:
+        parser.error(f"--classes: expected at least the vocabulary's {args.vocabulary}")
 
     texts, held_out_texts = read_sources(args.text_bytes, args.held_out_files)
     tokenizer = train_tokenizer(texts, args.vocabulary)

@@ -149,6 +149,22 @@ def test_language_model_says_how_much_text_it_needs(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_language_model_in_bfloat16_with_more_classes_than_the_vocabulary(tmp_path):
+    done = run_example(
+        "language_model.py", tmp_path, "--smoke", "--dtype=bfloat16", "--classes=20000"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    optax_loss, sxe_loss = row(done.stdout, "held-out loss")
+    assert abs(optax_loss - sxe_loss) < 0.01
+    assert sxe_loss < math.log(20_000) - 0.1
+    optax_mib, sxe_mib = row(done.stdout, "temporaries of a step")
+    assert sxe_mib < optax_mib - 78  # 8 * 128 tokens * 20,000 classes in float32
+    too_few = run_example("language_model.py", tmp_path, "--smoke", "--classes=9")
+    assert too_few.returncode == 2
+    assert "--classes: expected at least the vocabulary's 16384" in too_few.stderr
+
+
 def sharded_report(done):
     """What examples/sharded_training.py --smoke prints, once it is known to match one device."""
     assert done.returncode == 0, done.stdout + done.stderr
