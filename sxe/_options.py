@@ -208,7 +208,9 @@ def parse(
 
 def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice: str = "") -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}")
+        mask = name == "weights" and x.dtype == jnp.bool_
+        hint = "; for a mask of rows pass where" if mask else ""
+        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}{hint}")
     if x.shape != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, one for each {each}, got {x.shape}{advice}"

@@ -232,7 +232,6 @@ def test_with_gradient_is_as_exact():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="they are on, see conftest.py")
 def test_with_all_optimizations():
     """All of the above, compiled as users' programs are."""
     flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"

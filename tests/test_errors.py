@@ -92,6 +92,12 @@ SHARED = [
     ("weights", {"weights": [1] * N}, TypeError, "expected a float dtype, got int32"),
     (
         "weights",
+        {"weights": zeros(N, dtype=bool)},
+        TypeError,
+        "got bool; for a mask of rows pass where",
+    ),
+    (
+        "weights",
         {"weights": zeros(N, 1)},
         ValueError,
         r"expected shape \(6,\), one for each row, got \(6, 1\)",
