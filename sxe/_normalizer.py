@@ -103,8 +103,9 @@ def _rest_in_one_pass(x: Array, m: Array, confident: Array, scale: float = 1) ->
 
     Scaled, terms below the smallest normal number, which would each be 0, add up as well.
     """
-    e = jnp.where(x < m[..., None], _exp_difference(x, m[..., None], scale), 0)
-    return jnp.sum(e, axis=-1) / scale
+    e = _exp_difference(x, m[..., None], scale)
+    # Of a maximum 0 is left, with its derivative, and of all others all.
+    return jnp.sum(e - scale * jnp.floor(e / scale), axis=-1) / scale
 
 
 def _rest_if_needed(x: Array, m: Array, confident: Array) -> Array:
