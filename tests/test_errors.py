@@ -94,7 +94,7 @@ SHARED = [
         "weights",
         {"weights": zeros(N, dtype=bool)},
         TypeError,
-        "got bool; for a mask of rows pass where",
+        "expected a float dtype, got bool; for a mask of rows pass where",
     ),
     (
         "weights",
