@@ -8,10 +8,12 @@ Every option about targets ends here, as a target t_k for each class and a weigh
 with class weights c and label smoothing a. The row rule sees nothing but t.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum, reshard, sharding, vary_like
@@ -90,6 +92,11 @@ def target_tile(targets: Targets, classes: int) -> Array:
     return t if dense is None else t + dense
 
 
+def _gap(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
+    """m - x, but where t = 0 meets x = -inf."""
+    return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x.astype(m.dtype))
+
+
 def target_gaps(
     targets: Targets, x: Array, m: Array, log1p_r: Array, axis_name: AxisName = None
 ) -> tuple[Array, Array]:
@@ -100,18 +107,15 @@ def target_gaps(
     derivative meets 0 * inf.
     """
 
-    def gap(x: Array, m: Array, log1p_r: Array, t: Array) -> Array:
-        return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x.astype(m.dtype))
-
     label, label_target, dense, _ = targets
     at_label, at_dense = jnp.zeros_like(m), jnp.zeros_like(m)[..., None]
     if label is not None and label_target is not None:
         found, inside = take_label(x, label)
-        at_label = jnp.where(inside, gap(found, m, log1p_r, label_target), 0)
+        at_label = jnp.where(inside, _gap(label_target, found, m, log1p_r), 0)
         at_label = psum(at_label, axis_name)
     if dense is not None:
         m, log1p_r = vary_like((m, log1p_r), x)
-        at_dense = gap(x, m[..., None], log1p_r[..., None], dense)
+        at_dense = _gap(dense, x, m[..., None], log1p_r[..., None])
     return at_label, at_dense
 
 
@@ -131,13 +135,41 @@ def target_cost(
     targets: Targets, x: Array, m: Array, log1p_r: Array, axis_name: AxisName = None
 ) -> Array:
     """sum_k t_k (m - x_k), [..., K] to [...], over the classes of this tile or of all shards."""
-    at_label, at_dense = target_gaps(targets, x, m, log1p_r, axis_name)
+    at_label, _ = target_gaps(targets._replace(dense=None), x, m, log1p_r, axis_name)
     cost = jnp.zeros_like(m)
     if targets.label_target is not None:
         cost = targets.label_target * at_label
     if targets.dense is not None:
-        cost = cost + psum(jnp.sum(targets.dense * at_dense, axis=-1), axis_name)
+        m, log1p_r = vary_like((m, log1p_r), x)
+        cost = cost + psum(_dense_cost(targets.dense, x, m, log1p_r), axis_name)
     return cost
+
+
+@jax.custom_jvp
+def _dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
+    """sum_k t_k (m - x_k), [..., K] to [...]: inf where t > 0 meets x = -inf, and 0 log 0 = 0.
+
+    Without comparison or clamp, for which XLA's CPU backend would write out an array as large as x.
+    """
+    x, most = x.astype(m.dtype), jnp.finfo(m.dtype).max
+    impossible = jnp.minimum(jnp.maximum(x, -most) - x, most)  # where x = -inf, and else 0
+    costs = t * jnp.minimum(m[..., None] - x, most)
+    return jnp.sum(costs * (1 + impossible), axis=-1)
+
+
+def _dense_cost_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    # No tangent that is zero may meet an infinite gap.
+    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+    def by_gaps(*some: Array) -> Array:
+        t, x, m, log1p_r = (dict(enumerate(primals)) | dict(zip(moved, some, strict=True))).values()
+        return jnp.sum(t * _gap(t, x, m[..., None], log1p_r[..., None]), axis=-1)
+
+    _, cost_dot = jax.jvp(by_gaps, [primals[i] for i in moved], [tangents[i] for i in moved])
+    return _dense_cost(*primals), cost_dot
+
+
+_dense_cost.defjvp(_dense_cost_jvp, symbolic_zeros=True)
 
 
 def target_sum(targets: Targets, x: Array) -> Array:
