@@ -106,7 +106,6 @@ def target_gaps(
     infinite but -log1p(r), so that the class costs (m - x) + log1p(r) = 0: 0 log 0 = 0, and no
     derivative meets 0 * inf.
     """
-
     label, label_target, dense, _ = targets
     at_label, at_dense = jnp.zeros_like(m), jnp.zeros_like(m)[..., None]
     if label is not None and label_target is not None:
@@ -153,8 +152,8 @@ def _dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
     """
     x, most = x.astype(m.dtype), jnp.finfo(m.dtype).max
     impossible = jnp.minimum(jnp.maximum(x, -most) - x, most)  # where x = -inf, and else 0
-    costs = t * jnp.minimum(m[..., None] - x, most)
-    return jnp.sum(costs * (1 + impossible), axis=-1)
+    half = jnp.minimum((m / 2)[..., None] - x / 2, most)  # m - x may overflow
+    return 2 * jnp.sum(t * half * (1 + impossible), axis=-1)
 
 
 def _dense_cost_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:

@@ -442,6 +442,16 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
     assert_close(np.delete(d_targets[8], 3, axis=-1), np.asarray(g)[:, None] * nll)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+def test_what_a_dense_target_costs_at_the_ends_of_float32(rule, jit):
+    f = functools.partial(sxe.softmax_cross_entropy, reduction="none", rule=rule)
+    f = jax.jit(f) if jit else f
+    logits = np.array([[0, -INF], [3e38, -3e38], [3e38, -INF], [-3e38, 0]], np.float32)
+    targets = np.array([[1, 1e-30], [0.875, 0.125], [1, 0], [0, 1]], np.float32)
+    np.testing.assert_allclose(f(logits, targets), [INF, 7.5e37, 0, 0], rtol=1e-6)
+
+
 def test_an_option_that_is_off_does_nothing():
     """z_loss = 0 beside an infinite lse, smoothing = 0 beside a class that cannot occur."""
     logits = np.array([[3e38, 3e38, -INF]], np.float32)
