@@ -442,6 +442,31 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
     assert_close(np.delete(d_targets[8], 3, axis=-1), np.asarray(g)[:, None] * nll)
 
 
+@every_rule
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("head", [False, True])
+def test_the_derivative_by_class_weights_is_what_they_weigh(head, smoothing, rule):
+    """Of sum_i g_i loss_i by c_k: sum_i g_i ((1 - a) [k = y_i] + a / K) nll_ik."""
+    N, D, K = 13, 5, 7
+    hidden, kernel, g = some_logits(N, D), some_logits(D, K), some_logits(N)
+    rng = np.random.default_rng(6)
+    labels, class_weights = rng.integers(K, size=N), rng.uniform(size=K).astype(np.float32)
+    logits = hidden.astype(np.float64) @ kernel
+    loss, inputs = sxe.softmax_cross_entropy, (logits.astype(np.float32),)
+    if head:
+        loss, inputs = sxe.linear_softmax_cross_entropy, (hidden, kernel)
+
+    def weighted(class_weights):
+        options = {"label_smoothing": smoothing, "reduction": "none", "rule": rule}
+        return loss(*inputs, labels, class_weights=class_weights, **options)
+
+    _, pullback = jax.vjp(weighted, jnp.asarray(class_weights))
+    nll = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
+    shares = (1 - smoothing) * np.eye(K)[labels] + smoothing / K
+    expected = (g[:, None] * shares * nll).sum(0)
+    np.testing.assert_allclose(pullback(jnp.asarray(g))[0], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("rule", ["vjp", "jvp"])
 def test_what_a_dense_target_costs_at_the_ends_of_float32(rule, jit):
