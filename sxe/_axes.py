@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,11 +70,35 @@ def sharding(x: Array) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
-def is_local() -> bool:
-    """Whether an array here lies on one device whole: there is one, or shard_map splits them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return manual or jax.device_count() == 1
+class Place(NamedTuple):
+    """Where a program will run.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      is_local: whether its arrays lie on one device whole.
+    """
+
+    platform: str
+    is_local: bool
+
+
+LOCAL_CPU = Place("cpu", is_local=True)
+
+
+def place(*arrays: Array) -> Place:
+    """Where the program that is traced with these arrays will run.
+
+    That is on the devices of the mesh around the call, or of the arrays' types, which this process
+    may not have: it then compiles for them. Where there is no mesh, it is on JAX's own.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    meshes = [around, *(jax.typeof(x).sharding.mesh for x in arrays)]
+    platforms = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device]
+    platform = platforms[0] if platforms else jax.default_backend()
+    # Of an array without a mesh nobody knows whether several devices split it.
+    alone = jax.device_count() == 1 and all(mesh.size <= 1 for mesh in meshes)
+    manual = not around.empty and set(around.manual_axes) == set(around.axis_names)
+    return Place("gpu" if platform in ("cuda", "rocm") else platform, alone or manual)
 
 
 def is_explicit(*arrays: Array | None) -> bool:

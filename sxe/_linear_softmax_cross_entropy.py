@@ -40,6 +40,7 @@ from sxe._axes import (
     check_axis_name,
     check_splits,
     is_explicit,
+    place,
     psum,
     sharding,
     vary,
@@ -474,8 +475,9 @@ def _prepare(
     )
 
     n = math.prod(rows_shape)
-    size = chunk_size or rows_per_chunk(n, classes, dtype, jax.default_backend())
-    chunks = number_of_chunks(n, size)
+    at = place(hidden, kernel)
+    size = chunk_size or rows_per_chunk(n, classes, dtype, at.platform)
+    chunks = number_of_chunks(n, size, at.is_local)
     padding = max(1, -(-n // chunks)) * chunks - n
 
     def flat(x: Array) -> Array:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sxe._axes import is_local
+from sxe._axes import LOCAL_CPU, place
 
 
 class Normalizer(NamedTuple):
@@ -58,7 +58,7 @@ def _apart(m: Array, after: Array) -> Array:
     XLA's CPU backend fuses a sum of exponentials into one pass over x. Where two sums or a sum and
     the gradient share their terms, it writes the terms out instead: an array of the size of x.
     """
-    if jax.default_backend() == "cpu":
+    if place(m).platform == "cpu":
         # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
         m, _ = lax.optimization_barrier((m, lax.stop_gradient(after)))
     return m
@@ -171,7 +171,7 @@ def rows_per_block(x: Array) -> int | None:
     """
     known = all(isinstance(n, int) for n in x.shape)
     split = any(axis is not None for axis in jax.typeof(x).sharding.spec)
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or split or not known:
+    if place(x).platform != "cpu" or jax.device_count() > 1 or split or not known:
         return None
     n, most = math.prod(x.shape[:-1]), max(1, BLOCK_BYTES // (4 * x.shape[-1]))
     return part_of(n, most) if n >= 2 * most else None
@@ -180,7 +180,7 @@ def rows_per_block(x: Array) -> int | None:
 @jax.custom_jvp
 def normalize(x: Array) -> Normalizer:
     """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
-    on_cpu = jax.default_backend() == "cpu" and is_local()
+    on_cpu = place(x) == LOCAL_CPU
     K = x.shape[-1]  # of an exported program it may be a symbol
     few = isinstance(K, int) and 2 <= K <= FEW_CLASSES
     # JAX 0.10 compiles it wrongly in a sharded program, at the lowest level of optimization.

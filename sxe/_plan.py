@@ -10,11 +10,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
 from sxe import _options, _tiles
-from sxe._axes import AxisName, axis_names
+from sxe._axes import AxisName, Place, axis_names, place
 from sxe._projection import gradient_dtype
 from sxe._softmax_cross_entropy import RULES
 
@@ -207,6 +206,7 @@ def plan(
         "fsdp": _options.mesh_axes("fsdp", fsdp),
     }
     _check_mesh(sizes, axes, rule)
+    here = place()
     call = _Call(
         rows,
         hidden,
@@ -217,7 +217,8 @@ def plan(
         rule=rule,
         chunk_size=given,
         options=tuple(options),
-        backend=backend or jax.default_backend(),
+        # Inside of shard_map a device is alone, whatever the number of devices here.
+        at=Place(backend or here.platform, here.is_local or bool(sizes)),
     )
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
         raise TypeError(f"memory_bytes: expected a number or None, got {memory_bytes!r}")
@@ -244,7 +245,7 @@ class _Call(NamedTuple):
     rule: str
     chunk_size: int | None
     options: tuple[str, ...]
-    backend: str
+    at: Place
 
 
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
@@ -328,7 +329,7 @@ def _plan(
         return _on_a_device(call, sizes, ())
 
     wide = 8 if call.dtype == jnp.float64 else 4
-    gathered_itemsize = wide if call.backend == "cpu" else call.dtype.itemsize  # XLA widens it
+    gathered_itemsize = wide if call.at.platform == "cpu" else call.dtype.itemsize  # XLA widens it
     kernel, all_hidden = hidden * classes, rows * hidden
     want_hidden, want_kernel = (name in call.differentiate for name in INPUTS)
     sums = {"mean": 2, "sum": 1, "none": 0}[call.reduction]
@@ -347,17 +348,14 @@ def _plan(
         ),
     ]
     collectives = tuple(Collective(*c) for c in exchanged if c[2] > 1 and c[3])
-    # Inside of shard_map a device is alone, whatever the number of devices here.
-    manual = AbstractMesh((1,), ("device",), axis_types=(AxisType.Manual,))
-    with jax.sharding.use_abstract_mesh(manual):
-        return _on_a_device(call._replace(rows=rows, classes=classes), sizes, collectives)
+    return _on_a_device(call._replace(rows=rows, classes=classes), sizes, collectives)
 
 
 def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collective, ...]) -> Plan:
     rows, hidden, classes, dtype = call.rows, call.hidden, call.classes, call.dtype
-    backend = call.backend
-    size = call.chunk_size or _tiles.rows_per_chunk(rows, classes, dtype, backend)
-    chunks = _tiles.number_of_chunks(rows, size)
+    platform = call.at.platform
+    size = call.chunk_size or _tiles.rows_per_chunk(rows, classes, dtype, platform)
+    chunks = _tiles.number_of_chunks(rows, size, call.at.is_local)
     size = max(1, -(-rows // chunks))
     wanted = [name in call.differentiate for name in INPUTS]
     if not any(wanted):
@@ -369,7 +367,7 @@ def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collecti
     products = 1 + sum(wanted) + again
 
     itemsize, wide = dtype.itemsize, 8 if dtype == jnp.float64 else 4
-    narrow_gradient = gradient_dtype(dtype, backend).itemsize
+    narrow_gradient = gradient_dtype(dtype, platform).itemsize
     logits = rows * classes * wide
     scattered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
     kernel = hidden * classes // scattered
@@ -392,7 +390,7 @@ def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collecti
         chunk_size=size,
         chunks=chunks,
         padding=size * chunks - rows,
-        gradient_dtype=str(gradient_dtype(dtype, backend)),
+        gradient_dtype=str(gradient_dtype(dtype, platform)),
         flops=2 * products * size * chunks * hidden * classes,
         temporary_bytes=temporary,
         peak_bytes=arguments + results + temporary,
@@ -414,11 +412,11 @@ def _temporary_bytes(
     collectives: tuple[Collective, ...],
 ) -> int:
     """What XLA allocates at the time when it needs most, as far as that follows from the sizes."""
-    rows, hidden, classes, dtype, backend = *call[:4], call.backend
+    rows, hidden, classes, dtype, (platform, _) = *call[:4], call.at
     options = call.options
     wide = 8 if dtype == jnp.float64 else 4
     narrow = dtype.itemsize < wide
-    old = backend == "cpu" and jax.__version_info__ < (0, 11)
+    old = platform == "cpu" and jax.__version_info__ < (0, 11)
     tile = size * classes * wide
     all_hidden = rows * hidden * wide
     chunk_hidden = size * hidden * wide
@@ -426,12 +424,12 @@ def _temporary_bytes(
     kernel = hidden * classes * wide
 
     # The row rule's temporaries are as large as the rows it takes at a time, or the classes.
-    row_block = _tiles.rows_per_block(size, classes, backend) * classes * wide
-    block = _tiles.classes_per_block(hidden, classes, backend)
+    row_block = _tiles.rows_per_block(size, classes, call.at) * classes * wide
+    block = _tiles.classes_per_block(hidden, classes, call.at)
     writes = len({*options, *(("where",) if padded else ())})
     # On a CPU the sum of a confident row is over a copy of its block without the maxima.
-    work = row_block * (1 + (backend == "cpu") + writes)
-    blocks = want_kernel or gradient_dtype(dtype, backend) != dtype
+    work = row_block * (1 + (platform == "cpu") + writes)
+    blocks = want_kernel or gradient_dtype(dtype, platform) != dtype
     if path != VALUE and block < classes and blocks:
         work = max(work, (size + hidden) * block * wide)
     work += chunk_hidden if chunks > 1 else 0
@@ -445,7 +443,7 @@ def _temporary_bytes(
 
     buffers = [tile]
     if old and path == FORWARD and not writes:
-        rows_at_once = _tiles.rows_per_block(size, classes, backend)
+        rows_at_once = _tiles.rows_per_block(size, classes, call.at)
         if rows_at_once == 1 < size:
             buffers.append(tile)  # its rows are not replaced in place
     if old and narrow and want_hidden:

@@ -13,25 +13,25 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from sxe import _normalizer as nz
-from sxe._axes import AxisName, vary, varying
+from sxe._axes import AxisName, place, vary, varying
 from sxe._tiles import classes_per_block, over_classes
 
 
-def product_dtype(dtype: DTypeLike, backend: str) -> Any:
+def product_dtype(dtype: DTypeLike, platform: str) -> Any:
     """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
 
     It is their own, except on a CPU, for which XLA widens float16.
     """
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and backend == "cpu" else dtype)
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 and platform == "cpu" else dtype)
 
 
-def gradient_dtype(dtype: DTypeLike, backend: str) -> Any:
+def gradient_dtype(dtype: DTypeLike, platform: str) -> Any:
     """The dtype in which the gradient of u is multiplied with hidden states and kernel.
 
     An accelerator multiplies bfloat16 with bfloat16 only, so that the gradient is rounded to it. A
     CPU gains little by that, and float16 would lose every probability below 6e-8.
     """
-    if dtype == jnp.bfloat16 and backend != "cpu":
+    if dtype == jnp.bfloat16 and platform != "cpu":
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
@@ -66,7 +66,8 @@ def zeros_as(x: Array, shape: tuple[int, ...]) -> Array:
 def product_fwd(hidden: Array, kernel: Array, precision: Any) -> Array:
     """u [C, K]."""
     (rows, hidden_size), classes = hidden.shape, kernel.shape[1]
-    dtype = product_dtype(hidden.dtype, jax.default_backend())
+    at = place(hidden, kernel)
+    dtype = product_dtype(hidden.dtype, at.platform)
     if dtype == hidden.dtype:
         return _product(hidden, kernel, (1, 0), precision)
     hidden = hidden.astype(dtype)
@@ -74,7 +75,7 @@ def product_fwd(hidden: Array, kernel: Array, precision: Any) -> Array:
     def block(u: Array, take: Callable[..., Any], put: Callable[..., Any]) -> Array:
         return put(u, _product(hidden, take(kernel).astype(dtype), (1, 0), precision))
 
-    size = classes_per_block(hidden_size, classes, jax.default_backend())
+    size = classes_per_block(hidden_size, classes, at)
     return over_classes(block, zeros_as(hidden, (rows, classes)), classes, size)
 
 
@@ -87,8 +88,8 @@ def product_bwd(
     precision: Any,
 ) -> tuple[Array | None, Array | None]:
     """d hidden if wanted, and d_kernel with that of a chunk added unless it is None."""
-    classes, backend = kernel.shape[1], jax.default_backend()
-    dtype = gradient_dtype(hidden.dtype, backend)
+    classes, at = kernel.shape[1], place(hidden, kernel)
+    dtype = gradient_dtype(hidden.dtype, at.platform)
     wide_hidden = hidden.astype(dtype)
 
     def block(d: Any, take: Callable[..., Any], put: Callable[..., Any]) -> Any:
@@ -102,7 +103,7 @@ def product_bwd(
             d_kernel = put(d_kernel, part)
         return d_hidden, d_kernel
 
-    size = classes_per_block(hidden.shape[1], classes, backend)
+    size = classes_per_block(hidden.shape[1], classes, at)
     if d_kernel is None and dtype == hidden.dtype:
         size = classes
     d_hidden = zeros_as(d_u, hidden.shape) if want_hidden else None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from sxe._axes import is_local
+from sxe._axes import LOCAL_CPU, Place, place
 from sxe._normalizer import part_of
 
 BLOCK_BYTES = 4 * 2**20
@@ -27,9 +27,9 @@ class Chunk(NamedTuple):
     rows: int
 
 
-def chunk_for(backend: str) -> Chunk:
+def chunk_for(platform: str) -> Chunk:
     """Chunks that need less than 64 MiB in all, with what else is as large as their logits."""
-    if backend != "cpu":
+    if platform != "cpu":
         # Beside their gradient in bfloat16. Each chunk reads and writes the kernel's gradient, in
         # float32: by its data sheet, 3.35 TB/s and 989 TFLOP/s, an H100 multiplies 1,180 rows with
         # the kernel in that time.
@@ -39,7 +39,7 @@ def chunk_for(backend: str) -> Chunk:
     return Chunk(48 * 2**20, 128)
 
 
-def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: str) -> int:
+def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, platform: str) -> int:
     """The default of ``chunk_size``.
 
     What a chunk needs, beside the gradients, is to stay below 64 MiB or a tenth of all logits.
@@ -48,28 +48,28 @@ def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: str) -> i
     as many as it wants, but at most a sixteenth of all rows.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
-    most_bytes, wanted = chunk_for(backend)
+    most_bytes, wanted = chunk_for(platform)
     return max(1, most_bytes // (itemsize * classes), min(wanted, rows // 16))
 
 
-def number_of_chunks(rows: int, chunk_size: int) -> int:
+def number_of_chunks(rows: int, chunk_size: int, is_local: bool) -> int:
     """How many chunks of one size, which is at most chunk_size, the last one padded if need be.
 
     Padding copies the hidden states and, where devices split the rows, moves them. Half as many
     chunks more than necessary are better, or there twice as many, if they divide the rows.
     """
     fewest = max(1, -(-rows // chunk_size))
-    most = fewest * 3 // 2 if is_local() else fewest * 2
+    most = fewest * 3 // 2 if is_local else fewest * 2
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-def rows_per_block(rows: int, classes: int, backend: str) -> int:
+def rows_per_block(rows: int, classes: int, at: Place) -> int:
     """How many rows of a chunk go through the row rule at a time."""
     most = max(1, BLOCK_BYTES // (4 * classes))
-    return part_of(rows, most) if backend == "cpu" and is_local() else rows
+    return part_of(rows, most) if at == LOCAL_CPU else rows
 
 
-def classes_per_block(hidden_size: int, classes: int, backend: str) -> int:
+def classes_per_block(hidden_size: int, classes: int, at: Place) -> int:
     """How many classes of the kernel are multiplied at a time in the backward pass.
 
     XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
@@ -77,7 +77,7 @@ def classes_per_block(hidden_size: int, classes: int, backend: str) -> int:
     a fifth more time than those of 2048, and wider ones take no less.
     """
     most = min(2048, max(256, 2 * BLOCK_BYTES // (4 * max(1, hidden_size)) // 64 * 64))
-    return part_of(classes, most) if backend == "cpu" and is_local() else classes
+    return part_of(classes, most) if at == LOCAL_CPU else classes
 
 
 def over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, n: int) -> Any:
@@ -111,7 +111,7 @@ def over_rows(
 
     The part that comes back replaces that of the tile, in place; None leaves it.
     """
-    size = rows_per_block(len(tile), tile.shape[1], jax.default_backend())
+    size = rows_per_block(len(tile), tile.shape[1], place(tile))
     if size == len(tile):
         carry, new, outputs = body(carry, tile, rows)
         return carry, tile if new is None else new, outputs
