@@ -56,7 +56,17 @@ from sxe._projection import (
     transform,
     zeros_as,
 )
-from sxe._reduction import Best, best, denominator, first_of, metrics, specs, sums, weighted
+from sxe._reduction import (
+    Best,
+    Sums,
+    best,
+    denominator,
+    first_of,
+    metrics,
+    specs,
+    weight_sum,
+    weighted,
+)
 from sxe._softmax_cross_entropy import (
     RULES,
     holds_shares,
@@ -220,7 +230,7 @@ def _chunk_bwd(
 
 
 class _Results(NamedTuple):
-    """Of the rows, or of the sum of their losses."""
+    """Of each row, [N]."""
 
     loss: Array
     lse: Array
@@ -308,17 +318,16 @@ def _instantiate(g: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(program: _Program, shared: _Shared, batch: _Batch) -> _Results:
-    """sum_i w_i (loss_i + z lse_i^2), and without gradient lse."""
+def _weighted_sum(program: _Program, shared: _Shared, batch: _Batch) -> tuple[Array, _Results]:
+    """sum_i w_i (loss_i + z lse_i^2), and without gradient the rows."""
     shared, batch = _narrow(program, shared, batch)
     rows, _, _ = _rows_and_state(program, shared, batch)
-    loss = weighted(rows.loss, rows.lse, batch.weight, shared.z_loss)
-    return rows._replace(loss=jnp.sum(loss))
+    return jnp.sum(weighted(rows.loss, rows.lse, batch.weight, shared.z_loss)), rows
 
 
 def _weighted_sum_fwd(
     program: _Program, shared_primals: _Shared, batch_primals: _Batch
-) -> tuple[_Results, tuple[_Shared, _Batch]]:
+) -> tuple[tuple[Array, _Results], tuple[_Shared, _Batch]]:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     wanted = _Wanted(*flags)
     shared, batch = _narrow(program, shared, batch)
@@ -336,7 +345,8 @@ def _weighted_sum_fwd(
         )
         d_shared = d_shared._replace(z_loss=_add(d_shared.z_loss, d_z))
         d_rows = _only(wanted.batch, _Batch(None, d_targets, d_weight, None))
-        return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, largest, d_rows))
+        outputs = (_Results(loss, lse, largest), d_rows)
+        return (total + jnp.sum(value), d_shared), d_u, (counts, outputs)
 
     def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
         rows = chunk._replace(hidden=None)
@@ -347,16 +357,16 @@ def _weighted_sum_fwd(
     carry = ((total, zeros._replace(kernel=None)), zeros.kernel)
     carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
     (total, d_shared), d_kernel = carry
-    lse, largest, d_batch = outputs
+    results, d_batch = outputs
     gradients = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
-    return _Results(total, lse, largest), _marked(tuple(wanted), gradients)
+    return (total, results), _marked(tuple(wanted), gradients)
 
 
 def _weighted_sum_bwd(
-    program: _Program, res: tuple[_Shared, _Batch], gs: _Results
+    program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Array, _Results]
 ) -> tuple[_Shared, _Batch]:
     d_shared, d_batch = _unmarked(res)
-    g = _instantiate(gs.loss)
+    g = _instantiate(gs[0])
     g_all = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
 
     def times(g: Array, d: Any) -> Any:
@@ -525,26 +535,31 @@ def _result(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     check_axis_name("axis_name", static.axis_name, "the kernel", inputs.kernel)
     check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", inputs.hidden)
     program, shared, batch, rows = _prepare(inputs, static, chunk_size)
-    loss = None
-    if static.rule == "vjp" and static.reduction != "none":
-        loss_sum, lse, largest = _weighted_sum(program, shared, batch)
-    else:
-        run = _rows if static.rule == "vjp" else functools.partial(_rows_by, static.rule)
-        loss, lse, largest = run(program, shared, batch)
-        loss = weighted(loss, lse, batch.weight, shared.z_loss)
-        loss_sum = jnp.sum(loss)
+    weight = weight_sum(rows, static.batch_axis_name)
+    divisor = denominator(weight, static.reduction)
 
-    def rows_of(x: Any) -> Array:  # an array, unless it is not returned
+    def rows_of(x: Array) -> Array:
         return x[: rows.weight.size].reshape(rows.weight.shape)
 
-    total = sums(loss_sum, rows, static.batch_axis_name)
-    value = total.loss / denominator(total, static.reduction)
-    if static.reduction == "none":
-        value = rows_of(loss)
-    if largest is None:
+    if static.rule == "vjp" and static.reduction != "none":
+        # Divided before, not after: the gradients that the forward pass takes are then those of the
+        # result, and of a loss that is nothing else they need not be scaled.
+        divided = batch._replace(weight=batch.weight / divisor)
+        value, results = _weighted_sum(program, shared, divided)
+        value = psum(value, static.batch_axis_name)
+        results = lax.stop_gradient(results)
+        loss = weighted(results.loss, results.lse, batch.weight, shared.z_loss)
+    else:
+        run = _rows if static.rule == "vjp" else functools.partial(_rows_by, static.rule)
+        results = run(program, shared, batch)
+        loss = weighted(results.loss, results.lse, batch.weight, shared.z_loss)
+        value = psum(jnp.sum(loss), static.batch_axis_name) / divisor
+        value = rows_of(loss) if static.reduction == "none" else value
+    if results.best is None:
         return value
-    predictions = first_of(largest, inputs.kernel.shape[1], static.axis_name)
-    return value, metrics(total, rows_of(lse), rows, rows_of(predictions))
+    predictions = first_of(results.best, inputs.kernel.shape[1], static.axis_name)
+    total = Sums(psum(jnp.sum(loss), static.batch_axis_name), weight)
+    return value, metrics(total, rows_of(results.lse), rows, rows_of(predictions))
 
 
 @functools.partial(jax.jit, static_argnames=("static", "chunk_size"), inline=True)
@@ -613,7 +628,8 @@ def linear_softmax_cross_entropy(
       softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
       chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
         on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
-        less than 128 rows on a CPU, 2048 on an accelerator, up to a sixteenth of the rows.
+        less than 128 rows on a CPU, up to a sixteenth of all, or on an accelerator less than 2048
+        (512 of float32), up to an eighth.
       where: bool [...], the rows that count. The head has no mask of classes.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices

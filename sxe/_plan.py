@@ -422,19 +422,33 @@ def _temporary_bytes(
     chunk_hidden = size * hidden * wide
     padded = size * chunks != rows
     kernel = hidden * classes * wide
+    gathered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
+    reduced = any(c.of == KERNEL_GRADIENT for c in collectives)
+    reduced_hidden = any(c.of == HIDDEN_GRADIENT for c in collectives)
+    if platform == "tpu":
+        # There XLA fuses the row rule with the products, except a tanh, and writes no result over
+        # what it is made of.
+        tiles = 1 + ("softcap" in options and path != VALUE)
+        kernels = kernel * (want_kernel and (narrow or reduced))
+        kernels += hidden * classes * dtype.itemsize * (gathered > 1)
+        copies = padded + (want_hidden and (narrow or reduced_hidden))
+        return tile * tiles + kernels + all_hidden * (copies if chunks > 1 else 0)
 
     # The row rule's temporaries are as large as the rows it takes at a time, or the classes.
     row_block = _tiles.rows_per_block(size, classes, call.at) * classes * wide
     block = _tiles.classes_per_block(hidden, classes, call.at)
     writes = len({*options, *(("where",) if padded else ())})
-    # On a CPU the sum of a confident row is over a copy of its block without the maxima.
-    work = row_block * (1 + (platform == "cpu") + writes)
+    # The sum of a confident row is over a copy of its block without the maxima.
+    work = row_block * (2 + writes)
     blocks = want_kernel or gradient_dtype(dtype, platform) != dtype
     if path != VALUE and block < classes and blocks:
         work = max(work, (size + hidden) * block * wide)
+    if platform == "gpu":
+        # There XLA fuses the row rule, options and all, but not with the products.
+        work = size * classes * gradient_dtype(dtype, platform).itemsize if path != VALUE else 0
     work += chunk_hidden if chunks > 1 else 0
     # The gradients of chunks, before they are in the rows' order.
-    stacked = want_hidden and (narrow or want_kernel)
+    stacked = want_hidden and (narrow or (want_kernel and platform == "cpu"))
     if old and not padded:
         # There they may be where they are returned; but narrow hidden states are widened.
         stacked = narrow or (want_hidden and want_kernel and all_hidden < tile)
@@ -448,13 +462,15 @@ def _temporary_bytes(
             buffers.append(tile)  # its rows are not replaced in place
     if old and narrow and want_hidden:
         buffers.append(kernel // 2)  # as integers
-    if narrow and any(c.of == HIDDEN_GRADIENT for c in collectives):
+    if platform == "gpu" and narrow and classes % 8:
+        # cuBLAS wants whole blocks of 16 bytes, so that XLA pads what it multiplies.
+        buffers.append(kernel // 2)
+        work += work
+    if narrow and reduced_hidden:
         buffers.append(all_hidden)  # what it was reduced to, before it is rounded
 
     # A gradient that is rounded or reduced comes from another one when all is done: until then its
     # own memory is free for something else.
-    gathered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
-    reduced = any(c.of == KERNEL_GRADIENT for c in collectives)
     if not want_kernel or not (narrow or reduced):
         return sum(buffers) + work + copies
     result = kernel // gathered // (2 if narrow else 1)

@@ -21,35 +21,41 @@ BLOCK_BYTES = 4 * 2**20
 
 
 class Chunk(NamedTuple):
-    """The default size of chunks: logits of so many bytes, and rows that a matmul wants."""
+    """The default size of chunks.
+
+    Attributes:
+      bytes: of their logits. With what else is as large, chunks of that size need below 64 MiB.
+      rows: that a matmul wants, which has to read the whole kernel for them.
+      share: of all rows, the inverse of it: what a chunk has at most to get so many.
+    """
 
     bytes: int
     rows: int
+    share: int
 
 
-def chunk_for(platform: str) -> Chunk:
-    """Chunks that need less than 64 MiB in all, with what else is as large as their logits."""
+def chunk_for(platform: str, dtype: DTypeLike) -> Chunk:
     if platform != "cpu":
-        # Beside their gradient in bfloat16. Each chunk reads and writes the kernel's gradient, in
-        # float32: by its data sheet, 3.35 TB/s and 989 TFLOP/s, an H100 multiplies 1,180 rows with
-        # the kernel in that time.
-        return Chunk(32 * 2**20, 2048)
+        # Each chunk reads the kernel twice, and reads and writes its gradient, in float32. By their
+        # data sheets an H100 (3.35 TB/s, 989 TFLOP/s) does the three products of 590 rows in that
+        # time in bfloat16, a TPU v6e (1.64 TB/s, 918 TFLOP/s) of 1,120; reading and writing logits
+        # comes on top. In float32 it is 390 rows at most, in TF32.
+        return Chunk(32 * 2**20, 2048 if jnp.dtype(dtype).itemsize == 2 else 512, 8)
     if jax.__version_info__ < (0, 11):
-        return Chunk(24 * 2**20, 128)  # a copy that XLA makes, for some options
-    return Chunk(48 * 2**20, 128)
+        return Chunk(24 * 2**20, 128, 16)  # a copy that XLA makes, for some options
+    return Chunk(48 * 2**20, 128, 16)
 
 
 def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, platform: str) -> int:
     """The default of ``chunk_size``.
 
-    What a chunk needs, beside the gradients, is to stay below 64 MiB or a tenth of all logits.
-    Logits of a fixed number of bytes do that whatever the number of rows. Where so many classes
-    leave fewer rows than a matmul wants, which has to read the whole kernel for them, a chunk has
-    as many as it wants, but at most a sixteenth of all rows.
+    Logits of a fixed number of bytes need the same memory whatever the number of rows. Where so
+    many classes leave fewer rows than a matmul wants, a chunk has as many as it wants, but at most
+    a share of all rows: on a CPU, chunks then need a tenth of the memory that all logits would.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
-    most_bytes, wanted = chunk_for(platform)
-    return max(1, most_bytes // (itemsize * classes), min(wanted, rows // 16))
+    most_bytes, wanted, share = chunk_for(platform, dtype)
+    return max(1, most_bytes // (itemsize * classes), min(wanted, rows // share))
 
 
 def number_of_chunks(rows: int, chunk_size: int, is_local: bool) -> int:
