@@ -54,7 +54,8 @@ def _times(computations):
         for line in lines:
             count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             for key, names in re.findall(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)", line):
-                times = int(count[1]) if key == "body" else None
+                # A TPU's XLA does not say how often.
+                times = (int(count[1]) if count else 1) if key == "body" else None
                 calls[name] += [(n, times) for n in re.findall(r"%([\w.-]+)", names)]
     found = {}
     todo = [(body, n) for each in calls.values() for body, n in each if n is not None]
