@@ -136,8 +136,10 @@ def plan(
     """What ``linear_softmax_cross_entropy`` would do for inputs of that size.
 
     Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
-    about 15 % of ``compiled.memory_analysis()``. Elsewhere they are what the parts take that the
-    work is divided into, and XLA may need more.
+    about 15 % of ``compiled.memory_analysis()``; so they are for a TPU, from libtpu 0.0.51 on, if
+    nothing scales the loss afterwards and no array fits into a core's vector memory, which is not
+    counted. Elsewhere they are what the parts take that the work is divided into, and XLA may need
+    more.
 
     Args:
       rows, hidden, classes: N, D and K, of all devices.

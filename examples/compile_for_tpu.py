@@ -1,0 +1,124 @@
+"""Compile the end of a language model for a TPU pod, without a TPU, and see what it needs.
+
+    pip install libtpu tabulate
+    python examples/compile_for_tpu.py --topology v5e:4x4 --mesh data=4,model=4
+
+JAX compiles for any topology that its TPU compiler knows: v4:2x2x4, v5e:8x16, v5p:2x2x2, v6e:4x4.
+Value and gradients of one loss are compiled twice, with sxe's head on hidden states and a kernel,
+and with optax's loss on the logits of both. The table has, in MiB on each device, what the compiled
+programs allocate, and beside it what `sxe.plan` said before. Nothing runs: it takes seconds, and a
+loss that does not fit is an error of the compiler that says so. Arrays that XLA keeps in a TPU's
+vector memory are no temporaries, so that a plan of small ones says more.
+"""
+
+import argparse
+import math
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tabulate import tabulate
+
+import sxe
+
+
+def devices_of(topology):
+    if find_spec("libtpu") is None:
+        raise SystemExit("libtpu is not installed: pip install libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask whether this is a TPU's host
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # this process does not use one
+    return np.array(topologies.get_topology_desc(topology, "tpu").devices)
+
+
+def make_mesh(devices, axes):
+    """A mesh of all devices, from data=4,model=4."""
+    sizes = {name: int(size) for name, _, size in (each.partition("=") for each in axes.split(","))}
+    if sizes.keys() != {"data", "model"} or math.prod(sizes.values()) != devices.size:
+        raise SystemExit(
+            f"--mesh: expected axes data and model over {devices.size} devices, got {axes}"
+        )
+    kinds = (AxisType.Auto,) * 2
+    return Mesh(devices.reshape(list(sizes.values())), tuple(sizes), axis_types=kinds)
+
+
+def optax_loss(hidden, kernel, labels):
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)  # as sxe's are
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def compile_loss(loss, mesh, args):
+    """The program for value and gradients, and where the arrays of a step are on the mesh."""
+    fsdp = "data" if args.fsdp else None
+    shapes = [
+        ((args.rows, args.hidden), args.dtype, P("data")),
+        ((args.hidden, args.classes), args.dtype, P(fsdp, "model")),
+        ((args.rows,), "int32", P("data")),
+    ]
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in shapes
+    ]
+    # Gradients lie as what they are of.
+    outputs = (NamedSharding(mesh, P()), tuple(x.sharding for x in inputs[:2]))
+    f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=outputs)
+    return f.lower(*inputs).compile()
+
+
+def memory(program):
+    """Arguments, results, temporaries and all of them, in bytes."""
+    m = program.memory_analysis()
+    parts = [m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes]
+    return [*parts, sum(parts)]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:4x4", help="default: %(default)s")
+    parser.add_argument("--mesh", default="data=4,model=4", help="default: %(default)s")
+    parser.add_argument("--fsdp", action="store_true", help="data splits the kernel's rows too")
+    parser.add_argument("--rows", type=int, default=65536, help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=4096, help="default: %(default)s")
+    parser.add_argument("--classes", type=int, default=128256, help="default: %(default)s")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    jax.config.update("jax_platforms", "cpu")  # of this process; what it compiles for is below
+    mesh = make_mesh(devices_of(args.topology), args.mesh)
+    fsdp = "data" if args.fsdp else None
+    head = sxe.over_mesh(
+        sxe.linear_softmax_cross_entropy, mesh, batch="data", classes="model", fsdp=fsdp
+    )
+    plan = sxe.plan(
+        *(args.rows, args.hidden, args.classes, args.dtype),
+        mesh=dict(mesh.shape),
+        batch_axis_name="data",
+        axis_name="model",
+        fsdp=fsdp,
+        backend="tpu",
+    )
+    rows = [
+        ["sxe", *memory(compile_loss(head, mesh, args))],
+        ["  as planned", None, None, plan.temporary_bytes, plan.peak_bytes],
+        ["optax, on logits", *memory(compile_loss(optax_loss, mesh, args))],
+    ]
+    versions = f"JAX {jax.__version__}, libtpu {version('libtpu')}"
+    print(f"{args.topology}, {args.mesh}, {args.dtype}, {versions}; MiB on each device")
+    table = [[name, *(n and n / 2**20 for n in numbers)] for name, *numbers in rows]
+    headers = ["", "arguments", "results", "temporaries", "peak"]
+    print(tabulate(table, headers, floatfmt=",.0f"))
+
+
+if __name__ == "__main__":
+    main()
