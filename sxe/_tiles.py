@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
     Attributes:
       bytes: of their logits. With what else is as large, chunks of that size need below 64 MiB.
       rows: that a matmul wants, which has to read the whole kernel for them.
-      share: of all rows, the inverse of it: what a chunk has at most to get so many.
+      share: a chunk that gets more rows for that has at most one of so many parts of all rows.
     """
 
     bytes: int

@@ -1,23 +1,28 @@
-"""Eight virtual devices and JAX's strictest settings, for every test."""
+"""Eight virtual devices and JAX's strictest settings, for every test.
 
+On an accelerator: JAX_PLATFORMS=cuda python -m pytest
+"""
+
+import math
 import os
 
 import jax
 import pytest
 
-# Compiling, often programs of one operation, is most of the tests' time, and takes less without
-# optimizations. CI runs the tests with them as well.
-flags = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-]
-if jax.__version_info__ < (0, 11):
+platforms = os.environ.get("JAX_PLATFORMS", "cpu")
+flags = ["--xla_force_host_platform_device_count=8"]
+if platforms == "cpu":
+    # Compiling, often programs of one operation, is most of the tests' time, and takes less without
+    # optimizations. CI runs the tests with them as well.
+    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if platforms == "cpu" and jax.__version_info__ < (0, 11):
     flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"]
 # XLA reads them when JAX first looks for devices. The user's come last, and win.
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
-jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU
+
+jax.config.update("jax_platforms", platforms)
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
@@ -32,6 +37,19 @@ def _strict():
     """Of the tests alone: the doctests of README and package run as a user's session would."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _meshes_of_devices_that_there_are(monkeypatch):
+    """A machine with one GPU, say, runs all tests but those that need several."""
+    make_mesh = jax.make_mesh
+
+    def make_or_skip(shape, *args, **kwargs):
+        if math.prod(shape) > jax.device_count():
+            pytest.skip(f"needs {math.prod(shape)} devices, and JAX has {jax.device_count()}")
+        return make_mesh(shape, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "make_mesh", make_or_skip)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -53,8 +53,9 @@ def test_the_mesh_around_a_call_says_where_it_runs(platform, name):
     with jax.sharding.use_abstract_mesh(abstract_mesh(platform, 4, 2)):
         assert place() == Place(name, is_local=False)
         found = sxe.plan(8192, 4096, 128256, "bfloat16")
-    assert found == sxe.plan(8192, 4096, 128256, "bfloat16", backend=name)
-    assert place().platform == "cpu"
+    if name != "cpu":  # where it depends on how many there are
+        assert found == sxe.plan(8192, 4096, 128256, "bfloat16", backend=name)
+    assert place().platform == jax.default_backend()
 
 
 def test_the_types_of_arrays_say_where_they_are(host_of_one):

@@ -39,7 +39,8 @@ def test_no_temporary_of_the_size_of_the_logits(rule):
     for f in (loss, jax.value_and_grad(loss)):
         lowered = jax.jit(f).lower(logits, jax.ShapeDtypeStruct((N,), jnp.int32))
         program = lowered.compile(OPTIMIZED)
-        assert program.memory_analysis().temp_size_in_bytes < 2**20 < N * K * 4
+        most = 16 if jax.device_count() == 1 else 1  # a block of rows, or numbers a row
+        assert program.memory_analysis().temp_size_in_bytes < most * 2**20 < N * K * 4
 
 
 @pytest.mark.slow
