@@ -56,17 +56,7 @@ from sxe._projection import (
     transform,
     zeros_as,
 )
-from sxe._reduction import (
-    Best,
-    Sums,
-    best,
-    denominator,
-    first_of,
-    metrics,
-    specs,
-    weight_sum,
-    weighted,
-)
+from sxe._reduction import Best, best, denominator, first_of, metrics, specs, sums, weighted
 from sxe._softmax_cross_entropy import (
     RULES,
     holds_shares,
@@ -230,7 +220,7 @@ def _chunk_bwd(
 
 
 class _Results(NamedTuple):
-    """Of each row, [N]."""
+    """Of the rows, or of the sum of their losses."""
 
     loss: Array
     lse: Array
@@ -318,16 +308,17 @@ def _instantiate(g: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(program: _Program, shared: _Shared, batch: _Batch) -> tuple[Array, _Results]:
-    """sum_i w_i (loss_i + z lse_i^2), and without gradient the rows."""
+def _weighted_sum(program: _Program, shared: _Shared, batch: _Batch) -> _Results:
+    """sum_i w_i (loss_i + z lse_i^2), and without gradient lse."""
     shared, batch = _narrow(program, shared, batch)
     rows, _, _ = _rows_and_state(program, shared, batch)
-    return jnp.sum(weighted(rows.loss, rows.lse, batch.weight, shared.z_loss)), rows
+    loss = weighted(rows.loss, rows.lse, batch.weight, shared.z_loss)
+    return rows._replace(loss=jnp.sum(loss))
 
 
 def _weighted_sum_fwd(
     program: _Program, shared_primals: _Shared, batch_primals: _Batch
-) -> tuple[tuple[Array, _Results], tuple[_Shared, _Batch]]:
+) -> tuple[_Results, tuple[_Shared, _Batch]]:
     (shared, batch), flags = _primals((shared_primals, batch_primals))
     wanted = _Wanted(*flags)
     shared, batch = _narrow(program, shared, batch)
@@ -345,8 +336,7 @@ def _weighted_sum_fwd(
         )
         d_shared = d_shared._replace(z_loss=_add(d_shared.z_loss, d_z))
         d_rows = _only(wanted.batch, _Batch(None, d_targets, d_weight, None))
-        outputs = (_Results(loss, lse, largest), d_rows)
-        return (total + jnp.sum(value), d_shared), d_u, (counts, outputs)
+        return (total + jnp.sum(value), d_shared), d_u, (counts, (lse, largest, d_rows))
 
     def body(carry: Any, chunk: _Batch) -> tuple[Any, Any]:
         rows = chunk._replace(hidden=None)
@@ -357,16 +347,16 @@ def _weighted_sum_fwd(
     carry = ((total, zeros._replace(kernel=None)), zeros.kernel)
     carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
     (total, d_shared), d_kernel = carry
-    results, d_batch = outputs
+    lse, largest, d_batch = outputs
     gradients = (d_shared._replace(kernel=d_kernel), d_batch._replace(hidden=d_hidden))
-    return (total, results), _marked(tuple(wanted), gradients)
+    return _Results(total, lse, largest), _marked(tuple(wanted), gradients)
 
 
 def _weighted_sum_bwd(
-    program: _Program, res: tuple[_Shared, _Batch], gs: tuple[Array, _Results]
+    program: _Program, res: tuple[_Shared, _Batch], gs: _Results
 ) -> tuple[_Shared, _Batch]:
     d_shared, d_batch = _unmarked(res)
-    g = _instantiate(gs[0])
+    g = _instantiate(gs.loss)
     g_all = psum(g, program.axis_name) if holds_shares(program.axis_name) else g
 
     def times(g: Array, d: Any) -> Any:
@@ -535,31 +525,28 @@ def _result(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     check_axis_name("axis_name", static.axis_name, "the kernel", inputs.kernel)
     check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", inputs.hidden)
     program, shared, batch, rows = _prepare(inputs, static, chunk_size)
-    weight = weight_sum(rows, static.batch_axis_name)
-    divisor = denominator(weight, static.reduction)
-
-    def rows_of(x: Array) -> Array:
-        return x[: rows.weight.size].reshape(rows.weight.shape)
-
+    loss = None
     if static.rule == "vjp" and static.reduction != "none":
-        # Divided before, not after: the gradients that the forward pass takes are then those of the
-        # result, and of a loss that is nothing else they need not be scaled.
-        divided = batch._replace(weight=batch.weight / divisor)
-        value, results = _weighted_sum(program, shared, divided)
-        value = psum(value, static.batch_axis_name)
-        results = lax.stop_gradient(results)
-        loss = weighted(results.loss, results.lse, batch.weight, shared.z_loss)
+        loss_sum, lse, largest = _weighted_sum(program, shared, batch)
     else:
         run = _rows if static.rule == "vjp" else functools.partial(_rows_by, static.rule)
-        results = run(program, shared, batch)
-        loss = weighted(results.loss, results.lse, batch.weight, shared.z_loss)
-        value = psum(jnp.sum(loss), static.batch_axis_name) / divisor
-        value = rows_of(loss) if static.reduction == "none" else value
-    if results.best is None:
+        loss, lse, largest = run(program, shared, batch)
+        loss = weighted(loss, lse, batch.weight, shared.z_loss)
+        loss_sum = jnp.sum(loss)
+
+    def rows_of(x: Any) -> Array:  # an array, unless it is not returned
+        return x[: rows.weight.size].reshape(rows.weight.shape)
+
+    # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
+    # below float32's normal numbers, and 0.
+    total = sums(loss_sum, rows, static.batch_axis_name)
+    value = total.loss / denominator(total, static.reduction)
+    if static.reduction == "none":
+        value = rows_of(loss)
+    if largest is None:
         return value
-    predictions = first_of(results.best, inputs.kernel.shape[1], static.axis_name)
-    total = Sums(psum(jnp.sum(loss), static.batch_axis_name), weight)
-    return value, metrics(total, rows_of(results.lse), rows, rows_of(predictions))
+    predictions = first_of(largest, inputs.kernel.shape[1], static.axis_name)
+    return value, metrics(total, rows_of(lse), rows, rows_of(predictions))
 
 
 @functools.partial(jax.jit, static_argnames=("static", "chunk_size"), inline=True)

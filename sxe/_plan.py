@@ -137,9 +137,8 @@ def plan(
 
     Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
     about 15 % of ``compiled.memory_analysis()``; so they are for a TPU, from libtpu 0.0.51 on, if
-    nothing scales the loss afterwards and no array fits into a core's vector memory, which is not
-    counted. Elsewhere they are what the parts take that the work is divided into, and XLA may need
-    more.
+    no array fits into a core's vector memory, which is not counted. Elsewhere they are what the
+    parts take that the work is divided into, and XLA may need more.
 
     Args:
       rows, hidden, classes: N, D and K, of all devices.
@@ -431,9 +430,10 @@ def _temporary_bytes(
         # There XLA fuses the row rule with the products, except a tanh, and writes no result over
         # what it is made of.
         tiles = 1 + ("softcap" in options and path != VALUE)
-        kernels = kernel * (want_kernel and (narrow or reduced))
+        scaled = path == FORWARD  # by the backward pass, into other arrays
+        kernels = kernel * (want_kernel and (narrow or reduced or scaled))
         kernels += hidden * classes * dtype.itemsize * (gathered > 1)
-        copies = padded + (want_hidden and (narrow or reduced_hidden))
+        copies = padded + (want_hidden and (narrow or reduced_hidden or scaled))
         return tile * tiles + kernels + all_hidden * (copies if chunks > 1 else 0)
 
     # The row rule's temporaries are as large as the rows it takes at a time, or the classes.

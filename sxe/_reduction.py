@@ -44,20 +44,16 @@ def weighted(loss: Array, lse: Array, weight: Array, z_loss: Array | None) -> Ar
     return weight * jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
 
 
-def weight_sum(rows: Rows, batch_axis_name: AxisName) -> Array:
-    return psum(jnp.sum(rows.norm), batch_axis_name)
-
-
 def sums(loss: Array, rows: Rows, batch_axis_name: AxisName) -> Sums:
     """``loss`` is the sum of this device's weighted row losses."""
-    return Sums(psum(loss, batch_axis_name), weight_sum(rows, batch_axis_name))
+    return Sums(psum(loss, batch_axis_name), psum(jnp.sum(rows.norm), batch_axis_name))
 
 
-def denominator(weight: Array, reduction: str) -> Array:
+def denominator(total: Sums, reduction: str) -> Array:
     """What the sum of losses is divided by. A mean over nothing is 0, and so is its gradient."""
     if reduction == "sum":
-        return jnp.ones_like(weight)
-    return jnp.where(weight == 0, jnp.inf, weight)
+        return jnp.ones_like(total.weight)
+    return jnp.where(total.weight == 0, jnp.inf, total.weight)
 
 
 def metrics(total: Sums, lse: Array, rows: Rows, predictions: Array) -> Metrics:

@@ -331,7 +331,7 @@ def _result(inputs: _Inputs, static: Static) -> Any:
     loss = weighted(loss, lse, rows.weight, z)
     total = sums(jnp.sum(loss), rows, static.batch_axis_name)
     none = static.reduction == "none"
-    value = loss if none else total.loss / denominator(total.weight, static.reduction)
+    value = loss if none else total.loss / denominator(total, static.reduction)
     return (value, _metrics(total, lse, prepared, static)) if static.return_metrics else value
 
 
@@ -343,7 +343,7 @@ def _result_with_gradient(inputs: _Inputs, static: Static) -> Any:
     z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
     loss = weighted(loss, lse, rows.weight, z)
     total = sums(jnp.sum(loss), rows, static.batch_axis_name)
-    g = rows.weight / denominator(total.weight, static.reduction)
+    g = rows.weight / denominator(total, static.reduction)
     g_lse = None if z is None else 2 * z * lse * g
     gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
     if prepared.class_mask is not None:
@@ -351,7 +351,7 @@ def _result_with_gradient(inputs: _Inputs, static: Static) -> Any:
     logits = inputs.logits
     axes = class_axes(static.axis, logits.ndim)
     gradient = classes_back(gradient.astype(logits.dtype), axes, logits.shape)
-    value = total.loss / denominator(total.weight, static.reduction)
+    value = total.loss / denominator(total, static.reduction)
     if static.return_metrics:
         return (value, _metrics(total, lse, prepared, static)), gradient
     return value, gradient

@@ -194,8 +194,6 @@ def test_logits_are_read_and_their_gradient_is_written(devices, rows, classes, d
     ],
 )
 def test_temporaries_of_the_head_are_those_of_its_plan(devices, sizes, dtype, options):
-    """Of float32's mean, no second array for the kernel's gradient: it is not scaled afterwards."""
-
     def loss(*arguments):
         return jnp.sum(sxe.linear_softmax_cross_entropy(*arguments, **options))
 

@@ -496,6 +496,20 @@ def test_chunks_on_an_accelerator(rows, width, classes, chunk):
     assert chunk * classes * (4 + 2) < max(64 * 2**20, plan.logits_bytes / 5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_many_rows_of_tiny_losses_add_up(reduction):
+    """Each one's share of the mean, 8e-40, is below float32's normal numbers."""
+    n = 4096
+    x, kernel = np.ones((n, 1), np.float32), np.array([[82, 0, -1]], np.float32)
+    loss = functools.partial(sxe.linear_softmax_cross_entropy, reduction=reduction)
+    value, gradient = jax.value_and_grad(loss, 1)(x, kernel, np.zeros(n, np.int32))
+    q = np.exp(kernel[0, 1:].astype(np.float64) - 82)
+    scale = n if reduction == "sum" else 1
+    np.testing.assert_allclose(value, scale * q.sum(), rtol=1e-6)
+    # The kernel's gradient is a float32 sum of 4,096 equal numbers.
+    np.testing.assert_allclose(gradient[0], scale * np.array([-q.sum(), *q]), rtol=5e-5)
+
+
 def precisions(f, *arguments):
     """Of every matrix product in f, as JAX hands it to XLA."""
     text = jax.jit(f).lower(*arguments).as_text()
