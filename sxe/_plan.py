@@ -434,7 +434,11 @@ def _temporary_bytes(
         kernels = kernel * (want_kernel and (narrow or reduced or scaled))
         kernels += hidden * classes * dtype.itemsize * (gathered > 1)
         copies = padded + (want_hidden and (narrow or reduced_hidden or scaled))
-        return tile * tiles + kernels + all_hidden * (copies if chunks > 1 else 0)
+        looping = tile * tiles + kernels + all_hidden * (copies if chunks > 1 else 0)
+        # After the loop, gradients are scaled, and reduced from other arrays than they were in.
+        twice = reduced_hidden and gathered == 1
+        after = kernel * want_kernel * (1 + reduced) + all_hidden * want_hidden * (1 + twice)
+        return max(looping, after) if scaled and (reduced or reduced_hidden) else looping
 
     # The row rule's temporaries are as large as the rows it takes at a time, or the classes.
     row_block = _tiles.rows_per_block(size, classes, call.at) * classes * wide
