@@ -65,7 +65,7 @@ from sxe._softmax_cross_entropy import (
     rows_fwd,
     share,
 )
-from sxe._targets import Rows, Targets, keep, make_rows
+from sxe._targets import Dense, Rows, Targets, keep, make_rows
 from sxe._tiles import (
     number_of_chunks,
     over_chunks,
@@ -81,7 +81,7 @@ class _Shared(NamedTuple):
     bias: Array | None  # [K]
     logit_scale: Array | None
     softcap: Array | None
-    dense: Array | None  # [1, K] or [1, 1]: what label smoothing adds to the targets of each row
+    dense: Dense | None  # t is [1, K] or [1, 1]: what label smoothing adds to each row's targets
     z_loss: Array | None
 
 
@@ -166,9 +166,11 @@ def _logits(program: _Program, shared: _Shared, u: Array, rows: _Batch) -> _Logi
     return _Logits(x, bwd, counts, largest)
 
 
-def _add(a: Array | None, b: Array | None) -> Array | None:
+def _add(a: Any, b: Any) -> Any:
     """a + b, and None where the sum is not wanted."""
-    return None if a is None or b is None else a + b
+    return jax.tree.map(
+        lambda a, b: None if a is None else a + b, a, b, is_leaf=lambda x: x is None
+    )
 
 
 def _rows_bwd(
@@ -438,7 +440,9 @@ def _typed_alike(shared: _Shared, batch: _Batch, axis_name: AxisName) -> tuple[_
     def row(x: Any) -> Any:
         return jax.tree.map(lambda a: vary(a, one_a_row), x)
 
-    targets = row(batch.targets)._replace(dense=tile(batch.targets.dense))
+    targets = row(batch.targets)
+    if targets.dense is not None:
+        targets = targets._replace(dense=targets.dense._replace(t=tile(targets.dense.t)))
     return (
         tile(shared)._replace(z_loss=row(shared.z_loss)),
         row(batch)._replace(hidden=tile(batch.hidden), targets=targets),
@@ -486,7 +490,8 @@ def _prepare(
 
     targets, dense = rows.targets, None
     if targets.label is not None and targets.dense is not None:
-        dense = targets.dense.reshape(1, -1)
+        axes = len(rows_shape)
+        dense = jax.tree.map(lambda a: a.reshape(1, *a.shape[axes:]), targets.dense)
         targets = targets._replace(dense=None)
     counts = rows.counts
     if counts is None and padding:

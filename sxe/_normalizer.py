@@ -16,6 +16,8 @@ For targets t_k with T = sum_k t_k the row loss and its gradient are
     d loss/dx_l = (e_l (T - t_l) - t_l ((1 - e_l) + r)) / (1 + r)     = T q_l - t_l, line D7
 
 Each is written once, here, and takes the logits of one tile: all classes of a row or some of them.
+Where one target holds nearly all of T, the difference T - t_l would cancel as 1 - q_l would. So it
+is an argument here, and ``_targets`` sums the targets of all other classes.
 """
 
 import functools
@@ -52,7 +54,7 @@ def wide(x: Array) -> Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def _apart(m: Array, after: Array) -> Array:
+def apart(m: Array, after: Array) -> Array:
     """m, hidden behind a result that was computed with it.
 
     XLA's CPU backend fuses a sum of exponentials into one pass over x. Where two sums or a sum and
@@ -94,7 +96,7 @@ def _normalize_tile(x: Array, rest: Callable[[Array, Array, Array], Array]) -> N
     # Below a sum of 1.5 the maximum is alone and every other term below 1/2. From 1.5 on,
     # subtracting 1 costs no digits.
     confident = total < 1.5
-    r = jnp.where(confident, rest(x, _apart(shift, total), confident), total - 1)
+    r = jnp.where(confident, rest(x, apart(shift, total), confident), total - 1)
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
 
 
@@ -221,7 +223,7 @@ def _normalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Norma
     (x,), (x_dot,) = primals, tangents
     state = normalize(x)
     shift = jnp.where(state.m == -jnp.inf, 0, state.m)
-    e = jnp.exp(wide(x) - _apart(shift, state.r)[..., None])
+    e = jnp.exp(wide(x) - apart(shift, state.r)[..., None])
     r_dot = jnp.sum(e * wide(x_dot), axis=-1)
     return state, Normalizer(jnp.zeros_like(state.m), r_dot)
 
@@ -245,19 +247,24 @@ def row_loss(state: Normalizer, cost: Array, total: Array) -> Array:
 
 
 def row_gradient(
-    x: Array, t: Array | None, total: Array, state: Normalizer, g: Array, g_lse: Array | None = None
+    x: Array,
+    targets: tuple[Array | None, Array],
+    state: Normalizer,
+    g: Array,
+    g_lse: Array | None = None,
 ) -> Array:
     """The gradient for a tile of logits x, given the gradients g of the row loss and g_lse of lse.
 
-    Shapes: x and the targets t [..., K] or broadcastable to it, all others [...]. None is a t of 0.
+    ``targets`` are t and T - t, [..., K] or broadcastable to it, as x is; all others are [...].
+    A t of None is 0.
     """
+    t, others = targets
     r = state.r[..., None]
-    e = jnp.exp(wide(x) - _apart(*state)[..., None])
-    total, g = total[..., None], g[..., None]
+    e = jnp.exp(wide(x) - apart(*state)[..., None])
+    g = g[..., None]
     g_lse = None if g_lse is None else g_lse[..., None]
     if t is None:  # D7 without its second term
-        d = total * g
+        d = others * g
         return e * ((d if g_lse is None else d + g_lse) / (1 + r))
-    # D7 over 1 + r, arranged so that a confident label's e_l = 1 = T cancels exactly.
-    d = (e * (total - t) - t * ((1 - e) + r)) * g
+    d = (e * others - t * ((1 - e) + r)) * g  # D7 times 1 + r
     return (d if g_lse is None else d + e * g_lse) / (1 + r)

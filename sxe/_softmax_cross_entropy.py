@@ -112,13 +112,13 @@ def _row_gradient(
     targets, state, g, g_lse = vary_like((targets, state, g, g_lse), x)
     label, label_target, dense, total = targets
     if label is None or label_target is None or dense is not None:
-        t = target_tile(targets, x.shape[-1])
-        return nz.row_gradient(x, t, total, state, g, g_lse)
+        return nz.row_gradient(x, target_tile(targets, x.shape[-1]), state, g, g_lse)
     # The label's class apart, so that all others have less to compute.
-    others = nz.row_gradient(x, None, total, state, g, g_lse)
+    t, total = label_target[..., None], total[..., None]
+    others = nz.row_gradient(x, (None, total), state, g, g_lse)
     found, inside = take_label(x, label)
     x = jnp.where(inside, nz.wide(found), state.m)[..., None]  # elsewhere of no use, but finite
-    at = nz.row_gradient(x, label_target[..., None], total, state, g, g_lse)
+    at = nz.row_gradient(x, (t, total - t), state, g, g_lse)  # a total of one target: exactly 0
     return jnp.where(is_label(label, others.shape[-1]), at, others)
 
 
@@ -153,13 +153,13 @@ def rows_bwd(
     if shares:
         g, g_lse = psum((g, g_lse), axis_name)
     d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
+    zeros = jax.tree.map(lambda a: vary_like(jnp.zeros_like(a), a), targets)
     d_dense = None
     if targets.dense is not None:
-        d_dense = vary_like(g, x)[..., None] * at_dense
-        ones = tuple(i for i, n in enumerate(targets.dense.shape) if n == 1)
-        d_dense = jnp.sum(d_dense, axis=ones, keepdims=True)
-    d_total = vary_like(jnp.zeros_like(targets.total), targets.total)
-    return d_x, Targets(None, d_label_target, d_dense, d_total)
+        d_t = vary_like(g, x)[..., None] * at_dense
+        ones = tuple(i for i, n in enumerate(targets.dense.t.shape) if n == 1)
+        d_dense = zeros.dense._replace(t=jnp.sum(d_t, axis=ones, keepdims=True))
+    return d_x, Targets(None, d_label_target, d_dense, zeros.total)
 
 
 def holds_shares(axis_name: AxisName) -> bool:
@@ -203,8 +203,8 @@ def _rows_jvp_rule(
         lse_dot = lse_dot + over_classes(q, x_dot)
     if targets.label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
         loss_dot = loss_dot + targets_dot.label_target * at_label
-    if targets.dense is not None and not isinstance(targets_dot.dense, SymbolicZero):
-        loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense)
+    if targets.dense is not None and not isinstance(targets_dot.dense.t, SymbolicZero):
+        loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense.t)
     return (loss, lse), (loss_dot, lse_dot)
 
 
@@ -274,7 +274,8 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     one_a_row = every - set(axis_names(axis_name))
-    splits = [sharding(a) for a in (x, targets.label, targets.dense) if a is not None]
+    tiles = (x, targets.label, None if targets.dense is None else targets.dense.t)
+    splits = [sharding(a) for a in tiles if a is not None]
     spec = [next(filter(None, at), None) for at in itertools.zip_longest(*splits)]
 
     def alike(a: Array) -> Array:
@@ -403,9 +404,10 @@ def softmax_cross_entropy(
         loss_i         = -sum_k t_ik log q_ik + z_loss lse(logits_i)^2
         d loss_i/d x_l = T_i q_il - t_il + 2 z_loss lse(logits_i) q_il
 
-    Loss and gradient keep full relative precision at every magnitude of the logits. With label
-    smoothing a and class weights c, an integer label y is t_k = c_k ((1 - a) [k = y] + a / K), and
-    dense targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made.
+    The loss keeps full relative precision at every magnitude of the logits, and so do the two terms
+    of the gradient, q (T - t) and t (1 - q), whichever class holds most of T. With label smoothing
+    a and class weights c, an integer label y is t_k = c_k ((1 - a) [k = y] + a / K), and dense
+    targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64.

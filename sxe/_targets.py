@@ -16,13 +16,30 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from sxe._axes import AxisName, psum, reshard, sharding, vary_like
+from sxe._axes import LOCAL_CPU, AxisName, place, psum, reshard, sharding, vary_like
 from sxe._label_check import checked
-from sxe._normalizer import Normalizer
+from sxe._normalizer import Normalizer, apart
+
+
+class Dense(NamedTuple):
+    """A target for each class, and the sum of all in two parts of which none hides the other.
+
+    With them the targets of all classes but one sum to rest + (largest - t_k), where nothing
+    cancels, whichever class holds most.
+
+    Attributes:
+      t: [..., K] or, if all classes have the same, [..., 1].
+      largest: the largest of all classes, [...], without derivative.
+      rest: the sum over all classes with one largest left out, [...], with the sum's derivative.
+    """
+
+    t: Array
+    largest: Array
+    rest: Array
 
 
 class Targets(NamedTuple):
-    """t_k = label_target [k = label] + dense_k, which all classes together sum to total.
+    """t_k = label_target [k = label] + dense.t_k, which all classes together sum to total.
 
     ``label`` [...] counts from the first class of the tile and may lie outside of it. ``dense`` has
     the rank of the logits and is broadcast along its axes of size 1. Either part may be None. A
@@ -31,7 +48,7 @@ class Targets(NamedTuple):
 
     label: Array | None
     label_target: Array | None
-    dense: Array | None
+    dense: Dense | None
     total: Array
 
 
@@ -82,14 +99,16 @@ def keep(counts: Array | None, x: Array) -> Array:
     return jnp.where(counts if x.ndim == counts.ndim else counts[..., None], x, 0)
 
 
-def target_tile(targets: Targets, classes: int) -> Array:
-    """The targets t of a tile of so many classes: [..., K], or broadcastable to it."""
-    label, label_target, dense, _ = targets
+def target_tile(targets: Targets, classes: int) -> tuple[Array, Array]:
+    """Of a tile of so many classes, t and T - t: [..., K], or broadcastable to it."""
+    label, label_target, dense, total = targets
+    assert dense is not None  # a label alone has its class apart: see the gradient of rows
+    t, others = dense.t, dense.rest[..., None] + (dense.largest[..., None] - dense.t)
     if label is None or label_target is None:
-        assert dense is not None
-        return dense
-    t = jnp.where(is_label(label, classes), label_target[..., None], 0)
-    return t if dense is None else t + dense
+        return t, others
+    here, at_label = is_label(label, classes), label_target[..., None]
+    nothing = 0 * total[..., None]  # or NaN, where the label is no class
+    return t + jnp.where(here, at_label, 0), (others + nothing) + jnp.where(here, 0, at_label)
 
 
 def _gap(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
@@ -114,7 +133,7 @@ def target_gaps(
         at_label = psum(at_label, axis_name)
     if dense is not None:
         m, log1p_r = vary_like((m, log1p_r), x)
-        at_dense = _gap(dense, x, m[..., None], log1p_r[..., None])
+        at_dense = _gap(dense.t, x, m[..., None], log1p_r[..., None])
     return at_label, at_dense
 
 
@@ -140,7 +159,7 @@ def target_cost(
         cost = targets.label_target * at_label
     if targets.dense is not None:
         m, log1p_r = vary_like((m, log1p_r), x)
-        cost = cost + psum(_dense_cost(targets.dense, x, m, log1p_r), axis_name)
+        cost = cost + psum(_dense_cost(targets.dense.t, x, m, log1p_r), axis_name)
     return cost
 
 
@@ -178,7 +197,7 @@ def target_sum(targets: Targets, x: Array) -> Array:
     if label is not None and label_target is not None:
         t = jnp.where((label >= 0) & (label < x.shape[-1]), label_target, 0)
     if dense is not None:
-        t = t + jnp.sum(dense, axis=-1) * (x.shape[-1] // dense.shape[-1])
+        t = t + jnp.sum(dense.t, axis=-1) * (x.shape[-1] // dense.t.shape[-1])
     return t
 
 
@@ -213,10 +232,45 @@ def _on_class_axis(c: Array, ndim: int) -> Array:
     return c.reshape((1,) * (ndim - 1) + c.shape)
 
 
+def _all_but_one(t: Array, largest: Array, total: Array) -> Array:
+    """sum_k t_k of one tile with one largest target left out, [..., K] to [...].
+
+    Its value. Its derivative is that of the whole sum, the largest being a constant.
+    """
+    largest_apart = apart(largest, total)[..., None]
+
+    def apart_from_it() -> Array:
+        # A target that outweighs all others twice is alone above half of itself. What is below
+        # adds up with no comparison, as in _dense_cost. Magnitudes: targets may be negative.
+        outweighs = jnp.sum(jnp.abs(t), axis=-1) < 1.5 * largest
+        others = jnp.sum(jnp.minimum(t, largest_apart - t), axis=-1)
+        return jnp.where(outweighs, others, total - largest)
+
+    if place(t) != LOCAL_CPU:
+        return apart_from_it()
+    # Two sums more are time on a CPU. Where no row needs them, this costs no digits either.
+    needed = jnp.any(total < 1.5 * largest)
+    return lax.cond(needed, apart_from_it, lambda: total - largest)
+
+
+def _dense(t: Array, axis_name: AxisName) -> Dense:
+    """The targets of all classes, or of a shard of them, with the parts of the sum over all."""
+    largest, total = lax.stop_gradient(jnp.max(t, axis=-1)), jnp.sum(t, axis=-1)
+    rest = _all_but_one(*lax.stop_gradient((t, largest, total)))
+    if axis_name is not None:
+        shard_largest, largest = largest, lax.pmax(largest, axis_name)
+        top = shard_largest == largest
+        rest = jnp.where(top, rest, rest + shard_largest)
+        total, rest, tops = lax.psum((total, rest, top.astype(t.dtype)), axis_name)
+        rest = lax.stop_gradient(rest + (tops - 1) * largest)
+    return Dense(t, largest, rest + (total - lax.stop_gradient(total)))
+
+
 def _dense_targets(p: Array, a: Array | None, c: Array | None, classes: _Classes) -> Targets:
     t = p if a is None else (1 - a) * p + a / classes.number
     t = t if c is None else t * _on_class_axis(c, t.ndim)
-    return Targets(None, None, t, psum(jnp.sum(t, axis=-1), classes.axis_name))
+    dense = _dense(t, classes.axis_name)
+    return Targets(None, None, dense, dense.largest + dense.rest)
 
 
 def _label_targets(
@@ -225,11 +279,14 @@ def _label_targets(
     index = label - classes.first
     if a is None:
         return Targets(index, weight, None, weight)
-    mean_weight = 1 if c is None else psum(jnp.sum(c), classes.axis_name) / classes.number
-    dense = a / classes.number * (jnp.ones((1,), a.dtype) if c is None else c)
+    share = jnp.reshape(a / classes.number, (1,) * (label.ndim + 1))
+    if c is None:
+        one = share[..., 0]
+        dense = Dense(share, one, one * (classes.number - 1))
+    else:
+        dense = _dense(share * _on_class_axis(c, label.ndim + 1), classes.axis_name)
     target = (1 - a) * weight
-    dense = _on_class_axis(dense, label.ndim + 1)
-    return Targets(index, target, dense, target + a * mean_weight)
+    return Targets(index, target, dense, target + (dense.largest + dense.rest))
 
 
 def make_rows(

@@ -135,6 +135,39 @@ def exact_row(x, t):
         return row_loss, [total * ek / s - tk for tk, ek in zip(t, e, strict=True)]
 
 
+def exact_targets(label, classes, label_smoothing=0.0, class_weights=None):
+    """t_k = c_k ((1 - a) [k = y] + a / K) of one row, in 60-digit arithmetic."""
+    with mpmath.workdps(DIGITS):
+        a = mpmath.mpf(float(label_smoothing))
+        c = [
+            mpmath.mpf(float(v))
+            for v in (np.ones(classes) if class_weights is None else class_weights)
+        ]
+        return [c[k] * ((1 - a) * (k == label) + a / classes) for k in range(classes)]
+
+
+def gradient_errors(actual, x, t):
+    """The error of a row's gradient, entry by entry, relative to the two terms of the exact one.
+
+    They are q_l (T - t_l) and t_l (1 - q_l), of which D7 is the difference. Where an exponential is
+    below the normal numbers of float32, and so their sum in units of T or of 1, the error is 0 for
+    any finite gradient.
+    """
+    with mpmath.workdps(DIGITS):
+        x, t = (
+            [v if isinstance(v, mpmath.mpf) else mpmath.mpf(float(v)) for v in a] for a in (x, t)
+        )
+        e = [mpmath.exp(v - max(x)) for v in x]
+        s, total = mpmath.fsum(e), mpmath.fsum(t)
+        errors, least = [], 1e-37 * max(1, total)
+        for a, e_l, t_l in zip(actual, e, t, strict=True):
+            terms = e_l / s * (total - t_l), t_l * (s - e_l) / s
+            size = sum(terms)
+            error = abs(mpmath.mpf(float(a)) - (terms[0] - terms[1]))
+            errors.append(float(error / size) if size > least else 0.0 * float(a))
+        return errors
+
+
 def relative_error(actual, exact):
     """|actual - exact| / |exact| for floats and mpf, computed exactly."""
     with mpmath.workdps(DIGITS):

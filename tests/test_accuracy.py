@@ -133,6 +133,162 @@ def test_a_confident_row_sums_to_zero_among_others(rule):
     assert gradient[1, 3] == pytest.approx(-4 * np.exp(-20), rel=1e-6)
 
 
+def soft_targets(dtype="float32"):
+    """Logits and dense targets of which one class holds most, none does, or several tie for it."""
+    rng = np.random.default_rng(11)
+    few = [([20, 0, -np.inf, -np.inf], [1, 1e-9, 0, 0]), ([9, 0, 0, 0], [1, 1e-4, 1e-4, 0])]
+    few += [([0, 9, 0, 1], [1e-4, 3e4, 1e-4, 1]), ([5, 0, 0, 0], [1000, 0, 3, 1])]
+    few += [([30, 30, 0, 1], [1, 1, 1e-8, 0]), ([0, 0, 0, 0], [0, 0, 0, 0])]
+    many = []
+    for sharpness in (1, 8, 20, 40):  # teachers, and students who agree and who do not
+        for lead in (0, 5, 20):
+            z = rng.normal(size=37)
+            z[4] = z.max() + sharpness
+            x = rng.normal(size=37)
+            x[[4, 5][lead == 5]] = x.max() + lead
+            many += [(x, np.exp(z - z.max())), (x, np.exp(z - z.max()) * 1e-6)]
+    return [
+        [np.asarray(jnp.asarray(a, dtype)) for a in zip(*rows, strict=True)] for rows in (few, many)
+    ]
+
+
+def worst_soft(gradients, x, t):
+    """The largest error of any row's gradient, in units of D7's terms. Of a NaN it is NaN."""
+    rows = zip(np.asarray(gradients), x, t, strict=True)
+    return np.max([oracle.gradient_errors(*row) for row in rows])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_targets_of_which_one_class_holds_most(rule):
+    """T - t_l is not a difference: beside a target of 1, one of 1e-9 is half of the gradient."""
+    for x, t in soft_targets():
+        loss, gradient = value_and_gradients(x, t, rule, jit=True)
+        assert worst_soft(gradient, x, t) < 2e-5
+        for actual, x_i, t_i in zip(loss, x, t, strict=True):
+            possible = x_i > -np.inf
+            exact, _ = oracle.exact_row(x_i[possible], t_i[possible])
+            assert actual == exact == 0 or oracle.relative_error(actual, exact) < 1e-6
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_targets_in_float64(rule):
+    with jax.enable_x64(True):
+        for x, t in soft_targets("float64"):
+            _, gradient = value_and_gradients(x, t, rule, jit=True)
+            assert worst_soft(gradient, x, t) < 1e-13
+
+
+SMOOTHINGS = [0.5, 0.1, 1e-3, 1e-4, 1e-6, 1e-8]
+WEIGHTS = [None, [1000, 0.001, 0.001, 0.001], [0.001, 1000, 0.001, 0.001], [2, 3, 0, 1]]
+
+
+def smoothed(call):
+    """Errors for small smoothings, and for class weights of which the label has most, or least."""
+    x = np.array([[40, 0, 0, 0], [0, 12, 3, -2], [1, 2, 3, 4], [2, 2, 2, 2]], np.float32)
+    labels = np.array([0, 1, 0, 0])
+    for a in SMOOTHINGS:
+        for c in WEIGHTS:
+            a = np.float32(a)
+            c = None if c is None else np.array(c, np.float32)
+            gradients = call(x, labels, label_smoothing=a, class_weights=c)
+            t = [oracle.exact_targets(label, 4, a, c) for label in labels]
+            yield a, c, worst_soft(gradients, x, t)
+
+
+@functools.cache
+def gradient_of_smoothed(rule, head):
+    def loss(x, labels, label_smoothing, class_weights):
+        options = {
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "reduction": "sum",
+            "rule": rule,
+        }
+        if not head:
+            return sxe.softmax_cross_entropy(x, labels, **options)
+        eye = jnp.eye(4)
+        return sxe.linear_softmax_cross_entropy(x, eye, labels, **options)
+
+    return jax.jit(jax.grad(loss))
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+@pytest.mark.parametrize("rule", RULES)
+def test_small_label_smoothing_and_class_weights_of_different_size(rule, head):
+    f = gradient_of_smoothed(rule, head)
+    for *case, error in smoothed(lambda x, y, **options: f(x, y, *options.values())):
+        assert error < 2e-5, case
+
+
+def test_with_gradient_is_as_exact_for_soft_targets():
+    def gradient(x, labels, **options):
+        return sxe.softmax_cross_entropy_with_gradient(x, labels, reduction="sum", **options)[1]
+
+    for *case, error in smoothed(jax.jit(gradient)):
+        assert error < 2e-5, case
+    for x, t in soft_targets():
+        assert worst_soft(gradient(x, t), x, t) < 2e-5
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+@pytest.mark.parametrize("rule", RULES)
+def test_soft_targets_over_shards_of_classes(rule, head):
+    """The class that holds most is on one device, the rest of the targets on another."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    loss = sxe.linear_softmax_cross_entropy if head else sxe.softmax_cross_entropy
+    loss = sxe.over_mesh(loss, mesh, classes="model")
+
+    def total(x, labels, **options):
+        x = (x, jnp.eye(x.shape[-1])) if head else (x,)
+        return loss(*x, labels, reduction="sum", rule=rule, **options)
+
+    f = jax.jit(jax.grad(total))
+    for *case, error in smoothed(f):
+        assert error < 2e-5, case
+    (x, t), _ = soft_targets()
+    x = np.where(np.isfinite(x), x, -30)  # a product with the head's kernel would be NaN
+    for order in ([0, 1, 2, 3], [1, 2, 0, 3]):
+        assert worst_soft(f(x[:, order], t[:, order]), x[:, order], t[:, order]) < 2e-5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_targets_of_either_sign(rule):
+    """An advantage times a one-hot row is a target as well: D7 holds for every t."""
+    rng = np.random.default_rng(12)
+    t = rng.normal(size=(30, 5)).astype(np.float32)
+    t[:10] *= np.eye(5)[rng.integers(5, size=10)]
+    t[10:15] = [2, 1.5, -3, 0, 0.1]
+    x = rng.normal(size=t.shape).astype(np.float32)
+    loss, gradient = value_and_gradients(x, t, rule, jit=True)
+    oracle.assert_close(loss, oracle.loss(x, t, reduction="none"))
+    oracle.assert_close(gradient, oracle.gradient(x, t, reduction="sum"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([1, 2, 7, 64]),
+    scale=st.floats(0.0, 80.0),
+    sharpness=st.floats(0.0, 80.0),
+    size=st.sampled_from([1e-6, 1.0, 1000.0]),
+    ties=st.integers(1, 3),
+    rule=st.sampled_from(RULES),
+)
+def test_any_dense_targets(seed, classes, scale, sharpness, size, ties, rule):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(1, classes)) * scale).astype(np.float32)
+    z = rng.normal(size=(1, classes)) * sharpness
+    z[0, rng.permutation(classes)[:ties]] = z.max()
+    t = (np.exp(z - z.max()) * size).astype(np.float32)
+    t[t < 1e-30] = 0
+    _, gradient = compiled(rule, classes)(x, t)
+    exact = oracle.exact_row(x[0], t[0])[1]
+    # As for labels: what JAX adds up for rule "autodiff" may be below float32's normal numbers.
+    normal = [rule != "autodiff" or abs(d) > 1e-31 for d in exact]
+    errors = np.array(oracle.gradient_errors(np.asarray(gradient[0]), x[0], t[0]))[normal]
+    assert np.max(errors, initial=0.0) < 2e-5
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("classes", [1009, 50021])
 def test_many_classes(rule, classes):
