@@ -360,7 +360,7 @@ def _text(report: _check.Report) -> Iterator[str]:
             yield f"{result.name:30} {result.error:8.1e}  {result.expected:29}  {_result(result)}"
 
     yield from ("", "Rows that float32 rounds away, and their truth from 60 digits")
-    form = "{:30} {:>14} {:>14} {:>14}  {:>9}  {:>11}  {}"
+    form = "{:40} {:>14} {:>14} {:>14}  {:>9}  {:>11}  {}"
     yield form.format("label 0 of", "truth", "sxe", "optax", "sxe error", "optax error", "")
     for row in report.precision:
         numbers = (f"{number:.7e}" for number in (row.truth, row.sxe, row.optax))
@@ -368,6 +368,7 @@ def _text(report: _check.Report) -> Iterator[str]:
         yield form.format(row.name, *numbers, *relative, _result(row))
     limits = (f"{bound:.0e} ({quantity})" for quantity, bound in _check.PRECISION.items())
     yield f"sxe error: at most {' and '.join(limits)}; optax is not judged"
+    yield "An error is relative: to the loss, and to the gradient's terms s (T - t) and t (1 - s)"
 
     verdict = f"FAIL: {'; '.join(report.failures)}" if report.failures else "pass"
     yield from ("", f"verdict: {verdict}")

@@ -40,13 +40,25 @@ TOLERANCES = {
     "float32": Tolerance(autodiff=5e-6, differences=5e-6, rule=5e-6),
     "bfloat16": Tolerance(autodiff=4e-2, differences=4e-2, rule=8e-3),
 }
-PRECISION = {"loss": 1e-6, "label gradient": 2e-5}  # relative, in float32
+PRECISION = {"loss": 1e-6, "label gradient": 2e-5}  # in float32, in the units of `Truth`
 MAX_ENTRIES = 2048  # of x; a Jacobian has the square of that, 32 MiB in float64
-ROUNDED_AWAY = {  # rows of logits, exact in float32; the label is class 0
-    "1e8, 1e8": (1e8, 1e8),
-    "20, 0": (20.0, 0.0),
-    "40, 0, 0": (40.0, 0.0, 0.0),
-    "2048 times 1e7": (1e7,) * 2048,
+
+
+class Row(NamedTuple):
+    """Logits, exact in float32, with a target for each class, or none for label 0."""
+
+    logits: Sequence[float]
+    targets: Sequence[float] | None = None
+    label_smoothing: float | None = None
+
+
+ROUNDED_AWAY = {
+    "1e8, 1e8": Row((1e8, 1e8)),
+    "20, 0": Row((20.0, 0.0)),
+    "40, 0, 0": Row((40.0, 0.0, 0.0)),
+    "2048 times 1e7": Row((1e7,) * 2048),
+    "20, 0, targets 1, 1e-9": Row((20.0, 0.0), targets=(1.0, 1e-9)),
+    "40, 0, 0, smoothing 1e-6": Row((40.0, 0.0, 0.0), label_smoothing=1e-6),
 }
 SWEEPS = {  # by magnitude a, and the row of logits with it; the label is class 0
     # To where exp(-a) is about to leave float32's normal numbers.
@@ -66,7 +78,7 @@ class Comparison(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """A number that float32 rounds away: the truth, two results and their relative errors."""
+    """A number that float32 rounds away: the truth, two results and their errors."""
 
     name: str
     truth: float
@@ -87,6 +99,18 @@ class Sweep(NamedTuple):
     at: tuple[float, ...]
     errors: dict[str, tuple[float, ...]]
     passed: bool
+
+
+class Truth(NamedTuple):
+    """A row's loss, and its gradient at class 0: s_0 (T - t_0) - t_0 (1 - s_0).
+
+    A loss is measured in units of itself, a gradient in those of its two terms: in their sum. For a
+    label that is the gradient's magnitude. Targets that a model has learned make a gradient of 0.
+    """
+
+    loss: float
+    gradient: float
+    terms: float
 
 
 Matrix = tuple[tuple[float, ...], ...]
@@ -290,28 +314,42 @@ def _check_rules(x: Array, targets: dict[str, Array], g: Array) -> tuple[Compari
     return tuple(results)
 
 
-def _optax(x: Array, y: Array) -> Array:
+def _optax(x: Array, y: Array, label_smoothing: Array | None = None) -> Array:
+    if label_smoothing is not None:
+        y = optax.smooth_labels(jax.nn.one_hot(y, x.shape[1], dtype=x.dtype), label_smoothing)
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        return jnp.mean(optax.softmax_cross_entropy(x, y))
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, y))
 
 
+Arguments = tuple[Array, Array, dict[str, Array]]  # logits, labels or targets, options
+
+
+def _arguments(row: Row) -> Arguments:
+    label, a = jnp.zeros(1, jnp.int32), row.label_smoothing
+    targets = label if row.targets is None else jnp.array([row.targets], jnp.float32)
+    options = {} if a is None else {"label_smoothing": jnp.float32(a)}
+    return jnp.array([row.logits], jnp.float32), targets, options
+
+
 @partial(jax.jit, static_argnums=0)
-def _losses_and_gradients(loss: Callable[..., Array], rows: list[Array]) -> Array:
-    results = (jax.value_and_grad(loss)(x, jnp.zeros(1, jnp.int32)) for x in rows)
-    return jnp.stack([number for value, dL_dx in results for number in (value, dL_dx[0, 0])])
+def _losses_and_gradients(loss: Callable[..., Array], rows: list[Arguments]) -> Array:
+    results = (jax.value_and_grad(loss)(x, y, **options) for x, y, options in rows)
+    return jnp.stack([jnp.stack([value, dL_dx[0, 0]]) for value, dL_dx in results])
 
 
 def _check_precision() -> tuple[Precision, ...]:
-    truths = itertools.chain.from_iterable(map(sixty_digits, ROUNDED_AWAY.values()))
-    rows = [jnp.array([logits], jnp.float32) for logits in ROUNDED_AWAY.values()]
+    rows = list(map(_arguments, ROUNDED_AWAY.values()))
     ours = _losses_and_gradients(softmax_cross_entropy, rows).tolist()
     theirs = _losses_and_gradients(_optax, rows).tolist()
     results = []
-    for (row, quantity), truth, a, b in zip(
-        itertools.product(ROUNDED_AWAY, PRECISION), truths, ours, theirs, strict=True
-    ):
-        errors = abs(a / truth - 1), abs(b / truth - 1)
-        passed = errors[0] <= PRECISION[quantity]
-        results.append(Precision(f"{row}: {quantity}", truth, a, b, *errors, passed))
+    for (name, row), *found in zip(ROUNDED_AWAY.items(), ours, theirs, strict=True):
+        truth = sixty_digits(row)
+        for n, (quantity, most) in enumerate(PRECISION.items()):
+            a, b = (numbers[n] for numbers in found)
+            errors = _error_in_units(a, truth, n), _error_in_units(b, truth, n)
+            passed = errors[0] <= most
+            results.append(Precision(f"{name}: {quantity}", truth[n], a, b, *errors, passed))
     return tuple(results)
 
 
@@ -333,21 +371,23 @@ def _check_sweeps() -> tuple[Sweep, ...]:
     results = []
     for magnitude, (at, row, logits) in SWEEPS.items():
         rows = jnp.array([logits(a) for a in at], jnp.float32)
-        truths = zip(*map(sixty_digits, rows.tolist()), strict=True)  # of what float32 holds
+        truths = [sixty_digits(Row(logits)) for logits in rows.tolist()]  # of what float32 holds
         found = {who: _sweep(loss, rows) for who, loss in losses.items()}
-        for n, (quantity, truth) in enumerate(zip(PRECISION, truths, strict=True)):
+        for n, (quantity, most) in enumerate(PRECISION.items()):
             errors = {
-                who: tuple(map(_relative_error, numbers[n].tolist(), truth))
+                who: tuple(map(partial(_error_in_units, n=n), numbers[n].tolist(), truths))
                 for who, numbers in found.items()
             }
-            passed = max(errors["sxe"]) <= PRECISION[quantity]
+            passed = max(errors["sxe"]) <= most
             name = f"{magnitude} {at[0]:.0f} to {at[-1]:.3g}: {quantity}"
             results.append(Sweep(name, magnitude, row, quantity, tuple(at), errors, passed))
     return tuple(results)
 
 
-def _relative_error(value: float, truth: float) -> float:
-    return abs(value / truth - 1) if math.isfinite(value) else math.inf
+def _error_in_units(value: float, truth: Truth, n: int) -> float:
+    """Of the loss, n = 0, or of the gradient, n = 1; inf where it is not finite."""
+    unit = (truth.loss, truth.terms)[n]
+    return abs(value - truth[n]) / unit if math.isfinite(value) else math.inf
 
 
 def _example(seed: int) -> Example:
@@ -368,9 +408,17 @@ def _tuples(nested: Any) -> Any:
     return tuple(map(_tuples, nested)) if isinstance(nested, list) else nested
 
 
-def sixty_digits(logits: Sequence[float]) -> tuple[float, float]:
-    """L of one row with label 0 (D0), and dL/dx_0 = s_0 - 1 (D8), in 60-digit arithmetic."""
+def sixty_digits(row: Row) -> Truth:
+    """L of one row (D0) and dL/dx_0 (D7), in 60-digit arithmetic, of what float32 holds."""
+    K, (a, *targets) = len(row.logits), _float32(row.label_smoothing or 0.0, *(row.targets or ()))
     with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
-        exp_x = [Decimal(x_k).exp() for x_k in logits]
-        s_0 = exp_x[0] / sum(exp_x)
-        return float(-s_0.ln()), float(s_0 - 1)
+        exp_x = [Decimal(x_k).exp() for x_k in row.logits]
+        s = [exp_x_k / sum(exp_x) for exp_x_k in exp_x]
+        t = targets or [(1 - a) * (k == 0) + a / K for k in range(K)]
+        loss = -sum(t_k * s_k.ln() for t_k, s_k in zip(t, s, strict=True) if t_k)
+        terms = s[0] * sum(t[1:]), t[0] * sum(s[1:])  # s_0 T - t_0, less s_0 t_0 in both
+        return Truth(float(loss), float(terms[0] - terms[1]), float(terms[0] + terms[1]))
+
+
+def _float32(*values: float) -> list[Decimal]:
+    return [Decimal(float(jnp.float32(value))) for value in values]

@@ -38,7 +38,7 @@ def test_every_line_holds_for_random_sizes(seed):
     assert [line.name for line in report.lines] == NAMES
     assert all(line.shown for line in report.lines)
     assert len(report.rules) == 12
-    assert len(report.precision) == 8
+    assert len(report.precision) == 12
 
 
 @pytest.mark.parametrize("dtype", ["float64", jnp.float32, jnp.bfloat16])
@@ -267,7 +267,10 @@ def test_a_loss_that_rounds_away_is_found(monkeypatch):
     def textbook(logits, labels, **options):
         if logits.dtype != jnp.float32 or options:
             return right(logits, labels, **options)
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[:, 0])
+        lse = jax.nn.logsumexp(logits, axis=1)
+        if labels.ndim == 1:
+            return jnp.mean(lse - logits[:, 0])
+        return jnp.mean(jnp.sum(labels, axis=1) * lse - jnp.sum(labels * logits, axis=1))
 
     # Not the whole check: its other parts would only compile anew, for another loss.
     monkeypatch.setattr(_check, "softmax_cross_entropy", textbook)
@@ -278,15 +281,47 @@ def test_a_loss_that_rounds_away_is_found(monkeypatch):
         "40, 0, 0: loss",
         "40, 0, 0: label gradient",
         "2048 times 1e7: loss",
+        "20, 0, targets 1, 1e-9: loss",
+        "20, 0, targets 1, 1e-9: label gradient",
+    )
+
+
+def test_a_gradient_that_loses_a_small_target_is_found(monkeypatch):
+    right = sxe.softmax_cross_entropy
+
+    def difference(logits, labels, **options):
+        """Its gradient takes T - t as a difference."""
+        if logits.dtype != jnp.float32:
+            return right(logits, labels, **options)
+        t = labels
+        if t.ndim == 1:
+            a = options.get("label_smoothing", 0)
+            t = (1 - a) * jax.nn.one_hot(t, logits.shape[1]) + a / logits.shape[1]
+        x = jax.lax.stop_gradient(logits)
+        e = jnp.exp(x - x.max(1, keepdims=True))
+        r = e[:, 1:].sum(1, keepdims=True)  # in every row here class 0 is a largest one
+        slope = (e * (t.sum(1, keepdims=True) - t) - t * ((1 - e) + r)) / (1 + r)
+        return right(x, labels, **options) + jnp.sum(slope * (logits - x))
+
+    monkeypatch.setattr(_check, "softmax_cross_entropy", difference)
+    assert tuple(row.name for row in _check._check_precision() if not row.passed) == (
+        "20, 0, targets 1, 1e-9: label gradient",
+        "40, 0, 0, smoothing 1e-6: label gradient",
     )
 
 
 def test_sixty_digits():
-    equal, confident = _check.sixty_digits((1e8, 1e8)), _check.sixty_digits((40.0, 0.0))
-    assert equal == (math.log(2), -0.5)
-    np.testing.assert_allclose(
-        confident, (math.log1p(math.exp(-40)), -1 / (1 + math.exp(40))), rtol=1e-15
-    )
+    equal, confident = (_check.sixty_digits(_check.Row(x)) for x in ((1e8, 1e8), (40.0, 0.0)))
+    assert equal == (math.log(2), -0.5, 0.5)
+    q = 1 / (1 + math.exp(40))
+    np.testing.assert_allclose(confident, (math.log1p(math.exp(-40)), -q, q), rtol=1e-15)
+
+
+def test_sixty_digits_of_soft_targets():
+    learned = _check.sixty_digits(_check.Row((1.0, 1.0), targets=(0.5, 0.5)))
+    assert learned == (math.log(2), 0, 0.5)
+    smoothed = _check.sixty_digits(_check.Row((40.0, 0.0, 0.0), label_smoothing=0.25))
+    np.testing.assert_allclose(smoothed, (40 / 6, 1 / 6, 1 / 6), rtol=1e-15)
 
 
 def test_gradient_takes_lists():

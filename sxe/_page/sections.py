@@ -149,8 +149,10 @@ def precision(report: Report) -> Element:
         errors = [_digits(error) for error in (row.sxe_error, row.optax_error)]
         rows.append(e("tr", *heads, *cells, *errors, e("td", result(_word(row)))))
     return table(
-        "The label is class 0. Behind an error is a bar as long as the result has correct digits. "
-        f"sxe may err by {' and '.join(limits)}; optax is not judged.",
+        "The label is class 0; two rows have soft targets. Behind an error is a bar as long as the "
+        "result has correct digits. An error is relative to the loss, or to the sum of the "
+        f"gradient's two terms, s (T {MINUS} t) and t (1 {MINUS} s). sxe may err by "
+        f"{' and '.join(limits)}; optax is not judged.",
         [_head("logits", "of", "truth", "sxe", "optax", "sxe error", "optax error", "result")],
         rows,
         label="Rows that float32 rounds away",
