@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sxe._axes import AxisName, axis_names
@@ -16,6 +17,79 @@ from sxe._options import mesh_axes
 from sxe._softmax_cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_gradient
 
 LOSSES = (softmax_cross_entropy, softmax_cross_entropy_with_gradient, linear_softmax_cross_entropy)
+
+
+class _OverMesh:
+    """What ``over_mesh`` returns: a function that can be compared, copied and pickled.
+
+    Name, docstring and signature are those of its loss.
+    """
+
+    def __init__(self, loss: Callable[..., Any], layout: Layout) -> None:
+        functools.update_wrapper(self, loss)
+        self._loss, self._layout = loss, layout
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        for option in ("axis_name", "batch_axis_name"):
+            if option in options:
+                raise TypeError(
+                    f"{option}: expected none with over_mesh, where batch and classes name the "
+                    f"mesh axes, got {options[option]!r}"
+                )
+        around = jax.sharding.get_abstract_mesh()
+        manual = {*self._layout.mesh.manual_axes, *around.manual_axes}
+        for argument, axes in _named(self._layout):
+            if taken := manual & set(axis_names(axes)):
+                raise ValueError(
+                    f"{argument}: expected Auto or Explicit mesh axes, got {sorted(taken)}, which "
+                    "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
+                    "batch_axis_name"
+                )
+        return self._loss(*args, axis_name=self._layout, **options)
+
+    def __repr__(self) -> str:
+        layout = self._layout
+        axes = f"batch={PartitionSpec(*layout.rows)}, classes={layout.classes}, fsdp={layout.fsdp}"
+        return f"sxe.over_mesh(sxe.{self._loss.__name__}, {layout.mesh!r}, {axes})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _OverMesh):
+            return NotImplemented
+        return (self._loss, self._layout) == (other._loss, other._layout)
+
+    def __hash__(self) -> int:
+        return hash((self._loss, self._layout))
+
+    def __reduce__(self) -> tuple[Callable[..., _OverMesh], tuple[Any, ...]]:
+        layout = self._layout
+        if not isinstance(layout.mesh, Mesh):
+            return _OverMesh, (self._loss, layout)
+        # Devices cannot be pickled. Their ids are the same in all processes of a program.
+        devices = list(layout.mesh.devices.flat)
+        ids = tuple(device.id for device in devices)
+        layout = layout._replace(mesh=layout.mesh.abstract_mesh)
+        return _over_devices, (self._loss, layout, devices[0].platform, ids)
+
+
+def _over_devices(
+    loss: Callable[..., Any], layout: Layout, platform: str, ids: tuple[int, ...]
+) -> _OverMesh:
+    """What was pickled, over this process's devices with these ids."""
+    found = {device.id: device for device in jax.devices(platform)}
+    if missing := sorted(set(ids) - set(found)):
+        raise ValueError(
+            f"mesh: expected {platform} devices with the ids that were pickled, got none with "
+            f"{missing}; pickle a loss over an AbstractMesh, which has no devices"
+        )
+    mesh = layout.mesh
+    devices = np.array([found[i] for i in ids], dtype=object).reshape(mesh.axis_sizes)
+    mesh = Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+    return _OverMesh(loss, layout._replace(mesh=mesh))
+
+
+def _named(layout: Layout) -> tuple[tuple[str, AxisName], ...]:
+    """The mesh axes of a layout, by the arguments that name them."""
+    return ("batch", layout.batch), ("classes", layout.classes)
 
 
 def over_mesh(
@@ -49,6 +123,9 @@ def over_mesh(
       fsdp: for the head, the mesh axes, among those of ``batch``, that split the first axis of the
         kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
 
+    That function can be compared, copied and pickled. Pickled with a ``Mesh`` it needs devices of
+    the same platform and ids where it is loaded, as in all processes of a program.
+
     Arguments that are split in another way are moved, as by ``jax.jit(..., in_shardings=...)``.
     Gradients are split as described. Loss and sums are on every device, results of a number a row
     are split as the rows are.
@@ -60,7 +137,7 @@ def over_mesh(
       TypeError: for a function that is none of these, or arguments of a wrong type.
       ValueError: for a mesh axis that the mesh has not, or that is named twice, and for a size that
         the devices along its axis do not divide, which has to be padded: rows with a ``where`` of
-        False, classes with logits or a bias of -inf.
+        False, classes with logits or, without softcap, a bias of -inf.
 
     Example:
       >>> import jax, jax.numpy as jnp, sxe
@@ -86,10 +163,9 @@ def over_mesh(
         rows = rows[:-1]
     layout = Layout(mesh, rows, mesh_axes("classes", classes), mesh_axes("fsdp", fsdp))
 
-    named = (("batch", layout.batch), ("classes", layout.classes))
     known = mesh.axis_names
     seen: set[str] = set()
-    for argument, axes in named:
+    for argument, axes in _named(layout):
         for name in axis_names(axes):
             if name not in known:
                 raise ValueError(f"{argument}: expected axes of the mesh, {known}, got {name!r}")
@@ -106,22 +182,4 @@ def over_mesh(
                 f"fsdp: expected axes of batch, {axis_names(layout.batch)}, got {name!r}"
             )
 
-    @functools.wraps(loss)
-    def over(*args: Any, **options: Any) -> Any:
-        for option in ("axis_name", "batch_axis_name"):
-            if option in options:
-                raise TypeError(
-                    f"{option}: expected none with over_mesh, where batch and classes name the "
-                    f"mesh axes, got {options[option]!r}"
-                )
-        manual = {*mesh.manual_axes, *jax.sharding.get_abstract_mesh().manual_axes}
-        for argument, axes in named:
-            if taken := manual & set(axis_names(axes)):
-                raise ValueError(
-                    f"{argument}: expected Auto or Explicit mesh axes, got {sorted(taken)}, which "
-                    "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
-                    "batch_axis_name"
-                )
-        return loss(*args, axis_name=layout, **options)
-
-    return over
+    return _OverMesh(loss, layout)

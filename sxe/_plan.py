@@ -97,6 +97,10 @@ class Plan(NamedTuple):
     mesh: Mapping[str, int]
     collectives: tuple[Collective, ...]
 
+    def __hash__(self) -> int:
+        *others, mesh, collectives = self
+        return hash((*others, frozenset(mesh.items()), collectives))
+
     def floor(
         self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
     ) -> Floor:
@@ -230,7 +234,7 @@ def plan(
 
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
-        known = None if dtype is None else jnp.dtype(dtype)  # of None, NumPy makes float64
+        known = None if dtype is None else jnp.dtype(dtype).newbyteorder("=")  # None: float64
     except TypeError:
         known = None
     return _options.check_dtype("dtype", dtype if known is None else known)

@@ -1,7 +1,10 @@
 """over_mesh: both losses on global arrays, whose rows and classes a mesh splits."""
 
+import copy
 import functools
+import inspect
 import itertools
+import pickle
 import re
 
 import jax
@@ -22,6 +25,7 @@ import sxe
 N, D, K = 8, 8, 16
 SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
+LOSSES = [HEAD, LOGITS, sxe.softmax_cross_entropy_with_gradient]
 
 # Every pair of these is met as on and on, on and off, off and off within seven calls: an option is
 # on in four of six of them, no two of them in the same four, and all are off in the first.
@@ -278,6 +282,55 @@ def test_transformations(loss):
     found = everything(sxe.over_mesh(loss, make_mesh(2, 4), batch="data", classes="model"))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(everything(loss)), strict=True):
         assert_close(a, b)
+
+
+# As a function
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("abstract", [False, True], ids=["devices", "abstract"])
+def test_over_mesh_is_a_value(loss, abstract):
+    """Compared, copied and pickled as what it was made of, with its devices in their order."""
+    devices = make_mesh(2, 4).devices[::-1]
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AUTO, EXPLICIT))
+    mesh = mesh.abstract_mesh if abstract else mesh
+    over = sxe.over_mesh(loss, mesh, batch="data", classes="model")
+    for same in (
+        sxe.over_mesh(loss, mesh, batch=P("data"), classes=("model",)),
+        copy.copy(over),
+        copy.deepcopy(over),
+        pickle.loads(pickle.dumps(over)),
+    ):
+        assert same == over
+        assert hash(same) == hash(over)
+        assert repr(same) == repr(over)
+    for other in (sxe.over_mesh(loss, mesh, batch="data"), loss, None):
+        assert over != other
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
+def test_over_mesh_looks_like_its_loss(loss):
+    over = sxe.over_mesh(loss, make_mesh(2, 4), batch="data", classes="model")
+    assert over.__name__ == loss.__name__
+    assert over.__doc__ == loss.__doc__
+    assert inspect.signature(over) == inspect.signature(loss)
+    mesh = r"Mesh\(axis_sizes=\(2, 4\), .*\)"
+    axes = r"batch=P.*\('data',\), classes=\('model',\), fsdp=None"
+    assert re.fullmatch(rf"sxe.over_mesh\(sxe.{loss.__name__}, {mesh}, {axes}\)", repr(over))
+
+
+def test_a_pickled_loss_is_the_loss():
+    p = problem(shape=(N, D, K))
+    over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data", classes="model", fsdp="data")
+    assert_close(jax.jit(pickle.loads(pickle.dumps(over)))(**p), oracle.head_loss(**p))
+
+
+def test_a_pickled_loss_where_its_devices_are_not(monkeypatch):
+    pickled = pickle.dumps(sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data"))
+    monkeypatch.setattr(jax, "devices", lambda platform, devices=jax.devices: devices(platform)[:7])
+    message = r"mesh: expected \w+ devices with the ids .*, got none with \[7\]; .* AbstractMesh"
+    with pytest.raises(ValueError, match=message):
+        pickle.loads(pickled)
 
 
 # The plain call on an explicit mesh

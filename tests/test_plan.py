@@ -4,6 +4,8 @@ As a script it prints the predictions of memory for the shapes below, on one dev
 """
 
 import collections
+import copy
+import pickle
 import re
 
 import fresh
@@ -52,6 +54,28 @@ MESHES = [
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", ("hidden",), {})),
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", (), {})),
 ]
+
+
+def test_a_plan_is_a_value():
+    sizes = {"rows": 8, "hidden": 4, "classes": 16}
+    axes = {"axis_name": "model", "batch_axis_name": "data"}
+    plan = sxe.plan(**sizes, **axes, mesh={"data": 2, "model": 4})
+    for same in (
+        sxe.plan(**sizes, **axes, mesh={"model": 4, "data": 2}),
+        copy.deepcopy(plan),
+        pickle.loads(pickle.dumps(plan)),
+    ):
+        assert same == plan
+        assert hash(same) == hash(plan)
+    others = {sxe.plan(**sizes), sxe.plan(**sizes, **axes, mesh={"data": 4, "model": 2}), plan}
+    assert len(others) == 3
+
+
+def test_a_dtype_in_the_other_byte_order():
+    """As an array from a file has it, which the head takes."""
+    for dtype in ("float16", "float32", "float64"):
+        other = np.dtype(dtype).newbyteorder()
+        assert sxe.plan(8, 4, 16, other) == sxe.plan(8, 4, 16, dtype)
 
 
 INTEGERS = [np.int64, np.uint8, np.asarray, jnp.asarray]
