@@ -59,15 +59,50 @@ def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
 
 
 def array(name: str, x: ArrayLike) -> Array:
-    if isinstance(x, np.ndarray | np.generic) and x.dtype in (np.int64, np.uint64):
-        # With x64 off JAX would wrap a label that 32 bits do not hold, onto another class.
-        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
-        x = np.clip(x, held.min, held.max)
     try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:  # which does not name the argument
+        return jnp.asarray(x if isinstance(x, Array) else _held(x))
+    except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
         message = f"{name}: expected an array, got {reprlib.repr(x)}"
         raise TypeError(message) from error
+
+
+def _held(x: Any) -> Any:
+    """x as JAX can hold it: in this machine's byte order, and integers clipped to what fits.
+
+    With x64 off JAX would wrap a label that 32 bits do not hold, onto another class.
+    """
+    leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
+    leaves = [_native(a) for a in leaves]
+    if all(_is_integer(a) for a in leaves):
+        leaves = [_clipped(a) for a in leaves]
+    return jax.tree.unflatten(nesting, leaves)
+
+
+def _native(x: Any) -> Any:
+    if isinstance(x, Array | int | float | complex):
+        return x
+    if hasattr(x, "__jax_array__"):
+        return _native(x.__jax_array__())
+    if hasattr(x, "__cuda_array_interface__"):  # on a GPU, from where NumPy does not take it
+        return x
+    x = x if isinstance(x, np.ndarray) else np.asarray(x)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _is_integer(x: Any) -> bool:
+    if isinstance(x, Array | np.ndarray):
+        return bool(jnp.issubdtype(x.dtype, jnp.integer))
+    return isinstance(x, int)
+
+
+def _clipped(x: Any) -> Any:
+    if isinstance(x, int):
+        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
+        return min(max(x, held.min), held.max)
+    if isinstance(x, np.ndarray) and x.dtype.itemsize == 8:
+        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        return np.clip(x, held.min, held.max)
+    return x
 
 
 def _optional_array(name: str, x: ArrayLike | None) -> Array | None:
@@ -87,6 +122,8 @@ def _number(
 
     That array's value is not looked at: it may be traced or, on a device, would be waited for.
     """
+    if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
     if _is_numpy_scalar(value):
         value = float(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):

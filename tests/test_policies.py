@@ -1,5 +1,6 @@
 """Labels out of range, rows that do not count, infinities, empty batches: section by section."""
 
+import array
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from flax import nnx
 from jax.experimental import checkify
 from oracle import assert_close
 
@@ -90,6 +92,148 @@ def test_numpy_labels_do_not_wrap(dtype, x64):
         jnp.eye(3, dtype="float32"), logits, labels, reduction="none"
     )
     assert np.isnan(value).tolist() == [True, True, False]
+
+
+class NumPyLike:
+    def __init__(self, x):
+        self.x = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.x
+
+
+class JAXLike:
+    def __init__(self, x):
+        self.x = x
+
+    def __jax_array__(self):
+        return self.x
+
+
+HOLDERS = {
+    "list": np.ndarray.tolist,
+    "tuple": lambda x: tuple(x.tolist()),
+    "list of scalars": list,
+    "list of arrays": lambda x: [np.asarray(a) for a in x],
+    "list with a jax.Array": lambda x: [*x.tolist()[:-1], jnp.asarray(1)],
+    "memoryview": memoryview,
+    "array.array": lambda x: array.array("q", x),
+    "__array__": NumPyLike,
+    "__jax_array__": JAXLike,
+    "nnx.Variable": nnx.Variable,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_labels_of_whatever_kind_do_not_wrap(holder, x64):
+    """2^32 + 1 is 1 in the 32 bits that JAX has with x64 off."""
+    logits = jnp.asarray(some_logits(4, 5))
+    labels = HOLDERS[holder](np.array([3, 2**32 + 1, -(2**32) + 1, 1]))
+    each = [
+        sxe.softmax_cross_entropy(logits, labels, reduction="none"),
+        jax.jit(lambda x: sxe.softmax_cross_entropy(x, labels, reduction="none"))(logits),
+        sxe.linear_softmax_cross_entropy(
+            jnp.eye(4, dtype="float32"), logits, labels, reduction="none"
+        ),
+    ]
+    (_, metrics), gradient = sxe.softmax_cross_entropy_with_gradient(
+        logits, labels, return_metrics=True
+    )
+    expected = oracle.loss(logits[::3], [3, 1], reduction="none")
+    for value in each:
+        assert_close(value[::3], expected)
+        assert np.isnan(value[1:3]).all()
+    assert np.isnan(gradient).all(-1).tolist() == [False, True, True, False]
+    assert np.isnan(metrics.loss_sum)
+
+
+@pytest.mark.parametrize("bad", [2**31, 2**32 + 1, 2**63, 2**64 + 1, 10**30, -(10**30), -(2**63)])
+def test_python_integers_of_any_size(bad, x64):
+    logits = some_logits(2, 2, 5)
+    nested = sxe.softmax_cross_entropy(logits, [[0, bad], [4, 1]], reduction="none")
+    assert np.isnan(nested).tolist() == [[False, True], [False, False]]
+    assert np.isnan(sxe.softmax_cross_entropy(logits[0, 0], bad))
+    kernel = np.eye(5, dtype=np.float32)
+    assert np.isnan(sxe.linear_softmax_cross_entropy(logits[0, 0], kernel, bad))
+
+
+def test_an_integer_of_more_than_32_bits_among_floats_keeps_its_value():
+    targets = [[2**40, 0.5, 0.0], [0.0, 0.5, -(2**40)]]
+    logits = some_logits(2, 3)
+    value = sxe.softmax_cross_entropy(logits, targets, reduction="none")
+    assert_close(value, oracle.loss(logits, np.array(targets), reduction="none"))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "constants"])
+def test_arrays_in_the_other_byte_order(jit):
+    """As files in IDX, FITS or HDF5 have them."""
+    rng = np.random.default_rng(2)
+    hidden, kernel, logits = some_logits(6, 3), some_logits(3, 5), some_logits(6, 5)
+    labels, targets = rng.integers(5, size=6), rng.uniform(size=(6, 5)).astype(np.float32)
+    weights, class_weights, bias = (rng.uniform(size=n).astype(np.float32) for n in (6, 5, 5))
+    options = {"weights": weights, "class_weights": class_weights}
+    options |= {"label_smoothing": np.float64(0.1), "z_loss": np.array(0.01, np.float32)}
+
+    def swapped(x, dtype=None):
+        x = np.asarray(x, dtype)
+        return x.astype(x.dtype.newbyteorder())
+
+    def run(f):
+        return jax.jit(f)() if jit else f()
+
+    other = {name: swapped(x) for name, x in options.items()}
+    for dtype in ("int16", "uint32", "int64", "uint64"):
+        y = swapped(labels, dtype)
+        value = run(lambda y=y: sxe.softmax_cross_entropy(swapped(logits), y, **other))
+        assert_close(value, oracle.loss(logits, labels, **options), dtype="float32")
+    right = oracle.loss(logits, targets, **options)
+    right_gradient = oracle.gradient(logits, targets, **options)
+    value, gradient = run(
+        lambda: sxe.softmax_cross_entropy_with_gradient(swapped(logits), swapped(targets), **other)
+    )
+    assert_close(value, right, dtype="float32")
+    assert_close(gradient, right_gradient, dtype="float32")
+    other |= {"bias": swapped(bias), "softcap": swapped(20.0, np.float32)}
+    y = [swapped(label, "int32") for label in labels]
+    value = run(
+        lambda: sxe.linear_softmax_cross_entropy(swapped(hidden), swapped(kernel), y, **other)
+    )
+    options |= {"bias": bias, "softcap": 20.0}
+    assert_close(value, oracle.head_loss(hidden, kernel, labels, **options), dtype="float32")
+
+
+def test_labels_in_the_other_byte_order_do_not_wrap(x64):
+    labels = np.array([2**32 + 1, 1], ">i8")
+    value = sxe.softmax_cross_entropy(some_logits(2, 5), labels, reduction="none")
+    assert np.isnan(value).tolist() == [True, False]
+
+
+def test_parameters_of_nnx():
+    """They convert themselves, wherever an array or a number is expected."""
+    hidden, kernel, labels = some_logits(4, 3), some_logits(3, 5), np.array([0, 4, 2, 2])
+    options = {"bias": some_logits(5), "softcap": np.float32(3), "logit_scale": np.float32(2)}
+    options |= {"weights": np.float32([1, 2, 3, 4]), "label_smoothing": np.float32(0.1)}
+    options |= {"class_weights": np.float32([1, 2, 3, 4, 5]), "z_loss": np.float32(0.1)}
+    options |= {"where": np.array([True, True, False, True])}
+
+    def loss(hidden, kernel, options):
+        labels_ = nnx.Variable(jnp.asarray(labels))
+        return sxe.linear_softmax_cross_entropy(hidden, kernel, labels_, **options)
+
+    params = jax.tree.map(lambda x: nnx.Param(jnp.asarray(x)), (hidden, kernel, options))
+    value = loss(*params)
+    assert_close(value, oracle.head_loss(hidden, kernel, labels, **options))
+    floats = {name: x for name, x in params[2].items() if name != "where"}
+    gradients = jax.jit(jax.grad(lambda k, o: loss(params[0], k, params[2] | o), argnums=(0, 1)))(
+        params[1], floats
+    )
+    floats = {name: jnp.asarray(options[name]) for name in floats}
+    right = jax.grad(lambda k, o: loss(hidden, k, options | o), argnums=(0, 1))(kernel, floats)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.tree.leaves(gradients),
+        jax.tree.leaves(right),
+    )
 
 
 @pytest.mark.parametrize(("dtype", "label"), [("uint8", 156), ("int8", -100), ("int4", -4)])
@@ -335,6 +479,22 @@ def test_a_logit_of_minus_infinity_cannot_occur(dense, rule):
     assert_close(value, oracle.loss(logits, labels, reduction="none"))
     assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
     assert (gradient[:, 0] == 0).all()
+
+
+@every_rule
+def test_a_softcap_bounds_a_bias_of_minus_infinity(rule):
+    hidden, kernel, labels = some_logits(3, 2), some_logits(2, 5), np.array([1, 2, 0])
+    bias = np.array([-INF, 0, 1, 0, 0], np.float32)
+    f = functools.partial(sxe.linear_softmax_cross_entropy, softcap=3.0, rule=rule)
+    value, gradients = jax.value_and_grad(
+        lambda h, k, b: f(h, k, labels, bias=b), argnums=(0, 1, 2)
+    )(hidden, kernel, bias)
+    logits = 3 * np.tanh((hidden.astype(np.float64) @ kernel + bias) / 3)
+    assert (logits[:, 0] == -3).all()
+    assert_close(value, oracle.loss(logits, labels), dtype="float32")
+    d_z = oracle.gradient(logits, labels) * (1 - (logits / 3) ** 2)
+    for d, right in zip(gradients, (d_z @ kernel.T, hidden.T @ d_z, d_z.sum(0)), strict=True):
+        assert_close(d, right)
 
 
 @every_rule
