@@ -67,7 +67,10 @@ class Layout(NamedTuple):
             if x.shape[axis] % devices:
                 advice = "pad the rows, and mask them with where"
                 if axis_names(axes) == axis_names(self.classes):
-                    advice = "pad the classes, with logits or a bias of -inf"
+                    advice = (
+                        "pad the classes, with logits or a bias of -inf; under a softcap, which "
+                        "bounds the bias, split the classes along other axes or none"
+                    )
                 elif name == "kernel":
                     advice = "split it along other axes or none"
                 raise ValueError(

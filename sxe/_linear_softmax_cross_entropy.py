@@ -559,7 +559,7 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     hidden, kernel, labels, projection, arrays = inputs
     _options.check_projection(hidden, kernel, projection)
     shape, axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
-    _options.check_rows(labels, arrays, static, shape, axes, head=True)
+    _options.check_rows(labels, arrays, static, shape, axes, projection)
     if static.layout is None and is_explicit(hidden, kernel):
         # Types say how the inputs are split. Those of the chunks of split rows they can't.
         static = static._replace(layout=layout_of(hidden, kernel))
@@ -615,14 +615,17 @@ def linear_softmax_cross_entropy(
       kernel: [D, K], likewise; a tied embedding [K, D] passes its transpose. If the dtypes differ
         they are promoted as in ``hidden @ kernel``.
       labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
-      bias: float [K]. Without softcap, a class with a bias of -inf cannot occur.
+      bias: float [K]. Without softcap, a class with a bias of -inf cannot occur. With softcap it
+        can: its logit is -softcap.
       logit_scale: a number or a scalar array, for example 1 / temperature.
-      softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
+      softcap: a number above 0 or a scalar array, a bound on the logits' magnitude, bias included.
+        None is off.
       chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
         on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
         less than 128 rows on a CPU, up to a sixteenth of all, or on an accelerator less than 2048
         (512 of float32), up to an eighth.
-      where: bool [...], the rows that count. The head has no mask of classes.
+      where: bool [...], the rows that count. The head has no mask of classes: leave them out by
+        their bias or, with softcap, out of the kernel.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices
         of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed.

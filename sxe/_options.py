@@ -5,7 +5,7 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from sxe._axes import AxisName, axis_names
 from sxe._layout import Layout
 
 REDUCTIONS = ("mean", "sum", "none")
+HEAD_ORDER = "hidden, kernel, labels"
 
 
 class Arrays(NamedTuple):
@@ -62,8 +63,9 @@ def array(name: str, x: ArrayLike) -> Array:
     try:
         return jnp.asarray(x if isinstance(x, Array) else _held(x))
     except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
-        message = f"{name}: expected an array, got {reprlib.repr(x)}"
-        raise TypeError(message) from error
+        plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
+        got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
+        raise TypeError(f"{name}: expected an array, got {got}{_unpacking(name, x)}") from error
 
 
 def _held(x: Any) -> Any:
@@ -105,6 +107,28 @@ def _clipped(x: Any) -> Any:
     return x
 
 
+def _unpacking(name: str, x: Any) -> str:
+    """What to pass instead of something that holds arrays, or is one that JAX does not take."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "; pass its .filled(0), and what its mask leaves as where"
+    if isinstance(x, np.ndarray):
+        return f"; JAX has no dtype {x.dtype}: cast it"
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return "; for shapes alone call jax.eval_shape"
+    if isinstance(x, jax.Ref):
+        return "; read it, as by ref[...]"
+    if hasattr(x, "unbox"):
+        return "; unbox it, as by nn.meta.unbox(params) of Flax"
+    for held in ("kernel", "embedding.T", "weight.T"):  # by layers of Flax, or Equinox and PyTorch
+        if name == "kernel" and hasattr(x, held.removesuffix(".T")):
+            return f"; pass its .{held}"
+    if hasattr(x, "value"):
+        return "; pass its .value"
+    if isinstance(x, Mapping) and any(hasattr(a, "shape") for a in jax.tree.leaves(x)):
+        return "; pass one of the arrays in it"
+    return ""
+
+
 def _optional_array(name: str, x: ArrayLike | None) -> Array | None:
     return None if x is None else array(name, x)
 
@@ -133,12 +157,18 @@ def _number(
         return None if number == off else number
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        advice = "" if dtype is None else "; cast it to a float dtype"
+        advice = _unpacking(name, value) if dtype is None else "; cast it to a float dtype"
         raise TypeError(
             f"{name}: expected {expected}, or a scalar float array, got {value!r}{advice}"
         )
-    if jnp.shape(value) != ():
-        raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}")
+    shape = jnp.shape(value)
+    if shape != ():
+        advice = ""
+        if math.prod(shape) == 1:
+            advice = f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
+        elif name == "logit_scale":
+            advice = "; for one for each row multiply hidden by it"
+        raise ValueError(f"{name}: expected a scalar, got shape {shape}{advice}")
     return value
 
 
@@ -219,10 +249,18 @@ def parse(
         weights=_optional_array("weights", weights),
         class_weights=_optional_array("class_weights", class_weights),
         label_smoothing=_number(
-            "label_smoothing", label_smoothing, "a number in [0, 1]", lambda a: 0 <= a <= 1, off=0
+            "label_smoothing",
+            label_smoothing,
+            "a number in [0, 1] (0.0 is off)",
+            lambda a: 0 <= a <= 1,
+            off=0,
         ),
         z_loss=_number(
-            "z_loss", z_loss, "a finite number of at least 0", lambda z: 0 <= z < math.inf, off=0
+            "z_loss",
+            z_loss,
+            "a finite number of at least 0 (0.0 is off)",
+            lambda z: 0 <= z < math.inf,
+            off=0,
         ),
     )
     static = Static(
@@ -245,13 +283,63 @@ def parse(
 
 def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice: str = "") -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        mask = name == "weights" and x.dtype == jnp.bool_
-        hint = "; for a mask of rows pass where" if mask else ""
-        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}{hint}")
+        cast = "cast it to a float dtype"
+        if name == "weights":
+            mask = "weights" if x.dtype == jnp.bool_ else "weights != 0"
+            cast = f"for a mask of rows pass where={mask}, else {cast}"
+        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}; {cast}")
     if x.shape != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, one for each {each}, got {x.shape}{advice}"
         )
+
+
+def _broadcasts(
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
+) -> list[str]:
+    """The ways to broadcast an array of that shape; ``along``: with elements along these axes."""
+    ways = []
+    for behind in range(len(expected) - len(shape) + 1):
+        full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
+        elements = {axis for axis, n in enumerate(full) if n != 1}
+        fits = all(full[axis] == expected[axis] for axis in elements)
+        if fits and elements >= set(along):
+            index = ", ".join([":"] * len(shape) + ["None"] * behind)
+            ways.append(f"jnp.broadcast_to({name}{f'[{index}]' if behind else ''}, {expected})")
+        if not elements:
+            break  # all others are the same
+    return ways
+
+
+def _not_broadcast(ways: list[str]) -> str:
+    """Nothing is broadcast unasked: [B] may be one for each B of [B, T], or if B = T for each T."""
+    return f"; it is not broadcast: pass {' or '.join(ways)}" if ways else ""
+
+
+def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], within: str = "") -> str:
+    """What gives an array of that shape the expected one. ``within``: the advice in shard_map."""
+    if shape == (*expected, 1):
+        return f"; take {name}[..., 0]"
+    if within:
+        return within
+    if shape == (1, *expected):
+        return f"; take {name}[0]"
+    if len(shape) == 2 and shape == expected[::-1]:
+        return f"; take {name}.T"
+    if 1 in (len(shape), len(expected)) and math.prod(shape) == math.prod(expected):
+        return f"; take {name}.reshape({expected})"
+    return _not_broadcast(_broadcasts(name, shape, expected))
+
+
+def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
+    """Of a language model, whose labels are the next tokens."""
+    if len(labels) != len(rows) or len(rows) < 2 or labels[:-1] != rows[:-1]:
+        return ""
+    if labels[-1] == rows[-1] - 1:
+        return f"; if these are the tokens that follow, pass {name}[..., :-1, :]"
+    if labels[-1] == rows[-1] + 1:
+        return "; if these are all tokens, pass those that follow, labels[..., 1:]"
+    return ""
 
 
 def parse_projection(
@@ -260,10 +348,14 @@ def parse_projection(
     """The options of the head alone, checked as far as that needs no other argument."""
     return Projection(
         bias=_optional_array("bias", bias),
-        logit_scale=_number("logit_scale", logit_scale, "a finite number", math.isfinite, off=1),
+        logit_scale=_number(
+            "logit_scale", logit_scale, "a finite number (1.0 is off)", math.isfinite, off=1
+        ),
         softcap=None
         if softcap is None
-        else _number("softcap", softcap, "a number above 0 or None", lambda c: c > 0, off=math.inf),
+        else _number(
+            "softcap", softcap, "a number above 0 (None is off)", lambda c: c > 0, off=math.inf
+        ),
     )
 
 
@@ -280,16 +372,24 @@ def check_projection(hidden: Array, kernel: Array, projection: Projection) -> No
     check_logits("kernel", kernel)
     size = hidden.shape[-1]
     if kernel.ndim != 2 or kernel.shape[0] != size:
-        transposed = kernel.ndim == 2 and kernel.shape[1] == size
+        advice = ""
+        if kernel.ndim == 2 and kernel.shape[1] == size:
+            advice = "; of an embedding [K, D] pass its transpose, embedding.T"
+        elif hidden.ndim == 2 and kernel.shape[-1:] == hidden.shape[:1]:
+            advice = f"; the order of arguments is {HEAD_ORDER}"
         raise ValueError(
             f"kernel: expected shape [D, K] with D = {size}, the last axis of hidden "
-            f"{hidden.shape}, got {kernel.shape}"
-            + ("; of an embedding [K, D] pass its transpose, embedding.T" if transposed else "")
+            f"{hidden.shape}, got {kernel.shape}{advice}"
         )
     if kernel.shape[1] == 0:
         raise ValueError(f"kernel: expected [D, K] with at least one class, got {kernel.shape}")
     if projection.bias is not None:
-        _check_float("bias", projection.bias, kernel.shape[1:], "class")
+        bias, expected = projection.bias, kernel.shape[1:]
+        if bias.ndim == 0:
+            raise ValueError(
+                f"bias: expected shape {expected}, one for each class, or None, got a scalar"
+            )
+        _check_float("bias", bias, expected, "class", _fitting("bias", bias.shape, expected))
 
 
 def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
@@ -303,9 +403,11 @@ def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
 
 def check_logits(name: str, x: Array) -> None:
     """Raises unless x has one of the dtypes that the losses compute with, and an axis."""
-    order = "logits, labels" if name == "logits" else "hidden, kernel, labels"
-    integer = jnp.issubdtype(x.dtype, jnp.integer)
-    check_dtype(name, x.dtype, f"; the order of arguments is {order}" if integer else "")
+    order = "logits, labels" if name == "logits" else HEAD_ORDER
+    advice = "; cast it to one of these"
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        advice = f"; the order of arguments is {order}"
+    check_dtype(name, x.dtype, advice)
     if x.ndim == 0:
         raise ValueError(f"{name}: expected at least one axis, got a scalar")
 
@@ -316,9 +418,12 @@ def check_rows(
     static: Static,
     shape: tuple[int, ...],
     axes: tuple[int, ...],
-    head: bool = False,
+    projection: Projection | None = None,
 ) -> None:
-    """Raises unless labels, masks and weights fit logits of that shape with those class axes."""
+    """Raises unless labels, masks and weights fit logits of that shape with those class axes.
+
+    ``projection``: of the head.
+    """
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     classes = math.prod(shape[a] for a in axes)
     if classes == 0:
@@ -330,22 +435,30 @@ def check_rows(
         within = "; inside jax.shard_map shapes are those of one device: see its in_specs"
 
     sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    one_hot = "; cast one-hot labels to a float dtype"
+    if len(axes) == 1:
+        one_hot += f", or pass jnp.argmax(labels, axis={static.axis})"
     if not sparse and not jnp.issubdtype(labels.dtype, jnp.floating):
+        advice = one_hot if labels.shape == shape else "; cast them to one of these"
         raise TypeError(
             "labels: expected class indices of an integer dtype or dense targets of a float dtype, "
-            f"got {labels.dtype}; cast them to one of these"
+            f"got {labels.dtype}{advice}"
         )
     if labels.shape != (rows if sparse else shape):
-        advice = within
+        head = projection is not None
         other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
         if labels.shape == shape:
-            advice = "; cast one-hot labels to a float dtype"
+            one_row = "" if rows else f"; logits of shape {shape} are of one row"
+            advice = one_row + one_hot
         elif labels.shape == rows:
             advice = "; cast class indices to an integer dtype"
-        elif labels.shape == (*rows, 1):
-            advice = "; take labels[..., 0]"
         elif sparse and other and not head and not within:
             advice = f"; if the classes are along axis {other[-1]}, pass axis={other[-1]}"
+        else:
+            name = "hidden" if head else "logits"
+            shift = _shift(name, labels.shape, rows) if sparse and not within else ""
+            expected = rows if sparse or labels.shape == (*rows, 1) else shape
+            advice = shift or _fitting("labels", labels.shape, expected, within)
         raise ValueError(
             f"labels: expected shape {rows} of integers (class indices) or {shape} of floats "
             f"(dense targets), got {labels.shape} of {labels.dtype}{advice}"
@@ -357,18 +470,47 @@ def check_rows(
         )
     where, weights, class_weights, _, _ = arrays
     if where is not None:
-        if where.dtype != jnp.bool_:
-            raise TypeError(f"where: expected dtype bool, got {where.dtype}; pass where != 0")
-        if where.shape not in ((rows,) if head else (rows, shape)):
-            masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
-            if where.shape == shape:  # of the head
-                within = "; a class with a bias of -inf cannot occur"
-            raise ValueError(f"where: expected a mask of shape {masks}, got {where.shape}{within}")
+        _check_where(where, shape, axes, within=within, projection=projection)
     if weights is not None:
         of_classes = weights.shape == (classes,) and not within
-        advice = "; for one for each class pass class_weights" if of_classes else within
+        advice = "; for one for each class pass class_weights" if of_classes else ""
+        advice += _fitting("weights", weights.shape, rows, within)
         _check_float("weights", weights, rows, "row", advice)
     if class_weights is not None:
         of_rows = class_weights.shape == rows and not within
-        advice = "; for one for each row pass weights" if of_rows else within
+        advice = "; for one for each row pass weights" if of_rows else ""
+        advice += _fitting("class_weights", class_weights.shape, (classes,), within)
         _check_float("class_weights", class_weights, (classes,), "class", advice)
+
+
+def _check_where(
+    where: Array,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    *,
+    within: str,
+    projection: Projection | None,
+) -> None:
+    rows = tuple(n for i, n in enumerate(shape) if i not in axes)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"where: expected dtype bool, got {where.dtype}; pass where != 0")
+    head = projection is not None
+    if where.shape == rows or (where.shape == shape and not head):
+        return
+    masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
+    advice = _fitting("where", where.shape, rows, within)
+    of_classes = _broadcasts("where", where.shape, shape, axes)
+    if of_classes and not within and not advice.startswith("; take"):
+        if projection is None:
+            advice = _not_broadcast(_broadcasts("where", where.shape, rows) + of_classes)
+        elif projection.softcap is None:
+            advice += (
+                "; to leave classes out of all rows give them a bias of -inf, to leave them out "
+                "of some rows pass logits to sxe.softmax_cross_entropy"
+            )
+        else:
+            advice += (
+                "; the head cannot mask classes under a softcap, which bounds a bias of -inf too: "
+                "leave them out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
+            )
+    raise ValueError(f"where: expected a mask of shape {masks}, got {where.shape}{advice}")

@@ -46,12 +46,16 @@ ARRAY, DTYPE = (
     "expected an array, got ",
     "expected dtype bfloat16, float16, float32 or float64, got ",
 )
-NUMBER = r"expected a number in \[0, 1\]"
-AT_LEAST_0 = "expected a finite number of at least 0"
+NUMBER = r"expected a number in \[0, 1\] \(0.0 is off\)"
+AT_LEAST_0 = r"expected a finite number of at least 0 \(0.0 is off\)"
 OR_ARRAY = ", or a scalar float array, got "
 INDICES = (
     r"expected shape \(6,\) of integers \(class indices\) or \(6, 5\) of floats \(dense targets\)"
 )
+ONE_HOT = r"cast one-hot labels to a float dtype, or pass jnp.argmax\(labels, axis=-1\)"
+BROADCAST = r"; it is not broadcast: pass jnp.broadcast_to"
+CAST = "expected a float dtype, got {}; cast it to a float dtype"
+ROW_MASK = "; for a mask of rows pass where={}, else cast it to a float dtype"
 STATIC = "; close over a Python value, or name it in the static_argnames of jax.jit"
 ONE_OF = "expected one of 'vjp', 'jvp', 'autodiff', got "
 OUTSIDE = "expected a mesh axis of an enclosing jax.shard_map, got 'x'; for global .* sxe.over_mesh"
@@ -60,17 +64,34 @@ MESH_AXIS = "expected a mesh axis name or a tuple of them, got "
 SHARED = [
     ("labels", {"labels": None}, TypeError, f"{ARRAY}None"),
     ("labels", {"labels": ["cat"] * N}, TypeError, rf"{ARRAY}\['cat', .*\]"),
-    ("labels", {"labels": zeros(N, dtype=bool)}, TypeError, "expected .* got bool; cast .*"),
+    ("labels", {"labels": zeros(N, dtype=bool)}, TypeError, "expected .* bool; cast them to .*"),
+    ("labels", {"labels": zeros(N, K, dtype=bool)}, TypeError, f"expected .* got bool; {ONE_HOT}"),
     ("labels", {"labels": zeros(N, K, dtype=complex)}, TypeError, "expected .* got complex64; .*"),
     ("labels", {"labels": zeros(4, dtype=int)}, ValueError, rf"{INDICES}, got \(4,\) of int32"),
-    ("labels", {"labels": 1}, ValueError, rf"{INDICES}, got \(\) of int32"),
+    (
+        "labels",
+        {"labels": 1},
+        ValueError,
+        rf"{INDICES}, got \(\) of int32{BROADCAST}\(labels, \(6,\)\)",
+    ),
     ("labels", {"labels": zeros(N, 4)}, ValueError, rf"{INDICES}, got \(6, 4\) of float32"),
-    ("labels", {"labels": zeros(1, K)}, ValueError, rf"{INDICES}, got \(1, 5\) of float32"),
+    (
+        "labels",
+        {"labels": zeros(1, K)},
+        ValueError,
+        rf"{INDICES}, got \(1, 5\) of float32{BROADCAST}\(labels, \(6, 5\)\)",
+    ),
     (
         "labels",
         {"labels": zeros(N, K, dtype=int)},
         ValueError,
-        rf"{INDICES}, got \(6, 5\) of int32; cast one-hot labels to a float dtype",
+        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}",
+    ),
+    (
+        "labels",
+        {"labels": [[0, 1, 0, 0, 0]] * N},
+        ValueError,
+        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}",
     ),
     (
         "labels",
@@ -86,21 +107,36 @@ SHARED = [
     ),
     ("where", {"where": "all"}, TypeError, f"{ARRAY}'all'"),
     ("where", {"where": zeros(N)}, TypeError, "expected dtype bool, got float32; pass where != 0"),
-    ("where", {"where": zeros(N, 1, dtype=bool)}, ValueError, r"expected a .*, got \(6, 1\)"),
-    ("where", {"where": True}, ValueError, r"expected a mask of shape \(6,\) \(rows\).*, got \(\)"),
+    (
+        "where",
+        {"where": zeros(N, 1, dtype=bool)},
+        ValueError,
+        r"expected a mask of .*, got \(6, 1\); take where\[..., 0\]",
+    ),
+    (
+        "where",
+        {"where": True},
+        ValueError,
+        rf"expected a mask of shape \(6,\) \(rows\).*, got \(\){BROADCAST}\(where, \(6,\)\)",
+    ),
     ("weights", {"weights": {}}, TypeError, f"{ARRAY}{{}}"),
-    ("weights", {"weights": [1] * N}, TypeError, "expected a float dtype, got int32"),
+    (
+        "weights",
+        {"weights": [1] * N},
+        TypeError,
+        f"expected a float dtype, got int32{ROW_MASK.format('weights != 0')}",
+    ),
     (
         "weights",
         {"weights": zeros(N, dtype=bool)},
         TypeError,
-        "expected a float dtype, got bool; for a mask of rows pass where",
+        f"expected a float dtype, got bool{ROW_MASK.format('weights')}",
     ),
     (
         "weights",
         {"weights": zeros(N, 1)},
         ValueError,
-        r"expected shape \(6,\), one for each row, got \(6, 1\)",
+        r"expected shape \(6,\), one for each row, got \(6, 1\); take weights\[..., 0\]",
     ),
     (
         "weights",
@@ -109,11 +145,12 @@ SHARED = [
         r"expected shape \(6,\), .*, got \(5,\); for one for each class pass class_weights",
     ),
     ("class_weights", {"class_weights": {0: 1.0}}, TypeError, rf"{ARRAY}{{0: 1.0}}"),
+    ("class_weights", {"class_weights": [1] * K}, TypeError, CAST.format("int32")),
     (
         "class_weights",
-        {"class_weights": [1] * K},
-        TypeError,
-        "expected a float dtype, got int32",
+        {"class_weights": zeros(1, K)},
+        ValueError,
+        r"expected shape \(5,\), one for each class, got \(1, 5\); take class_weights\[0\]",
     ),
     (
         "class_weights",
@@ -138,6 +175,18 @@ SHARED = [
         {"label_smoothing": zeros(2)},
         ValueError,
         r"expected a scalar, got shape \(2,\)",
+    ),
+    (
+        "label_smoothing",
+        {"label_smoothing": zeros(1)},
+        ValueError,
+        r"expected a scalar, got shape \(1,\); take label_smoothing\[0\]",
+    ),
+    (
+        "z_loss",
+        {"z_loss": zeros(1, 1)},
+        ValueError,
+        r"expected a scalar, got shape \(1, 1\); take z_loss.reshape\(\(\)\)",
     ),
     (
         "label_smoothing",
@@ -197,23 +246,58 @@ RULES = [
 
 IMAGES = zeros(2, K, 4, 3)  # with PyTorch's class axis
 IN_ORDER = "; the order of arguments is logits, labels"
+RECAST = "; cast it to one of these"
 AXIS = "expected an int or a tuple of ints, got "
 
 OF_LOGITS = [
     ("logits", {"logits": None}, TypeError, f"{ARRAY}None"),
     ("logits", {"logits": [[1.0, 2.0], [3.0]]}, TypeError, rf"{ARRAY}\[\[1.0, 2.0\], \[3.0\]\]"),
-    ("logits", {"logits": zeros(2, dtype=object)}, TypeError, rf"{ARRAY}array\(.*object\)"),
+    (
+        "logits",
+        {"logits": zeros(2, dtype=object)},
+        TypeError,
+        rf"{ARRAY}array\(.*object\); JAX has no dtype object: cast it",
+    ),
+    (
+        "labels",
+        {"labels": np.ma.masked_less(LABELS, 3)},
+        TypeError,
+        rf"{ARRAY}masked_array\(.*\); pass its .filled\(0\), and what its mask leaves as where",
+    ),
+    (
+        "logits",
+        {"logits": {"logits": LOGITS}},
+        TypeError,
+        rf"{ARRAY}{{'logits': .*}}; pass one of the arrays in it",
+    ),
+    (
+        "logits",
+        {"logits": jax.ShapeDtypeStruct((N, K), np.float32)},
+        TypeError,
+        rf"{ARRAY}an object of type ShapeDtypeStruct; for shapes alone call jax.eval_shape",
+    ),
     ("logits", {"logits": (LOGITS, {})}, TypeError, rf"{ARRAY}\(array\(.*\), {{}}\)"),
     ("logits", {"logits": [[1, 2]]}, TypeError, f"{DTYPE}int32{IN_ORDER}"),
     ("logits", {"logits": LABELS, "labels": LOGITS}, TypeError, f"{DTYPE}int32{IN_ORDER}"),
-    ("logits", {"logits": zeros(N, K, dtype=complex)}, TypeError, f"{DTYPE}complex64"),
+    (
+        "logits",
+        {"logits": zeros(N, K, dtype=complex)},
+        TypeError,
+        f"{DTYPE}complex64{RECAST}",
+    ),
     (
         "logits",
         {"logits": zeros(N, K, dtype=jnp.float8_e4m3fn)},
         TypeError,
-        f"{DTYPE}float8_e4m3fn",
+        f"{DTYPE}float8_e4m3fn{RECAST}",
     ),
     ("logits", {"logits": 1.0}, ValueError, "expected at least one axis, got a scalar"),
+    (
+        "labels",
+        {"logits": zeros(N)},
+        ValueError,
+        rf"expected .*, got \(6,\) of int32; logits of shape \(6,\) are of one row; {ONE_HOT}",
+    ),
     (
         "logits",
         {"logits": zeros(N, 0)},
@@ -230,7 +314,20 @@ OF_LOGITS = [
         "where",
         {"where": zeros(K, dtype=bool)},
         ValueError,
-        r"expected a mask of shape \(6,\) \(rows\) or \(6, 5\) \(classes\), got \(5,\)",
+        r"expected a mask of shape \(6,\) \(rows\) or \(6, 5\) \(classes\), got \(5,\)"
+        rf"{BROADCAST}\(where, \(6, 5\)\)",
+    ),
+    (
+        "labels",
+        {"logits": IMAGES, "labels": zeros(2, K, 4, 3, dtype=int), "axis": 1},
+        ValueError,
+        r"expected .*\(2, 5, 4, 3\) of int32; cast .*, or pass jnp.argmax\(labels, axis=1\)",
+    ),
+    (
+        "labels",
+        {"logits": IMAGES, "labels": zeros(2, K, 4, 3, dtype=int), "axis": (1, 2)},
+        ValueError,
+        r"expected .*\(2, 5, 4, 3\) of int32; cast one-hot labels to a float dtype",
     ),
     ("axis", {"axis": 2}, ValueError, r"expected axes in \[-2, 2\) for .* 2 dimensions, got 2"),
     ("axis", {"axis": -3}, ValueError, r"expected axes in \[-2, 2\) .*, got -3"),
@@ -274,7 +371,16 @@ def test_a_program_of_an_axis_that_is_equal_is_not_taken():
 
 SHAPE = r"expected shape \[D, K\] with D = 2, the last axis of hidden \(6, 2\), got "
 HEAD_ORDER = "; the order of arguments is hidden, kernel, labels"
-FINITE, ABOVE_0 = "expected a finite number", "expected a number above 0 or None"
+FINITE = r"expected a finite number \(1.0 is off\)"
+ABOVE_0 = r"expected a number above 0 \(None is off\)"
+OUT_OF_ALL = (
+    "to leave classes out of all rows give them a bias of -inf, to leave them out of some rows "
+    "pass logits to sxe.softmax_cross_entropy"
+)
+CAPPED = (
+    "the head cannot mask classes under a softcap, which bounds a bias of -inf too: leave them "
+    "out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
+)
 
 OF_HEAD = [
     ("hidden", {"hidden": {}}, TypeError, f"{ARRAY}{{}}"),
@@ -282,6 +388,12 @@ OF_HEAD = [
     ("hidden", {"hidden": 1.0}, ValueError, "expected at least one axis, got a scalar"),
     ("kernel", {"kernel": {"kernel": 1}}, TypeError, rf"{ARRAY}{{'kernel': 1}}"),
     ("kernel", {"kernel": LABELS, "labels": KERNEL}, TypeError, f"{DTYPE}int32{HEAD_ORDER}"),
+    (
+        "kernel",
+        {"hidden": KERNEL, "kernel": HIDDEN},
+        ValueError,
+        rf"expected .* D = 5, the last axis of hidden \(2, 5\), got \(6, 2\){HEAD_ORDER}",
+    ),
     ("kernel", {"kernel": zeros(D)}, ValueError, rf"{SHAPE}\(2,\)"),
     ("kernel", {"kernel": zeros(1, D, K)}, ValueError, rf"{SHAPE}\(1, 2, 5\)"),
     (
@@ -292,7 +404,19 @@ OF_HEAD = [
     ),
     ("kernel", {"kernel": zeros(D, 0)}, ValueError, r"expected .* one class, got \(2, 0\)"),
     ("bias", {"bias": "none"}, TypeError, f"{ARRAY}'none'"),
-    ("bias", {"bias": True}, TypeError, "expected a float dtype, got bool"),
+    ("bias", {"bias": zeros(K, dtype=int)}, TypeError, CAST.format("int32")),
+    (
+        "bias",
+        {"bias": False},
+        ValueError,
+        r"expected shape \(5,\), one for each class, or None, got a scalar",
+    ),
+    (
+        "bias",
+        {"bias": zeros(1, K)},
+        ValueError,
+        r"expected shape \(5,\), one for each class, got \(1, 5\); take bias\[0\]",
+    ),
     (
         "bias",
         {"bias": zeros(D)},
@@ -303,14 +427,31 @@ OF_HEAD = [
     ("logit_scale", {"logit_scale": np.asarray(INF)}, ValueError, f"{FINITE}, got inf"),
     ("logit_scale", {"logit_scale": INF}, ValueError, f"{FINITE}, got inf"),
     ("logit_scale", {"logit_scale": None}, TypeError, f"{FINITE}{OR_ARRAY}None"),
-    ("logit_scale", {"logit_scale": zeros(3)}, ValueError, r"expected a scalar, got shape \(3,\)"),
+    (
+        "logit_scale",
+        {"logit_scale": zeros(N)},
+        ValueError,
+        r"expected a scalar, got shape \(6,\); for one for each row multiply hidden by it",
+    ),
     ("softcap", {"softcap": 0}, ValueError, f"{ABOVE_0}, got 0"),
+    ("softcap", {"softcap": 0.0}, ValueError, f"{ABOVE_0}, got 0.0"),
     ("softcap", {"softcap": np.asarray(-30.0)}, ValueError, f"{ABOVE_0}, got -30.0"),
     ("softcap", {"softcap": -30.0}, ValueError, f"{ABOVE_0}, got -30.0"),
     ("softcap", {"softcap": NAN}, ValueError, f"{ABOVE_0}, got nan"),
     ("softcap", {"softcap": False}, TypeError, f"{ABOVE_0}{OR_ARRAY}False"),
     ("softcap", {"softcap": "30"}, TypeError, f"{ABOVE_0}{OR_ARRAY}'30'"),
-    ("softcap", {"softcap": zeros(1)}, ValueError, r"expected a scalar, got shape \(1,\)"),
+    (
+        "softcap",
+        {"softcap": zeros(1)},
+        ValueError,
+        r"expected a scalar, got shape \(1,\); take softcap\[0\]",
+    ),
+    (
+        "logit_scale",
+        {"logit_scale": jnp.ones(1)},
+        ValueError,
+        r"expected a scalar, got shape \(1,\); take logit_scale\[0\]",
+    ),
     ("chunk_size", {"chunk_size": 0}, ValueError, "expected at least 1, or None .*, got 0"),
     ("chunk_size", {"chunk_size": -1}, ValueError, "expected at least 1, or None .*, got -1"),
     ("chunk_size", {"chunk_size": 512.0}, TypeError, "expected an int or None, got 512.0"),
@@ -319,7 +460,25 @@ OF_HEAD = [
         "where",
         {"where": zeros(N, K, dtype=bool)},
         ValueError,
-        r"expected .* \(6,\) \(rows\), got \(6, 5\); a class with a bias of -inf cannot occur",
+        rf"expected .* \(6,\) \(rows\), got \(6, 5\); {OUT_OF_ALL}",
+    ),
+    (
+        "where",
+        {"where": zeros(K, dtype=bool)},
+        ValueError,
+        rf"expected .* \(6,\) \(rows\), got \(5,\); {OUT_OF_ALL}",
+    ),
+    (
+        "where",
+        {"where": zeros(N, K, dtype=bool), "softcap": 30.0},
+        ValueError,
+        rf"expected .* \(6,\) \(rows\), got \(6, 5\); {CAPPED}",
+    ),
+    (
+        "where",
+        {"where": zeros(K, dtype=bool), "softcap": jnp.array(30.0)},
+        ValueError,
+        rf"expected .* \(6,\) \(rows\), got \(5,\); {CAPPED}",
     ),
     # Nothing about axis, which the head does not have:
     ("labels", {"labels": zeros(K, dtype=int)}, ValueError, rf"{INDICES}, got \(5,\) of int32"),
@@ -333,6 +492,149 @@ def test_head(argument, given, error, message):
         sxe.linear_softmax_cross_entropy(**arguments)
     with says(argument, error, message):
         jax.eval_shape(lambda: sxe.linear_softmax_cross_entropy(**arguments))
+
+
+# Arrays of another shape for rows [B, T]. What the error says to pass is passed.
+
+B, T = 3, 4
+LOSSES = [sxe.softmax_cross_entropy, sxe.softmax_cross_entropy_with_gradient]
+LOSSES.append(sxe.linear_softmax_cross_entropy)
+
+
+def call(loss, rows=(B, T), **given):
+    head = loss is sxe.linear_softmax_cross_entropy
+    arguments = {"hidden": zeros(*rows, D), "kernel": KERNEL} if head else {}
+    arguments |= {} if head else {"logits": zeros(*rows, K)}
+    return loss(**(arguments | {"labels": zeros(*rows, dtype=int)} | given))
+
+
+PASS = "; it is not broadcast: pass "
+OTHER_SHAPES = [
+    ((B, T), (B, T, 1), "; take {}[..., 0]"),
+    ((B, T), (1, B, T), "; take {}[0]"),
+    ((B, T), (T, B), "; take {}.T"),
+    ((B, T), (B * T,), "; take {}.reshape((3, 4))"),
+    ((B * T,), (B, T), "; take {}.reshape((12,))"),
+    ((B, T), (B,), PASS + "jnp.broadcast_to({}[:, None], (3, 4))"),
+    ((B, T), (B, 1), PASS + "jnp.broadcast_to({}, (3, 4))"),
+    ((B, T), (T,), PASS + "jnp.broadcast_to({}, (3, 4))"),
+    ((B, T), (1, T), PASS + "jnp.broadcast_to({}, (3, 4))"),
+    ((B, T), (), PASS + "jnp.broadcast_to({}, (3, 4))"),
+    ((2, 3, 4), (2,), PASS + "jnp.broadcast_to({}[:, None, None], (2, 3, 4))"),
+    ((2, 3, 4), (3,), PASS + "jnp.broadcast_to({}[:, None], (2, 3, 4))"),
+    ((2, 3, 4), (2, 3), PASS + "jnp.broadcast_to({}[:, :, None], (2, 3, 4))"),
+    (
+        (T, T),  # one for each row or each column
+        (T,),
+        PASS + "jnp.broadcast_to({0}, (4, 4)) or jnp.broadcast_to({0}[:, None], (4, 4))",
+    ),
+    ((B, T), (2,), ""),
+    ((B, T), (T, B, 1), ""),
+]
+
+
+@pytest.mark.parametrize("argument", ["where", "weights", "labels"])
+@pytest.mark.parametrize(("rows", "shape", "advice"), OTHER_SHAPES, ids=str)
+def test_rows_of_another_shape(rows, shape, advice, argument):
+    dtype = {"where": bool, "weights": np.float32, "labels": int}[argument]
+    given, advice = zeros(*shape, dtype=dtype), advice.format(argument)
+    got = r"got \(.*\)( of int32)?" + re.escape(advice)
+    for loss in LOSSES:
+        with says(argument, ValueError, f"expected .*, {got}"):
+            call(loss, rows, **{argument: given})
+        for way in re.findall(r"(?:take|pass|or) ([a-z].*?)(?= or |$)", advice):
+            fitting = eval(way, {"jnp": jnp, argument: given})
+            jax.eval_shape(lambda loss=loss, x=fitting: call(loss, rows, **{argument: x}))
+
+
+@pytest.mark.parametrize(
+    ("logits", "axis", "shape", "advice"),
+    [
+        ((B, T, K), -1, (K,), "jnp.broadcast_to(where, (3, 4, 5))"),
+        ((B, T, K), -1, (B, 1, K), "jnp.broadcast_to(where, (3, 4, 5))"),
+        ((B, K, T), 1, (K,), "jnp.broadcast_to(where[:, None], (3, 5, 4))"),
+        # Of rows or of classes:
+        (
+            (B, K, K),
+            -1,
+            (K,),
+            "jnp.broadcast_to(where, (3, 5)) or jnp.broadcast_to(where, (3, 5, 5))",
+        ),
+    ],
+    ids=str,
+)
+def test_a_class_mask_of_another_shape(logits, axis, shape, advice):
+    rows = tuple(n for i, n in enumerate(logits) if i != axis % 3)
+    arguments = {"logits": zeros(*logits), "labels": zeros(*rows, dtype=int), "axis": axis}
+    where = np.ones(shape, bool)
+    message = re.escape(f"{rows} (rows) or {logits} (classes), got {shape}{PASS}{advice}")
+    for loss in LOSSES[:2]:
+        with says("where", ValueError, f"expected a mask of shape {message}"):
+            loss(**arguments, where=where)
+        for way in advice.split(" or "):
+            fitting = eval(way, {"jnp": jnp, "where": where})
+            jax.eval_shape(lambda loss=loss, x=fitting: loss(**arguments, where=x))
+
+
+def test_one_class_and_a_mask_of_its_shape():
+    """[B, T, 1] is then the logits' shape, and masks classes."""
+    logits, labels = zeros(B, T, 1), zeros(B, T, dtype=int)
+    where = np.arange(B * T).reshape(B, T, 1) < 5
+    _, metrics = sxe.softmax_cross_entropy(logits, labels, where=where, return_metrics=True)
+    assert metrics.weight_sum == 5
+
+
+def test_labels_of_a_language_model_that_are_shifted_otherwise():
+    for loss, name in zip(LOSSES, ("logits", "logits", "hidden"), strict=True):
+        for length, advice in (
+            (8, f"if these are the tokens that follow, pass {name}[..., :-1, :]"),
+            (10, "if these are all tokens, pass those that follow, labels[..., 1:]"),
+        ):
+            with says("labels", ValueError, f"expected .* of int32; {re.escape(advice)}"):
+                call(loss, (B, 9), labels=zeros(B, length, dtype=int))
+
+
+# What holds arrays, but is none.
+
+
+class Quantity:
+    value = KERNEL
+
+
+class Layer:
+    def __init__(self, name):
+        setattr(self, name, KERNEL)
+
+
+@pytest.mark.parametrize("held", ["kernel", "embedding.T", "weight.T"])
+def test_a_layer(held):
+    layer = Layer(held.removesuffix(".T"))
+    with says("kernel", TypeError, f"{ARRAY}an object of type Layer; pass its .{held}"):
+        sxe.linear_softmax_cross_entropy(HIDDEN, layer, LABELS)
+
+
+def test_boxes():
+    from flax import linen
+
+    boxes = [(Quantity(), "pass its .value")]
+    for box in (linen.Partitioned, linen.LogicallyPartitioned):
+        boxes.append((box(KERNEL, ("a", "b")), r"unbox it, as by nn.meta.unbox\(params\) of Flax"))
+    for box, advice in boxes:
+        for name in ("hidden", "kernel", "labels", "bias", "where", "weights", "class_weights"):
+            arguments = {"hidden": HIDDEN, "kernel": KERNEL, "labels": LABELS} | {name: box}
+            with says(name, TypeError, f"{ARRAY}an object of type .*; {advice}"):
+                sxe.linear_softmax_cross_entropy(**arguments)
+        for name in ("label_smoothing", "z_loss", "logit_scale", "softcap"):
+            with pytest.raises(TypeError, match=rf"(?s)\A{name}: expected .*; {advice}\Z"):
+                sxe.linear_softmax_cross_entropy(HIDDEN, KERNEL, LABELS, **{name: box})
+        for loss in LOSSES[:2]:
+            with says("logits", TypeError, f"{ARRAY}an object of type .*; {advice}"):
+                loss(box, LABELS)
+
+
+def test_a_reference():
+    with says("logits", TypeError, rf"{ARRAY}an object of type Ref; read it, as by ref\[...\]"):
+        sxe.softmax_cross_entropy(jax.new_ref(jnp.asarray(LOGITS)), LABELS)
 
 
 # Under transformations.
@@ -407,6 +709,14 @@ ONE_DEVICE = "; inside jax.shard_map shapes are those of one device: see its in_
         ),
         ("where", {"where": zeros(8, dtype=bool)}, {}, BOTH, rf"expected .*\(8,\){ONE_DEVICE}"),
         ("weights", {"weights": zeros(8)}, {}, BOTH, rf"expected .*, got \(8,\){ONE_DEVICE}"),
+        ("weights", {"weights": zeros(1)}, {}, BOTH, rf"expected .*, got \(1,\){ONE_DEVICE}"),
+        (
+            "weights",
+            {"weights": zeros(4, 1)},
+            {},
+            BOTH,
+            r"expected .*, got \(4, 1\); take weights\[..., 0\]",
+        ),
         (
             "class_weights",
             {"class_weights": zeros(16)},
@@ -471,6 +781,10 @@ def test_over_mesh(argument, given, error, message):
         sxe.over_mesh(**{"loss": HEAD, "mesh": make_mesh(), **given})
 
 
+PADDING = (
+    "pad the classes, with logits or a bias of -inf; under a softcap, which bounds the bias, "
+    "split the classes along other axes or none"
+)
 MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shape {}; {}"
 
 
@@ -486,7 +800,7 @@ MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shap
             "kernel",
             {"kernel": zeros(4, 15)},
             ValueError,
-            MULTIPLE.format(1, 4, r"\(4, 15\)", "pad the classes, with logits or a bias of -inf"),
+            MULTIPLE.format(1, 4, r"\(4, 15\)", PADDING),
         ),
         (
             "kernel",
@@ -509,6 +823,12 @@ MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shap
         # The shapes are those of all devices:
         ("labels", {"labels": zeros(4, dtype=int)}, ValueError, r"expected .*\(8,\).*\(4,\) .*"),
         ("bias", {"bias": zeros(4)}, ValueError, r"expected shape \(16,\), .*, got \(4,\)"),
+        (
+            "weights",
+            {"weights": zeros(8, 1)},
+            ValueError,
+            r"expected shape \(8,\), .*, got \(8, 1\); take weights\[..., 0\]",
+        ),
     ]
 )
 def test_a_call_over_mesh(argument, given, error, message):
