@@ -692,7 +692,7 @@ def linear_softmax_cross_entropy(
     inputs = _Inputs(
         _options.array("hidden", hidden),
         _options.array("kernel", kernel),
-        _options.array("labels", labels),
+        _options.array("labels", labels, static.ignore_index),
         projection,
         arrays,
     )

@@ -59,24 +59,24 @@ def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
     return TypeError(f"{name}: expected {expected}, got {value!r}{advice}")
 
 
-def array(name: str, x: ArrayLike) -> Array:
+def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
     try:
-        return jnp.asarray(x if isinstance(x, Array) else _held(x))
+        return jnp.asarray(x if isinstance(x, Array) else _held(x, ignore_index))
     except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
         plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
         got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
         raise TypeError(f"{name}: expected an array, got {got}{_unpacking(name, x)}") from error
 
 
-def _held(x: Any) -> Any:
-    """x as JAX can hold it: in this machine's byte order, and integers clipped to what fits.
+def _held(x: Any, ignore_index: int | None) -> Any:
+    """x as JAX can hold it: in this machine's byte order, and without integers that do not fit.
 
     With x64 off JAX would wrap a label that 32 bits do not hold, onto another class.
     """
     leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
     leaves = [_native(a) for a in leaves]
     if all(_is_integer(a) for a in leaves):
-        leaves = [_clipped(a) for a in leaves]
+        leaves = [_fit(a, ignore_index) for a in leaves]
     return jax.tree.unflatten(nesting, leaves)
 
 
@@ -97,14 +97,16 @@ def _is_integer(x: Any) -> bool:
     return isinstance(x, int)
 
 
-def _clipped(x: Any) -> Any:
-    if isinstance(x, int):
-        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
-        return min(max(x, held.min), held.max)
-    if isinstance(x, np.ndarray) and x.dtype.itemsize == 8:
-        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
-        return np.clip(x, held.min, held.max)
-    return x
+def _fit(x: Any, ignore_index: int | None) -> Any:
+    """x with the largest integer that JAX holds, which is no class, for those that it does not."""
+    number = isinstance(x, int)
+    if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
+        return x
+    held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int if number else x.dtype))
+    other = held.max - (ignore_index == held.max)
+    if number:
+        return x if held.min <= x <= held.max else other
+    return np.where((x < held.min) | (x > held.max), other, x)
 
 
 def _unpacking(name: str, x: Any) -> str:

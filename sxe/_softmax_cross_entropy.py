@@ -489,7 +489,7 @@ def softmax_cross_entropy(
         rule=rule,
         rules=tuple(RULES),
     )
-    given = _options.array("logits", logits), _options.array("labels", labels)
+    given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
     return _loss(_Inputs(*given, arrays), static=static)
 
 
@@ -547,5 +547,5 @@ def softmax_cross_entropy_with_gradient(
         rule="vjp",
         rules=tuple(RULES),
     )
-    given = _options.array("logits", logits), _options.array("labels", labels)
+    given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
     return _loss(_Inputs(*given, arrays), static=static, with_gradient=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
@@ -319,7 +320,7 @@ def make_rows(
             labels = labels.astype(jnp.int32)
         info = jnp.iinfo(labels.dtype)
         if ignore_index is not None and info.min <= ignore_index <= info.max:
-            counts = _both(counts, labels != ignore_index)
+            counts = _both(counts, labels != np.array(ignore_index, labels.dtype))
         good = (labels >= 0) & (labels < classes.number)
     else:
         labels = labels.astype(dtype)

@@ -62,6 +62,8 @@ def test_narrow_labels_with_more_classes_than_they_hold(dtype):
     value, gradient, g = value_and_gradient(logits, jnp.asarray(labels, dtype))
     assert_close(value, oracle.loss(logits, labels, reduction="none"))
     assert_close(gradient, oracle.gradient(logits, labels, g, reduction="none"))
+    of_numpy = sxe.softmax_cross_entropy(logits, np.asarray(jnp.asarray(labels, dtype)))
+    assert_close(of_numpy, oracle.loss(logits, labels))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64"])
@@ -155,6 +157,16 @@ def test_python_integers_of_any_size(bad, x64):
     assert np.isnan(sxe.softmax_cross_entropy(logits[0, 0], bad))
     kernel = np.eye(5, dtype=np.float32)
     assert np.isnan(sxe.linear_softmax_cross_entropy(logits[0, 0], kernel, bad))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int64", 2**31 - 1), ("uint64", 2**32 - 1)])
+def test_a_label_beyond_32_bits_is_not_ignored_as_the_largest(dtype, largest, x64):
+    labels = np.array([2**40, largest, 1], dtype)
+    f = functools.partial(sxe.softmax_cross_entropy, ignore_index=largest, reduction="none")
+    for each in (labels, list(labels)):
+        value = f(some_logits(3, 5), each)
+        assert np.isnan(value).tolist() == [True, False, False]
+        assert value[1] == 0
 
 
 def test_an_integer_of_more_than_32_bits_among_floats_keeps_its_value():
