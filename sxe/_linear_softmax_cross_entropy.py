@@ -66,12 +66,7 @@ from sxe._softmax_cross_entropy import (
     share,
 )
 from sxe._targets import Dense, Rows, Targets, keep, make_rows
-from sxe._tiles import (
-    number_of_chunks,
-    over_chunks,
-    over_rows,
-    rows_per_chunk,
-)
+from sxe._tiles import over_chunks, over_rows, tiling
 
 
 class _Shared(NamedTuple):
@@ -480,9 +475,7 @@ def _prepare(
 
     n = math.prod(rows_shape)
     at = place(hidden, kernel)
-    size = chunk_size or rows_per_chunk(n, classes, dtype, at.platform)
-    chunks = number_of_chunks(n, size, at.is_local)
-    padding = max(1, -(-n // chunks)) * chunks - n
+    chunks, _, padding = tiling(n, classes, dtype, chunk_size=chunk_size, at=at)
 
     def flat(x: Array) -> Array:
         x = x.reshape(n, *x.shape[len(rows_shape) :])

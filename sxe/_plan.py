@@ -359,9 +359,9 @@ def _plan(
 def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collective, ...]) -> Plan:
     rows, hidden, classes, dtype = call.rows, call.hidden, call.classes, call.dtype
     platform = call.at.platform
-    size = call.chunk_size or _tiles.rows_per_chunk(rows, classes, dtype, platform)
-    chunks = _tiles.number_of_chunks(rows, size, call.at.is_local)
-    size = max(1, -(-rows // chunks))
+    chunks, size, padding = _tiles.tiling(
+        rows, classes, dtype, chunk_size=call.chunk_size, at=call.at
+    )
     wanted = [name in call.differentiate for name in INPUTS]
     if not any(wanted):
         path = VALUE
@@ -394,7 +394,7 @@ def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collecti
         path=path,
         chunk_size=size,
         chunks=chunks,
-        padding=size * chunks - rows,
+        padding=padding,
         gradient_dtype=str(gradient_dtype(dtype, platform)),
         flops=2 * products * size * chunks * hidden * classes,
         temporary_bytes=temporary,

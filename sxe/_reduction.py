@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum
@@ -28,6 +28,9 @@ class Metrics(NamedTuple):
     weight_sum: Array
     lse: Array
     predictions: Array
+
+
+export.register_namedtuple_serialization(Metrics, serialized_name="sxe.Metrics")
 
 
 class Sums(NamedTuple):

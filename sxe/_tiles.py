@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import max_dim, min_dim
+from jax.export import is_symbolic_dim
 from jax.typing import DTypeLike
 
 from sxe._axes import LOCAL_CPU, Place, place
@@ -55,7 +57,8 @@ def rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, platform: str) -> 
     """
     itemsize = 8 if dtype == jnp.float64 else 4
     most_bytes, wanted, share = chunk_for(platform, dtype)
-    return max(1, most_bytes // (itemsize * classes), min(wanted, rows // share))
+    in_bytes = most_bytes // (itemsize * classes)
+    return max_dim(max_dim(in_bytes, min_dim(wanted, rows // share)), 1)
 
 
 def number_of_chunks(rows: int, chunk_size: int, is_local: bool) -> int:
@@ -64,15 +67,45 @@ def number_of_chunks(rows: int, chunk_size: int, is_local: bool) -> int:
     Padding copies the hidden states and, where devices split the rows, moves them. Half as many
     chunks more than necessary are better, or there twice as many, if they divide the rows.
     """
-    fewest = max(1, -(-rows // chunk_size))
+    fewest = max_dim(1, -(-rows // chunk_size))
+    if not _is_known(fewest):
+        return fewest
     most = fewest * 3 // 2 if is_local else fewest * 2
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
+class Tiling(NamedTuple):
+    """How rows are divided into chunks: their number, the rows of each, and those that are added.
+
+    In a program that ``jax.export`` lowers for any number of rows, all three may be expressions of
+    that number.
+    """
+
+    chunks: int
+    size: int
+    padding: int
+
+
+def tiling(
+    rows: int, classes: int, dtype: DTypeLike, *, chunk_size: int | None, at: Place
+) -> Tiling:
+    """``chunk_size`` is the most rows that a chunk may have, None for the default."""
+    most = chunk_size or rows_per_chunk(rows, classes, dtype, at.platform)
+    chunks = number_of_chunks(rows, most, at.is_local)
+    size = max_dim(1, -(-rows // chunks))
+    return Tiling(chunks, size, size * chunks - rows)
+
+
+def _is_known(*sizes: int) -> bool:
+    """Whether these are numbers, and none is a symbol of a program that is exported."""
+    return not any(is_symbolic_dim(size) for size in sizes)
+
+
 def rows_per_block(rows: int, classes: int, at: Place) -> int:
-    """How many rows of a chunk go through the row rule at a time."""
-    most = max(1, BLOCK_BYTES // (4 * classes))
-    return part_of(rows, most) if at == LOCAL_CPU else rows
+    """How many rows of a chunk go through the row rule at a time. All, where sizes are symbols."""
+    if at != LOCAL_CPU or not _is_known(rows, classes):
+        return rows
+    return part_of(rows, max(1, BLOCK_BYTES // (4 * classes)))
 
 
 def classes_per_block(hidden_size: int, classes: int, at: Place) -> int:
@@ -80,10 +113,12 @@ def classes_per_block(hidden_size: int, classes: int, at: Place) -> int:
 
     XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
     operands that are narrower than float32 before it multiplies them. Products of 1024 columns take
-    a fifth more time than those of 2048, and wider ones take no less.
+    a fifth more time than those of 2048, and wider ones take no less. All, where sizes are symbols.
     """
+    if at != LOCAL_CPU or not _is_known(hidden_size, classes):
+        return classes
     most = min(2048, max(256, 2 * BLOCK_BYTES // (4 * max(1, hidden_size)) // 64 * 64))
-    return part_of(classes, most) if at == LOCAL_CPU else classes
+    return part_of(classes, most)
 
 
 def over_chunks(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any, n: int) -> Any:
@@ -117,11 +152,12 @@ def over_rows(
 
     The part that comes back replaces that of the tile, in place; None leaves it.
     """
-    size = rows_per_block(len(tile), tile.shape[1], place(tile))
-    if size == len(tile):
+    rows_of_tile, classes = tile.shape
+    size = rows_per_block(rows_of_tile, classes, place(tile))
+    if size == rows_of_tile:
         carry, new, outputs = body(carry, tile, rows)
         return carry, tile if new is None else new, outputs
-    blocks, left = divmod(len(tile), size)
+    blocks, left = divmod(rows_of_tile, size)
 
     def at(first: Array | int, n: int, carry: Any, tile: Array) -> tuple[Any, Array, Any]:
         def take(x: Array) -> Array:

@@ -1,5 +1,7 @@
 """jax.export: one program for every platform, through bytes, at sizes that are still open."""
 
+import functools
+
 import fresh
 import jax
 import jax.numpy as jnp
@@ -200,3 +202,160 @@ np.testing.assert_allclose(exported.call(logits, labels), expected, rtol=1e-6)
 def test_open_sizes_on_one_device():
     """In a process of its own: there the number of classes may choose how they are summed."""
     fresh.run("-c", ONE_DEVICE)
+
+
+# The head
+
+
+D = 6
+
+MASKS = {"where": np.bool_, "weights": np.float32}
+OF_HEAD = {
+    "bias": np.linspace(-1, 1, K, dtype=np.float32),
+    "logit_scale": 0.7,
+    "softcap": 5.0,
+    "class_weights": INTEGER["class_weights"],
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "ignore_index": 4,
+}
+
+HEADS = {
+    "chunks by default": ("b", {}, ()),
+    "chunks of 5": ("b", {"chunk_size": 5}, ()),
+    "rows in two axes, options": ("b, t", {"chunk_size": 5, **OF_HEAD}, ("where", "weights")),
+    "16 times b": ("b, 16", {"chunk_size": 9, "z_loss": 0.01}, ("weights",)),
+}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def head(options, hidden, kernel, labels, g, masks):
+    """Of each reduction: its value, and its gradients for hidden states and kernel."""
+
+    def loss(hidden, kernel, reduction):
+        value = sxe.linear_softmax_cross_entropy(
+            hidden, kernel, labels, reduction=reduction, **options, **masks
+        )
+        return (value * g if reduction == "none" else value).sum(), value
+
+    f = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    return {reduction: f(hidden, kernel, reduction) for reduction in REDUCTIONS}
+
+
+def of_head(rows, masks=(), hidden_size=D, classes=K):
+    """Random arguments of ``head`` after its options."""
+    rng = np.random.default_rng(7)
+    arrays = {
+        "where": rng.uniform(size=rows) < 0.7,
+        "weights": rng.uniform(size=rows).astype(np.float32),
+    }
+    return (
+        rng.standard_normal((*rows, hidden_size)).astype(np.float32),
+        rng.standard_normal((hidden_size, classes)).astype(np.float32),
+        rng.integers(classes, size=rows).astype(np.int32),
+        rng.standard_normal(rows).astype(np.float32),
+        {name: arrays[name] for name in masks},
+    )
+
+
+def shapes_of_head(rows, masks=(), hidden_size=D, classes=K):
+    shape = jax.ShapeDtypeStruct
+    return (
+        shape((*rows, hidden_size), np.float32),
+        shape((hidden_size, classes), np.float32),
+        shape(rows, np.int32),
+        shape(rows, np.float32),
+        {name: shape(rows, MASKS[name]) for name in masks},
+    )
+
+
+def check_head(actual, options, hidden, kernel, labels, g, masks):
+    given = {n: v for n, v in options.items() if n not in ("rule", "chunk_size")} | masks
+    for reduction, (gradients, value) in actual.items():
+        expected = oracle.head_gradients(
+            *(hidden, kernel, labels, g if reduction == "none" else 1.0),
+            reduction=reduction,
+            **given,
+        )
+        assert_close(value, oracle.head_loss(hidden, kernel, labels, reduction=reduction, **given))
+        assert_close(gradients[0], expected["hidden"])
+        assert_close(gradients[1], expected["kernel"])
+
+
+slow = pytest.mark.slow
+EVERY_HEAD = [(rule, case) for rule in RULES for case in HEADS]
+QUICK = [
+    ("vjp", "chunks by default"),
+    ("vjp", "rows in two axes, options"),
+    ("jvp", "chunks of 5"),
+    ("autodiff", "chunks of 5"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "case"),
+    [pytest.param(*each, marks=() if each in QUICK else slow) for each in EVERY_HEAD],
+)
+def test_a_head_of_any_number_of_rows(rule, case):
+    """One program for fewer rows than a chunk has, for more, and for numbers of no whole chunks."""
+    spec, options, masks = HEADS[case]
+    options = {"rule": rule, **options}
+    rows = export.symbolic_shape(spec)
+    f = functools.partial(head, options)
+    again = through_bytes(export_everywhere(f, *shapes_of_head(rows, masks)))
+    for size in [(1,), (13,)] if len(rows) == 1 else [(1, rows[1]), (3, rows[1])]:
+        given = of_head(tuple(n if isinstance(n, int) else 7 for n in size), masks)
+        check_head(again.call(*given), options, *given)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    ["b, d, k", *(pytest.param(some, marks=slow) for some in ("b, d, 7", "b, 6, k", "13, d, k"))],
+)
+def test_a_head_of_any_size(sizes):
+    options = {"chunk_size": 5} if sizes != "b, d, k" else {}
+    rows, *others = export.symbolic_shape(sizes)
+    f = functools.partial(head, options)
+    exported = export_everywhere(f, *shapes_of_head((rows,), (), *others))
+    given = of_head((13,))
+    check_head(exported.call(*given), options, *given)
+
+
+def test_the_metrics_of_a_head_of_any_number_of_rows():
+    (b,) = export.symbolic_shape("b")
+
+    def metrics(hidden, kernel, labels, g, masks):
+        return sxe.linear_softmax_cross_entropy(
+            hidden, kernel, labels, return_metrics=True, chunk_size=5, **masks
+        )
+
+    given = of_head((13,), ("weights",))
+    hidden, kernel, labels, _, masks = given
+    shapes = shapes_of_head((b,), ("weights",))
+    value, found = through_bytes(export_everywhere(metrics, *shapes)).call(*given)
+    assert isinstance(found, sxe.Metrics)
+    logits = hidden.astype(np.float64) @ kernel
+    assert_close(value, oracle.loss(logits, labels, **masks))
+    assert_close(found.loss_sum, oracle.loss(logits, labels, reduction="sum", **masks))
+    assert_close(found.weight_sum, masks["weights"].astype(np.float64).sum())
+    assert_close(found.lse, np.log(np.exp(logits).sum(-1)))
+    np.testing.assert_array_equal(found.predictions, logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "reduction"),
+    [("vjp", "mean"), *(pytest.param(r, "none", marks=slow) for r in RULES)],
+)
+def test_a_head_of_any_number_of_rows_makes_no_logits_of_all(rule, reduction):
+    (b,) = export.symbolic_shape("b")
+    options = {"reduction": reduction, "rule": rule, "chunk_size": 64}
+
+    def f(hidden, kernel, labels, g, masks):
+        def loss(hidden, kernel):
+            return sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(hidden, kernel)
+
+    exported = export.export(jax.jit(f))(*shapes_of_head((b,), (), 8, 512))
+    program = jax.jit(exported.call).lower(*shapes_of_head((2048,), (), 8, 512)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2048 * 512 * 4 / 4
