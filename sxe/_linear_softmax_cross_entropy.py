@@ -360,8 +360,10 @@ def _weighted_sum_bwd(
         return jax.tree.map(lambda d: g * d, d)
 
     d_targets = times(g, d_batch.targets)._replace(dense=times(g_all, d_batch.targets.dense))
+    d_z = d_shared.z_loss  # of lse^2, which may be infinite where the loss is not
+    d_z = None if d_z is None else jnp.where(g == 0, 0, g * d_z)
     return (
-        times(g_all, d_shared)._replace(z_loss=times(g, d_shared.z_loss)),
+        times(g_all, d_shared)._replace(z_loss=d_z),
         times(g, d_batch)._replace(hidden=times(g_all, d_batch.hidden), targets=d_targets),
     )
 

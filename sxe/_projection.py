@@ -4,12 +4,14 @@ u = hidden @ kernel      z = logit_scale u + bias      x = softcap tanh(z / soft
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from sxe import _normalizer as nz
@@ -116,7 +118,55 @@ def transform(
     """The logits, from the product of hidden states and kernel."""
     z = u if logit_scale is None else logit_scale * u
     z = z if bias is None else z + bias[None, :]
-    return z if softcap is None else softcap * jnp.tanh(z / softcap)
+    return z if softcap is None else capped(z, softcap)
+
+
+@jax.custom_jvp
+def capped(z: Array, c: Array) -> Array:
+    """c tanh(z / c), where c is a scalar: of c = inf z itself.
+
+    It is z too where that is nearer than rounding, so that a z / c that underflows does not matter.
+    """
+    y = _share_of_cap(z, c)
+    near = jnp.abs(y) < (jnp.finfo(z.dtype).eps / 2) ** 0.5  # 1 - tanh(y) / y is about y^2 / 3
+    return jnp.where(near, z, jnp.where(jnp.isinf(c), 1, c) * jnp.tanh(y))
+
+
+def _share_of_cap(z: Array, c: Array) -> Array:
+    """z / c, and 0 where c is infinite, whatever z is."""
+    off = jnp.isinf(c)
+    # XLA multiplies by the reciprocal of a scalar, which for the largest ones is rounded to 0. So
+    # both are made smaller, with a clip of no effect that keeps XLA from merging the factors.
+    smaller = jnp.where(c > 1, 1 / 16, jnp.ones_like(c))
+    most = jnp.finfo(z.dtype).max
+    part = jnp.clip(z * smaller, -most, most)
+    return jnp.where(off, 0, part / jnp.where(off, 1, c * smaller))
+
+
+def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (z, c), (z_dot, c_dot) = primals, tangents
+    y = _share_of_cap(z, c)
+    s = jnp.exp(-2 * jnp.abs(y))
+    slope = 4 * s / (1 + s) ** 2  # 1 - tanh(y)^2, without its cancellation
+    x_dot = jnp.zeros_like(z)
+    if not isinstance(z_dot, SymbolicZero):
+        x_dot = x_dot + slope * z_dot
+    if not isinstance(c_dot, SymbolicZero):
+        x_dot = x_dot + _derivative_by_cap(y, slope) * c_dot
+    return capped(z, c), x_dot
+
+
+capped.defjvp(_capped_jvp, symbolic_zeros=True)
+
+
+def _derivative_by_cap(y: Array, slope: Array) -> Array:
+    """tanh(y) - y slope, which is slope (sinh(2 y) / 2 - y): from the series where it cancels."""
+    small = jnp.abs(y) < 0.5
+    near = jnp.where(small, y, 0)
+    coefficients = [4.0**n / math.factorial(2 * n + 1) for n in range(9, 0, -1)]
+    series = jnp.polyval(jnp.array(coefficients, y.dtype), near**2) * near**2 * near
+    # From 1000 on, slope is 0 and y may be infinite.
+    return jnp.where(small, slope * series, jnp.tanh(y) - jnp.clip(y, -1000, 1000) * slope)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))

@@ -657,6 +657,99 @@ def test_an_option_that_is_off_does_nothing():
         assert value == pytest.approx(np.log(2), rel=1e-6)
 
 
+OFF = {
+    "z_loss": jnp.float32(0),
+    "label_smoothing": jnp.float32(0),
+    "class_weights": jnp.ones(5),
+    "weights": jnp.ones(4),
+}
+OFF_IN_HEAD = OFF | {"softcap": jnp.float32(INF), "logit_scale": jnp.float32(1)}
+
+
+def losses_at_the_ends(head):
+    """A loss of four rows, its arrays, and their logits: one of 1e20, one of 1e-20, and a -inf."""
+    logits, labels = some_logits(4, 5), np.array([1, 0, 4, 2])
+    logits[0, 1], logits[3] = 1e20, 1e-20
+    bias = np.where(np.arange(5) == 3, -INF, 0).astype(np.float32)
+    if not head:
+        loss = functools.partial(sxe.softmax_cross_entropy, labels=labels)
+        return loss, (jnp.asarray(logits + bias),), logits + bias, labels
+    loss = functools.partial(sxe.linear_softmax_cross_entropy, labels=labels, bias=bias)
+    return loss, (jnp.asarray(logits), jnp.eye(5)), logits + bias, labels
+
+
+@every_rule
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_traced_option_that_is_off_does_nothing(reduction, head, rule):
+    """Nobody knows of it when the program is made; no 0 may meet an infinity there."""
+    loss, arrays, logits, labels = losses_at_the_ends(head)
+    g = np.array([1, 2, 0.5, 3], np.float32) if reduction == "none" else np.float32(1)
+
+    @jax.jit
+    def run(options, *arrays):
+        def f(options, *arrays):
+            value = loss(*arrays, rule=rule, reduction=reduction, **options)
+            return (g * value).sum(), value
+
+        by_all = tuple(range(1 + len(arrays)))
+        return jax.grad(f, argnums=by_all, has_aux=True)(options, *arrays)
+
+    (by_options, *by_arrays), value = run(OFF_IN_HEAD if head else OFF, *arrays)
+    expected = oracle.loss(logits, labels, reduction=reduction)
+    np.testing.assert_allclose(value, expected, rtol=3e-6)
+    expected = oracle.gradient(logits, labels, g, reduction=reduction)
+    np.testing.assert_allclose(by_arrays[0], expected, rtol=2e-5, atol=1e-6)
+    assert by_options.pop("z_loss") == INF  # lse^2
+    if head:
+        assert by_options.pop("softcap") == 0
+        assert_close(by_arrays[1], np.asarray(arrays[0], np.float64).T @ expected)
+    for name, derivative in by_options.items():
+        assert np.isfinite(derivative).all(), name
+
+
+@every_rule
+def test_the_second_derivative_by_an_option_that_is_off(rule):
+    """Of logits, z-loss and softcap: that of the z-loss is 2 lse q, at an lse of 3e19 too."""
+    labels = jnp.array([0])
+
+    def f(options, hidden):
+        return sxe.linear_softmax_cross_entropy(hidden, jnp.eye(2), labels, rule=rule, **options)
+
+    options = {"z_loss": jnp.float32(0), "softcap": jnp.float32(INF)}
+    mixed = jax.jacobian(jax.grad(f, argnums=1))(options, jnp.array([[3e19, 0.0]]))
+    np.testing.assert_allclose(mixed["z_loss"], [[6e19, 0]], rtol=1e-6)
+    assert (np.asarray(mixed["softcap"]) == 0).all()
+    twice = jax.jacobian(jax.grad(f))(options, jnp.array([[3.0, 1.0]]))
+    for derivative in jax.tree.leaves(twice):
+        assert derivative == 0
+
+
+@every_rule
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_z_loss_is_right_where_the_square_of_lse_overflows(head, rule):
+    logits, labels, z = jnp.array([[3e19, 0.0]]), jnp.array([0]), jnp.float32(1e-20)
+    loss, arrays = sxe.softmax_cross_entropy, (logits,)
+    if head:
+        loss, arrays = sxe.linear_softmax_cross_entropy, (logits, jnp.eye(2))
+
+    def f(scale, z, *arrays):
+        return scale * loss(*arrays, labels, z_loss=z, rule=rule)
+
+    for scale in (1.0, 3e19, 0.0):  # times which lse overflows, and 0 times an infinite lse^2
+        value, (by_z, by_logits) = jax.value_and_grad(f, argnums=(1, 2))(scale, z, *arrays)
+        np.testing.assert_allclose(value, scale * 9e18, rtol=1e-6)
+        np.testing.assert_allclose(by_logits, [[scale * 0.6, 0]], rtol=1e-6)
+        assert by_z == (INF if scale else 0)
+    for scale in (1.0, 3e19, 0.0):
+        _, (_, by_logits) = jax.value_and_grad(f, argnums=(1, 2))(scale, 0 * z, *arrays)
+        assert (np.asarray(by_logits) == 0).all()
+    if not head:
+        value, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels, z_loss=z)
+        np.testing.assert_allclose(value, 9e18, rtol=1e-6)
+        np.testing.assert_allclose(gradient, [[0.6, 0]], rtol=1e-6)
+
+
 def test_eager_and_jitted_agree():
     logits = some_logits(6, 5) * 30
     logits[2, 1] = -INF
