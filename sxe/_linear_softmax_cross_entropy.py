@@ -539,7 +539,7 @@ def _result(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
 
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.
-    total = sums(loss_sum, rows, static.batch_axis_name)
+    total = sums(loss_sum, rows, inputs.arrays, static.batch_axis_name)
     value = total.loss / denominator(total, static.reduction)
     if static.reduction == "none":
         value = rows_of(loss)

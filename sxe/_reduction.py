@@ -8,7 +8,7 @@ from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
 from sxe._axes import AxisName, psum
-from sxe._options import Static
+from sxe._options import Arrays, Static
 from sxe._targets import Rows
 
 
@@ -34,10 +34,14 @@ export.register_namedtuple_serialization(Metrics, serialized_name="sxe.Metrics")
 
 
 class Sums(NamedTuple):
-    """sum_i w_i loss_i and the mean's denominator, over the global batch."""
+    """sum_i w_i loss_i, the mean's denominator, and how many rows have a part in the mean.
+
+    All are over the global batch. ``parts`` is None where ``weight`` counts these rows.
+    """
 
     loss: Array
     weight: Array
+    parts: Array | None
 
 
 @jax.custom_jvp
@@ -62,16 +66,32 @@ def weighted(loss: Array, lse: Array, weight: Array, z_loss: Array | None) -> Ar
     return weight * jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
 
 
-def sums(loss: Array, rows: Rows, batch_axis_name: AxisName) -> Sums:
+def sums(loss: Array, rows: Rows, arrays: Arrays, batch_axis_name: AxisName) -> Sums:
     """``loss`` is the sum of this device's weighted row losses."""
-    return Sums(psum(loss, batch_axis_name), psum(jnp.sum(rows.norm), batch_axis_name))
+    weight = jnp.sum(rows.norm)
+    summed = psum(loss, batch_axis_name), psum(weight, batch_axis_name)
+    if arrays.weights is None and arrays.class_weights is None:
+        return Sums(*summed, None)
+    # A label's class weight of 0 leaves its row out of the denominator. Smoothing and z-loss do not
+    # leave it out of the loss.
+    z = 0 if arrays.z_loss is None else arrays.z_loss
+    has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
+    parts = jnp.sum(has_part, dtype=weight.dtype)
+    return Sums(*summed, psum(parts, batch_axis_name))
 
 
 def denominator(total: Sums, reduction: str) -> Array:
-    """What the sum of losses is divided by. A mean over nothing is 0, and so is its gradient."""
+    """What the sum of losses is divided by.
+
+    A mean over nothing is 0, and so is its gradient. One over rows whose weights sum to 0 has no
+    value: it is NaN, and so is its gradient.
+    """
     if reduction == "sum":
         return jnp.ones_like(total.weight)
-    return jnp.where(total.weight == 0, jnp.inf, total.weight)
+    nothing = (total.weight if total.parts is None else total.parts) == 0
+    weight = jnp.where(nothing, jnp.inf, total.weight)
+    # 0 / 0 and not a constant NaN, which would trip debug_nans where the weights are good.
+    return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 
 
 def metrics(total: Sums, lse: Array, rows: Rows, predictions: Array) -> Metrics:

@@ -330,7 +330,7 @@ def _result(inputs: _Inputs, static: Static) -> Any:
     loss, lse = RULES[static.rule](prepared.x, rows.targets, static.axis_name)
     z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
     loss = weighted(loss, lse, rows.weight, z)
-    total = sums(jnp.sum(loss), rows, static.batch_axis_name)
+    total = sums(jnp.sum(loss), rows, inputs.arrays, static.batch_axis_name)
     none = static.reduction == "none"
     value = loss if none else total.loss / denominator(total, static.reduction)
     return (value, _metrics(total, lse, prepared, static)) if static.return_metrics else value
@@ -343,7 +343,7 @@ def _result_with_gradient(inputs: _Inputs, static: Static) -> Any:
     (loss, lse), state = _row_loss(x, rows.targets, static.axis_name)
     z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
     loss = weighted(loss, lse, rows.weight, z)
-    total = sums(jnp.sum(loss), rows, static.batch_axis_name)
+    total = sums(jnp.sum(loss), rows, inputs.arrays, static.batch_axis_name)
     g = rows.weight / denominator(total, static.reduction)
     g_lse = None if z is None else 2 * z * lse * g
     gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
@@ -415,7 +415,8 @@ def softmax_cross_entropy(
         any non-negative weights, which need not sum to one.
       where: bool [...], the rows that count. Or bool [..., K], the classes that can occur in each
         row: the others are as a logit of -inf, and a row with none left does not count.
-      weights: float [...], a weight for each row. A row of weight 0 does not count.
+      weights: float [...], a weight for each row. A row of weight 0 does not count. Negative ones,
+        such as advantages, are for "sum", for "none", and for a mean whose weights do not sum to 0.
       class_weights: float [K], a weight for each class.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes.
       z_loss: finite, at least 0, the weight of lse^2, which keeps logits from drifting.
@@ -424,8 +425,9 @@ def softmax_cross_entropy(
       axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
         them, in that order, and ``class_weights`` is flat as well.
       reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
-        row's weight times, for integer labels, its label's class weight; 0 where nothing counts.
-        "sum", sum_i w_i loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
+        row's weight times, for integer labels, its label's class weight; 0 where nothing counts,
+        and NaN, with its gradient, where something counts and sum_i w_i is 0. "sum", sum_i w_i
+        loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient; for
         ``jax.value_and_grad`` with ``has_aux=True``.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are

@@ -25,7 +25,8 @@ import sxe
 N, D, K = 8, 8, 16
 SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
-LOSSES = [HEAD, LOGITS, sxe.softmax_cross_entropy_with_gradient]
+WITH_GRADIENT = sxe.softmax_cross_entropy_with_gradient
+LOSSES = [HEAD, LOGITS, WITH_GRADIENT]
 
 # Every pair of these is met as on and on, on and off, off and off within seven calls: an option is
 # on in four of six of them, no two of them in the same four, and all are off in the first.
@@ -483,3 +484,64 @@ def test_collectives_of_a_value():
     found = moved(make_mesh(2, 4), static, EVERY, differentiate=(), batch="data", classes="model")
     assert found
     assert all(not c.in_loop and c.size <= ROWS // 2 for c in found), found
+
+
+# Weights of both signs: what counts is the sum over all shards, and the rows of all shards
+
+
+MEANS = {
+    "nothing counts": ([0, 0, 0, 0], 0),
+    "one shard has no row that counts": ([0, 0, 1, -3], "mean"),
+    "one shard's weights sum to zero": ([1, -1, 2, 1], "mean"),
+    "all weights sum to zero, no shard's do": ([1, 2, -1, -2], np.nan),
+    "each shard's weights sum to zero": ([1, -1, 2, -2], np.nan),
+    "those of one shard, and the other has no row that counts": ([0, 0, 2, -2], np.nan),
+}
+
+
+@pytest.mark.parametrize("way", ["over_mesh", "shard_map"])
+@pytest.mark.parametrize(
+    ("loss", "rule"),
+    [
+        *((loss, "vjp") for loss in (LOGITS, HEAD, WITH_GRADIENT)),
+        *(
+            pytest.param(loss, rule, marks=pytest.mark.slow)
+            for loss in (LOGITS, HEAD)
+            for rule in ("jvp", "autodiff")
+        ),
+    ],
+)
+def test_a_mean_of_weights_of_both_signs(loss, rule, way):
+    logits = np.random.default_rng(5).standard_normal((4, 6)).astype(np.float32)
+    labels = np.array([1, 0, 5, 3])
+    arrays = (logits, jnp.eye(6)) if loss is HEAD else (logits,)
+    mesh = make_mesh(2, 2)
+    options = {} if loss is WITH_GRADIENT else {"rule": rule}
+    whole = sxe.over_mesh(loss, mesh, batch="data", classes="model")
+    splits = (P("data"), P(None, "model")) if loss is HEAD else (P("data", "model"),)
+
+    def on_a_device(labels, weights, *arrays):
+        names = {"axis_name": "model", "batch_axis_name": "data"}
+        return loss(*arrays, labels, weights=weights, **names, **options)
+
+    if way == "shard_map":
+        results = (P(), P("data", "model")) if loss is WITH_GRADIENT else P()
+        in_specs = (P("data"), P("data"), *splits)
+        of_shards = jax.shard_map(on_a_device, mesh=mesh, in_specs=in_specs, out_specs=results)
+
+    def call(weights, *arrays):
+        if way == "shard_map":
+            return of_shards(labels, weights, *arrays)
+        return whole(*arrays, labels, weights=weights, **options)
+
+    run = quick_jit(call if loss is WITH_GRADIENT else jax.value_and_grad(call, argnums=1))
+    for weights, expected in MEANS.values():
+        weights = np.array(weights, np.float32)
+        value, gradient = run(weights, *arrays)
+        if expected == "mean":
+            assert_close(value, oracle.loss(logits, labels, weights=weights))
+            assert_close(gradient, oracle.gradient(logits, labels, weights=weights))
+        else:
+            np.testing.assert_array_equal(value, expected)
+            of_rows = np.asarray(gradient)[weights != 0]
+            np.testing.assert_array_equal(of_rows, np.full_like(of_rows, expected))

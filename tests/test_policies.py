@@ -461,6 +461,97 @@ def test_nothing_counts(reduction, rule):
         assert metrics.loss_sum == metrics.weight_sum == 0
 
 
+# Weights of both signs
+
+
+def mean_of(head, labels, **options):
+    """The mean of rows as a function of logits; of the head, hidden states times the identity."""
+    if not head:
+        return functools.partial(sxe.softmax_cross_entropy, labels=labels, **options)
+    return lambda hidden, **more: sxe.linear_softmax_cross_entropy(
+        hidden, jnp.eye(5), labels, chunk_size=3, **options, **more
+    )
+
+
+@every_rule
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_negative_weights(head, rule):
+    logits, labels = some_logits(4, 5), np.array([1, 0, 4, 3])
+    weights, g = np.array([1, -2, 0.5, -1], np.float32), some_logits(4)
+    for reduction in ("mean", "sum", "none"):
+        options = {"weights": weights, "reduction": reduction}
+        cotangent = g if reduction == "none" else g[0]
+        value, pullback = jax.vjp(mean_of(head, labels, rule=rule, **options), logits)
+        assert_close(value, oracle.loss(logits, labels, **options))
+        expected = oracle.gradient(logits, labels, cotangent, **options)
+        assert_close(pullback(jnp.asarray(cotangent))[0], expected)
+
+
+@every_rule
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_mean_over_rows_whose_weights_sum_to_zero_is_nan(head, rule):
+    """It has no value. A mean of 0 would be one over no row, and train nothing in silence."""
+    logits, labels = jnp.asarray(some_logits(4, 5)), np.array([1, 0, 4, 3])
+    where = np.array([True, True, True, False])
+    f = mean_of(head, labels, rule=rule, where=where)
+    weights = jnp.array([1, -3, 2, 5.0])
+    value, gradients = jax.value_and_grad(lambda x, w: f(x, weights=w), (0, 1))(logits, weights)
+    assert np.isnan(value)
+    assert np.isnan(gradients[0][:3]).all()
+    assert np.isnan(gradients[1][:3]).all()
+    hessian = jax.jacobian(jax.grad(lambda x: f(x, weights=weights)))(logits)
+    assert np.isnan(hessian[0, :, 0]).all()
+    total = f(logits, weights=weights, reduction="sum")
+    expected = oracle.loss(logits, labels, weights=weights, where=where, reduction="sum")
+    assert_close(total, expected)
+    _, metrics = f(logits, weights=weights, return_metrics=True)
+    assert metrics.weight_sum == 0
+    assert_close(metrics.loss_sum, expected)
+
+
+def test_the_gradient_in_one_pass_of_weights_that_sum_to_zero_is_nan():
+    logits, labels = some_logits(3, 5), np.array([1, 0, 4])
+    f = functools.partial(sxe.softmax_cross_entropy_with_gradient, logits, labels)
+    value, gradient = f(weights=jnp.array([1, -3, 2.0]))
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+    weights = np.array([1, -3, 1], np.float32)
+    value, gradient = f(weights=weights)
+    assert_close(value, oracle.loss(logits, labels, weights=weights))
+    assert_close(gradient, oracle.gradient(logits, labels, weights=weights))
+
+
+@every_rule
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_a_mean_over_labels_of_class_weight_zero(head, rule):
+    """It is 0, as over nothing, unless smoothing or z-loss gives these rows a loss: NaN."""
+    logits, labels = jnp.asarray(some_logits(3, 5)), np.array([1, 1, 1])
+    class_weights = jnp.array([1, 0, 1, 1, 1.0])
+    f = mean_of(head, labels, rule=rule, class_weights=class_weights)
+    off = {"label_smoothing": jnp.float32(0), "z_loss": jnp.float32(0)}
+    for options in ({}, off):
+        value, gradient = jax.value_and_grad(functools.partial(f, **options))(logits)
+        assert value == 0
+        assert (np.asarray(gradient) == 0).all()
+    for options in ({"label_smoothing": 0.1}, {"z_loss": 0.1}):
+        value, gradient = jax.value_and_grad(functools.partial(f, **options))(logits)
+        assert np.isnan(value)
+        assert np.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
+def test_debug_nans_passes_a_weighted_mean_over_nothing(head):
+    logits, labels = jnp.asarray(some_logits(3, 5)), np.array([1, 0, 4])
+    f = mean_of(head, labels, class_weights=jnp.ones(5))
+    grad = jax.value_and_grad(lambda x, w: f(x, weights=w), (0, 1))
+    with jax.debug_nans(True):
+        for weights in (jnp.zeros(3), jnp.array([1, -2, 3.0])):
+            for run in (grad, jax.jit(grad)):
+                run(logits, weights)
+        with jax.disable_jit():
+            grad(logits, jnp.zeros(3))
+
+
 @every_rule
 @pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
