@@ -6,42 +6,90 @@ program, ``call_jaxpr``, of a primitive that is the identity on the labels and h
 primitive that it does not know, checkify rewrites the inner program and binds it in its place.
 """
 
-import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import checkify
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.experimental import checkify, jet
+from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
 def checked(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> Array:
     """The labels, where under ``checkify`` the first bad one raises an error."""
-    check = functools.partial(_check, classes=classes, ignore_index=ignore_index)
-    (labels,) = _checked_p.bind(labels, bad, call_jaxpr=jax.make_jaxpr(check)(labels, bad))
+    (labels,) = _bind(labels, bad, classes=classes, ignore_index=ignore_index, mapped=())
     return labels
 
 
-def _check(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> list[Array]:
+def _bind(
+    labels: Array,
+    bad: Array,
+    *,
+    classes: int,
+    ignore_index: int | None,
+    mapped: tuple[tuple[int | None, int | None], ...],
+) -> Any:
+    """``mapped`` is, for each ``jax.vmap`` around from the inside out, the axes of labels and bad.
+
+    The check undoes the vmaps itself: the program outside of it neither moves nor repeats labels.
+    """
+
+    def check(labels: Array, bad: Array) -> list[Array]:
+        _check(
+            _mapped_first(labels, [of_labels for of_labels, _ in mapped]),
+            _mapped_first(bad, [of_bad for _, of_bad in mapped]),
+            classes,
+            ignore_index,
+            vmaps=len(mapped),
+        )
+        return [labels]
+
+    return _checked_p.bind(
+        labels,
+        bad,
+        call_jaxpr=jax.make_jaxpr(check)(labels, bad),
+        classes=classes,
+        ignore_index=ignore_index,
+        mapped=mapped,
+    )
+
+
+def _mapped_first(x: Array, mapped: Sequence[int | None]) -> Array:
+    """x with its mapped axes in front, the outermost vmap's first, and of size 1 for None."""
+    for to, axis in enumerate(reversed(mapped)):
+        x = jnp.expand_dims(x, to) if axis is None else jnp.moveaxis(x, to + axis, to)
+    return x
+
+
+def _check(
+    labels: Array, bad: Array, classes: int, ignore_index: int | None, *, vmaps: int
+) -> None:
+    """labels and bad [..., N], or of size 1 along any of the leading axes, those of the vmaps."""
+    shape = jnp.broadcast_shapes(labels.shape, bad.shape)
     # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
-    row = jnp.zeros(bad.shape, jnp.int32)
-    for axis in range(bad.ndim):
-        row = row * bad.shape[axis] + lax.broadcasted_iota(jnp.int32, bad.shape, axis)
+    row = jnp.zeros(shape, jnp.int32)
+    for axis in range(len(shape)):
+        row = row * shape[axis] + lax.broadcasted_iota(jnp.int32, shape, axis)
     last = jnp.iinfo(jnp.int32).max
     first = jnp.min(jnp.where(bad, row, last), initial=last)
-    position = jnp.unravel_index(first, bad.shape) if bad.size and bad.ndim else ()
-    advice = "; pass ignore_index=-100 (or what marks such rows) to leave them out"
+    found = jnp.unravel_index(first, shape) if math.prod(shape) and shape else ()
+    index = jnp.stack(found) if found else jnp.zeros((len(shape),), jnp.int32)
+    message = "labels: expected class indices in [0, {classes}), got {label} at position {position}"
+    if vmaps:
+        message += ", index {example} of jax.vmap"
+    if ignore_index is None:
+        message += "; pass ignore_index=-100 (or what marks such rows) to leave them out"
     checkify.debug_check(
         ~jnp.any(bad),
-        "labels: expected class indices in [0, {classes}), got {label} at position {position}"
-        + (advice if ignore_index is None else ""),
+        message,
         classes=jnp.asarray(classes),
         label=jnp.sum(jnp.where(bad & (row == first), labels, 0), dtype=labels.dtype),
-        position=jnp.stack(position) if position else jnp.zeros((0,), jnp.int32),
+        position=index[vmaps:],
+        example=index[:vmaps],
     )
-    return [labels]
 
 
 class _Checked(Primitive):
@@ -56,22 +104,24 @@ class _Checked(Primitive):
 _checked_p = _Checked("checked_labels")
 
 
-def _identity(labels: Any, bad: Any, *, call_jaxpr: Any) -> list[Any]:
+def _identity(labels: Any, bad: Any, **params: Any) -> list[Any]:
     return [labels]
 
 
-def _lowering(ctx: Any, labels: Any, bad: Any, *, call_jaxpr: Any) -> list[Any]:
+def _lowering(ctx: Any, labels: Any, bad: Any, **params: Any) -> list[Any]:
     return [labels]
 
 
-def _batch(args: Any, axes: Any, *, call_jaxpr: Any) -> Any:
-    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
-    args = [batching.bdim_at_front(x, a, size) for x, a in zip(args, axes, strict=True)]
-    jaxpr = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(call_jaxpr)))(*args)
-    return _checked_p.bind(*args, call_jaxpr=jaxpr), [0]
+def _batch(args: Any, axes: Any, *, call_jaxpr: Any, mapped: Any, **params: Any) -> Any:
+    return _bind(*args, mapped=(*mapped, tuple(axes)), **params), [axes[0]]
+
+
+def _jet(primals_in: Any, series_in: Any, **params: Any) -> Any:
+    return _checked_p.bind(*primals_in, **params), [series_in[0]]
 
 
 _checked_p.def_impl(_identity)
 _checked_p.def_abstract_eval(_identity)
 mlir.register_lowering(_checked_p, _lowering)
 batching.primitive_batchers[_checked_p] = _batch
+jet.jet_rules[_checked_p] = _jet
