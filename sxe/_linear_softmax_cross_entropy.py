@@ -59,6 +59,7 @@ from sxe._projection import (
 from sxe._reduction import Best, best, denominator, first_of, metrics, specs, sums, weighted
 from sxe._softmax_cross_entropy import (
     RULES,
+    check_jet,
     holds_shares,
     merge_shares,
     rows_bwd,
@@ -691,4 +692,5 @@ def linear_softmax_cross_entropy(
         projection,
         arrays,
     )
+    check_jet(static.rule, inputs)
     return _loss(inputs, static=static, chunk_size=_options.parse_chunk_size(chunk_size))

@@ -179,9 +179,8 @@ def rows_per_block(x: Array) -> int | None:
     return part_of(n, most) if n >= 2 * most else None
 
 
-@jax.custom_jvp
-def normalize(x: Array) -> Normalizer:
-    """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
+def normalize_constant(x: Array) -> Normalizer:
+    """``normalize`` of logits that nothing is differentiated in."""
     on_cpu = place(x) == LOCAL_CPU
     K = x.shape[-1]  # of an exported program it may be a symbol
     few = isinstance(K, int) and 2 <= K <= FEW_CLASSES
@@ -214,6 +213,12 @@ def normalize(x: Array) -> Normalizer:
         return a.reshape(x.shape[:-1])
 
     return jax.tree.map(join, parts)
+
+
+@jax.custom_jvp
+def normalize(x: Array) -> Normalizer:
+    """``normalize_tile`` of logits in any float dtype, in blocks of rows where that is faster."""
+    return normalize_constant(x)
 
 
 @normalize.defjvp

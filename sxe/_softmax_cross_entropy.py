@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental import jet
 from jax.typing import ArrayLike
 
 from sxe import _normalizer as nz
@@ -60,6 +61,7 @@ from sxe._targets import (
     take_label,
     target_cost,
     target_derivatives,
+    target_gaps,
     target_sum,
     target_tile,
 )
@@ -216,10 +218,11 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
 
     Differentiated as it stands, the primal's gradient at a confident label is the difference of two
     rounded ones. Here the logits are measured from the maximum where it holds over half of the
-    probability: it is then a constant 0, and its gradient the sum of all others'.
+    probability: it is then a constant 0, and its gradient the sum of all others'. No part of it has
+    a custom rule, or ``jax.experimental.jet`` could not differentiate it.
     """
     x = nz.wide(x)
-    state = nz.merge_over(nz.normalize(lax.stop_gradient(x)), axis_name)
+    state = nz.merge_over(nz.normalize_constant(lax.stop_gradient(x)), axis_name)
     total = lax.stop_gradient(targets.total)
     # 0, or NaN in a row without a distribution or with a label that is no class: it is NaN then in
     # value and in every shard's derivative.
@@ -234,8 +237,13 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     # The move rounded x. r has the value from before it, and the derivative from after it.
     moved = moved._replace(r=state.r + (moved.r - lax.stop_gradient(moved.r)))
     # sum_k t_k (lse - x_k), without the total: see target_derivatives.
-    loss = target_cost(targets, x, moved.lse, jnp.zeros_like(moved.r), axis_name)
-    return loss + nothing, origin + moved.lse
+    at_label, at_dense = target_gaps(targets, x, moved.lse, jnp.zeros_like(moved.r), axis_name)
+    loss = nothing
+    if targets.label_target is not None:
+        loss = loss + targets.label_target * at_label
+    if targets.dense is not None:
+        loss = loss + psum(jnp.sum(targets.dense.t * at_dense, axis=-1), axis_name)
+    return loss, origin + moved.lse
 
 
 RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
@@ -243,6 +251,16 @@ RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
     "jvp": _rows_jvp,
     "autodiff": _rows_autodiff,
 }
+
+
+def check_jet(rule: str, inputs: Any) -> None:
+    """Raises where ``jax.experimental.jet`` would fail with an error that does not say why."""
+    traced = any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs))
+    if traced and rule != "autodiff":
+        raise ValueError(
+            "rule: expected 'autodiff' in a call that jax.experimental.jet differentiates, because "
+            f"jet can't differentiate any function that has a custom rule, got {rule!r}"
+        )
 
 
 # From the caller's arrays to rows, through the rule, to a result.
@@ -439,7 +457,7 @@ def softmax_cross_entropy(
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
-        at all, so that JAX differentiates the loss itself.
+        at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names and ``rule`` are
     Python values, static under ``jax.jit``: bind them by ``functools.partial``, or name them in
@@ -461,8 +479,8 @@ def softmax_cross_entropy(
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
         option out of range (of a ``jax.Array`` the value is not looked at), ``ignore_index`` with
-        dense targets, a mesh axis that does not split the logits, or arrays that an Explicit mesh
-        splits otherwise.
+        dense targets, a mesh axis that does not split the logits, arrays that an Explicit mesh
+        splits otherwise, or ``jax.experimental.jet`` of a rule other than "autodiff".
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
     ``sxe._normalizer``.
@@ -492,7 +510,9 @@ def softmax_cross_entropy(
         rules=tuple(RULES),
     )
     given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
-    return _loss(_Inputs(*given, arrays), static=static)
+    inputs = _Inputs(*given, arrays)
+    check_jet(static.rule, inputs)
+    return _loss(inputs, static=static)
 
 
 def softmax_cross_entropy_with_gradient(
