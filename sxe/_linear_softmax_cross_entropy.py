@@ -692,5 +692,5 @@ def linear_softmax_cross_entropy(
         projection,
         arrays,
     )
-    check_jet(static.rule, inputs)
+    check_jet(static.rule, inputs, projection.softcap)
     return _loss(inputs, static=static, chunk_size=_options.parse_chunk_size(chunk_size))

@@ -44,25 +44,11 @@ class Sums(NamedTuple):
     parts: Array | None
 
 
-@jax.custom_jvp
-def _z_penalty(z_loss: Array, lse: Array) -> Array:
-    """z lse^2: lse^2 may overflow where this does not, and z may be 0."""
-    return z_loss * lse * lse
-
-
-@_z_penalty.defjvp
-def _z_penalty_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    (z_loss, lse), (z_dot, lse_dot) = primals, tangents
-    # No cotangent meets lse^2 before it is multiplied by z, nor one of 0 an infinite lse^2.
-    return _z_penalty(z_loss, lse), 2 * (z_loss * lse) * lse_dot + z_dot * lse * lse
-
-
 def weighted(loss: Array, lse: Array, weight: Array, z_loss: Array | None) -> Array:
     """w_i (loss_i + z lse_i^2), where a weight of 0 times an infinite loss is 0."""
     if z_loss is not None:
-        loss = loss + _z_penalty(z_loss, lse)
+        # In this order: lse^2 may overflow where z lse^2 does not, and z may be 0.
+        loss = loss + z_loss * lse * lse
     return weight * jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
 
 

@@ -253,13 +253,20 @@ RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
 }
 
 
-def check_jet(rule: str, inputs: Any) -> None:
+def check_jet(rule: str, inputs: Any, softcap: Any = None) -> None:
     """Raises where ``jax.experimental.jet`` would fail with an error that does not say why."""
-    traced = any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs))
-    if traced and rule != "autodiff":
+    if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
+        return
+    reason = (
+        "in a call that jax.experimental.jet differentiates, because jet can't differentiate any "
+        "function that has a custom rule"
+    )
+    if rule != "autodiff":
+        raise ValueError(f"rule: expected 'autodiff' {reason}, got {rule!r}")
+    if softcap is not None:
         raise ValueError(
-            "rule: expected 'autodiff' in a call that jax.experimental.jet differentiates, because "
-            f"jet can't differentiate any function that has a custom rule, got {rule!r}"
+            f"softcap: expected None {reason}, got {softcap!r}; pass capped logits to "
+            "sxe.softmax_cross_entropy"
         )
 
 
