@@ -1,7 +1,7 @@
 """Axes: the class axes of an array, and the mesh axes inside ``jax.shard_map``."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,6 +105,57 @@ def is_explicit(*arrays: Array | None) -> bool:
     """Whether types say how any of these arrays is split, and so what may be done with them."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
     return any(mesh.explicit_axes for mesh in meshes)
+
+
+def _in_shard_map(mesh: Any, look: Callable[[], Iterable[str]]) -> frozenset[str]:
+    """What look() finds in a ``jax.shard_map`` over all mesh axes that it can have here."""
+    found: list[str] = []
+
+    def traced() -> tuple[()]:
+        found.extend(look())
+        return ()
+
+    jax.eval_shape(jax.shard_map(traced, mesh=mesh, in_specs=(), out_specs=()))
+    return frozenset(found)
+
+
+def free_axes(mesh: Any) -> frozenset[str]:
+    """The mesh axes that do not split an axis which an enclosing ``jax.vmap`` maps.
+
+    Types inside of it do not name those that do, and ``jax.shard_map`` cannot have them.
+    """
+    return _in_shard_map(mesh, lambda: jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def spmd_axes(mesh: Any) -> frozenset[str]:
+    """The mesh axes that an enclosing ``jax.vmap`` names in spmd_axis_name.
+
+    What a vmap has to repeat varies along those of all vmaps around it.
+    """
+    return _in_shard_map(mesh, lambda: varying(jax.vmap(lambda: jnp.zeros(()), axis_size=1)()))
+
+
+def is_mapped_split(x: Array) -> bool:
+    """Whether an enclosing ``jax.vmap`` maps an axis that the Explicit mesh of x splits."""
+    mesh = jax.typeof(x).sharding.mesh
+    return bool(mesh.explicit_axes) and not free_axes(mesh).issuperset(mesh.explicit_axes)
+
+
+def check_mapped(**arrays: Array | None) -> None:
+    """Raises where a mesh axis splits both these arrays and what an enclosing ``jax.vmap`` maps."""
+    for name, a in arrays.items():
+        if a is None or not any(sharding(a)):
+            continue
+        free = free_axes(jax.typeof(a).sharding.mesh)
+        taken = {n for axes in sharding(a) for n in axis_names(axes) if n not in free}
+        if taken:
+            left = (tuple(n for n in axis_names(axes) if n in free) for axes in sharding(a))
+            spec = PartitionSpec(*(axes or None for axes in left))
+            raise ValueError(
+                f"{name}: expected to be split along other mesh axes than {sorted(taken)}, which "
+                f"split the axis that an enclosing jax.vmap maps, got {jax.typeof(a)}; use "
+                f"jax.reshard({name}, {spec}), or map it as well"
+            )
 
 
 def check_splits(

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sxe._axes import AxisName, axis_names, sharding
+from sxe._axes import AxisName, axis_names, free_axes, sharding, spmd_axes
 
 
 class Layout(NamedTuple):
@@ -33,6 +33,11 @@ class Layout(NamedTuple):
     def batch(self) -> AxisName:
         """The mesh axes that split the rows, along whichever of their axes."""
         return tuple(name for axes in self.rows for name in axis_names(axes)) or None
+
+    @property
+    def _used(self) -> set[str]:
+        """The mesh axes that split anything."""
+        return {n for axes in (self.batch, self.classes, self.fsdp) for n in axis_names(axes)}
 
     def of_rows(self) -> PartitionSpec:
         return PartitionSpec(*self.rows)
@@ -112,16 +117,30 @@ class Layout(NamedTuple):
         static = static._replace(axis_name=self.classes, batch_axis_name=self.batch)
         specs = self.specs(inputs, ndim, class_axes)
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
-        if AxisType.Explicit in kinds.values():
+        names = {name for name, kind in kinds.items() if kind in self.kinds}
+        explicit = AxisType.Explicit in kinds.values()
+        if explicit:
+            names &= free_axes(self.mesh)
+            if taken := self._used - names:
+                raise ValueError(
+                    f"batch, classes: expected mesh axes other than {sorted(taken)}, which split "
+                    "the axis that an enclosing jax.vmap maps; name others, or jax.reshard what "
+                    "is mapped"
+                )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
+        if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
+            return result(inputs, static)
+        spmd = spmd_axes(self.mesh) if explicit else None
+        if spmd:
+            raise ValueError(
+                f"spmd_axis_name: expected none from jax.vmap, got {sorted(spmd)}, Explicit mesh "
+                "axes that do not split what is mapped; leave it out, or jax.reshard what is "
+                "mapped, so that they do"
+            )
         local = functools.partial(result, static=static)
         return jax.shard_map(
-            local,
-            mesh=self.mesh,
-            in_specs=(specs,),
-            out_specs=out,
-            axis_names={name for name, kind in kinds.items() if kind in self.kinds},
+            local, mesh=self.mesh, in_specs=(specs,), out_specs=out, axis_names=names
         )(inputs)
 
     def _reshard(self, kinds: dict[str, AxisType], x: Array, spec: PartitionSpec) -> Array:

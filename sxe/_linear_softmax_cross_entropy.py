@@ -38,6 +38,7 @@ from sxe._axes import (
     AxisName,
     axis_names,
     check_axis_name,
+    check_mapped,
     check_splits,
     is_explicit,
     place,
@@ -340,7 +341,7 @@ def _weighted_sum_fwd(
         rows = chunk._replace(hidden=None)
         return _chunk_bwd(program, of_rows, wanted, shared, carry, chunk, rows)
 
-    total = vary(jnp.zeros((), batch.weight.dtype), varying(batch.weight))
+    total = zeros_as(batch.weight, ())
     zeros = _only(wanted.shared, jax.tree.map(lambda x: zeros_as(x, x.shape), shared))
     carry = ((total, zeros._replace(kernel=None)), zeros.kernel)
     carry, (d_hidden, outputs) = over_chunks(body, carry, batch, program.chunks)
@@ -558,14 +559,16 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     _options.check_rows(labels, arrays, static, shape, axes, projection)
     if static.layout is None and is_explicit(hidden, kernel):
         # Types say how the inputs are split. Those of the chunks of split rows they can't.
+        others = {
+            "labels": labels,
+            "where": arrays.where,
+            "weights": arrays.weights,
+            "class_weights": arrays.class_weights,
+        }
+        check_mapped(hidden=hidden, kernel=kernel, bias=projection.bias, **others)
         static = static._replace(layout=layout_of(hidden, kernel))
-        check_splits(
-            *("hidden and kernel", (*sharding(hidden)[:-1], sharding(kernel)[1]), axes),
-            labels=labels,
-            where=arrays.where,
-            weights=arrays.weights,
-            class_weights=arrays.class_weights,
-        )
+        split = (*sharding(hidden)[:-1], sharding(kernel)[1])
+        check_splits("hidden and kernel", split, axes, **others)
     result = functools.partial(_result, chunk_size=chunk_size)
     layout = static.layout
     if layout is None:

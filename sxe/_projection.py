@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from sxe import _normalizer as nz
@@ -61,8 +62,12 @@ def _product(a: Array, b: Array, over: tuple[int, int], precision: Any) -> Array
 
 
 def zeros_as(x: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros of that shape, float32 or float64 and typed as varying as x."""
-    return vary(jnp.zeros(shape, nz.wide(x).dtype), varying(x))
+    """Zeros of that shape, float32 or float64 and typed as varying as x, to start a loop with."""
+    zeros = jnp.zeros(shape, nz.wide(x).dtype)
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        # Under jit their type has no mesh, with which jax.vmap can't make them a loop's.
+        zeros = jax.reshard(zeros, PartitionSpec(*(None for _ in shape)))
+    return vary(zeros, varying(x))
 
 
 def product_fwd(hidden: Array, kernel: Array, precision: Any) -> Array:

@@ -27,6 +27,7 @@ from sxe._axes import (
     AxisName,
     axis_names,
     check_axis_name,
+    check_mapped,
     check_splits,
     class_axes,
     classes_back,
@@ -392,13 +393,14 @@ def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
     result = _result_with_gradient if with_gradient else _result
     layout = static.layout
     if layout is None:
-        check_splits(
-            *("logits", sharding(logits), axes),
-            labels=labels,
-            where=arrays.where,
-            weights=arrays.weights,
-            class_weights=arrays.class_weights,
-        )
+        others = {
+            "labels": labels,
+            "where": arrays.where,
+            "weights": arrays.weights,
+            "class_weights": arrays.class_weights,
+        }
+        check_mapped(logits=logits, **others)
+        check_splits("logits", sharding(logits), axes, **others)
         return result(inputs, static)
     out = specs(static, layout.of_rows())
     out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out

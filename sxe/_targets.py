@@ -17,7 +17,16 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from sxe._axes import LOCAL_CPU, AxisName, place, psum, reshard, sharding, vary_like
+from sxe._axes import (
+    LOCAL_CPU,
+    AxisName,
+    is_mapped_split,
+    place,
+    psum,
+    reshard,
+    sharding,
+    vary_like,
+)
 from sxe._label_check import checked
 from sxe._normalizer import Normalizer, apart
 
@@ -223,9 +232,12 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
     inside = (index >= 0) & (index < c.size)
     index = jnp.where(inside, index, 0)
     # On an explicit mesh a gather is from a whole table, and its result split as the labels are.
-    split = sharding(index)
-    out = PartitionSpec(*split) if any(split) else None
-    found = reshard(c, (None,)).at[index].get(out_sharding=out)
+    c, split = reshard(c, (None,)), sharding(index)
+    if is_mapped_split(index):  # which that result would have too, and index does not show
+        c = _on_class_axis(c, index.ndim + 1)
+        found = jnp.sum(jnp.where(is_label(index, c.shape[-1]), c, 0), axis=-1)
+    else:
+        found = c.at[index].get(out_sharding=PartitionSpec(*split) if any(split) else None)
     return psum(jnp.where(inside, found, 0), classes.axis_name)
 
 
