@@ -201,6 +201,25 @@ def reshard(x: Array, spec: Sequence[Any]) -> Array:
     return jax.reshard(x, PartitionSpec(*spec))
 
 
+def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
+    """These axes, if they are not a mesh's but those of a ``jax.vmap``."""
+    names, manual = axis_names(axis_name), jax.sharding.get_abstract_mesh().manual_axes
+    mapped = tuple(name for name in names if name not in manual)
+    if mapped and mapped != names:
+        raise ValueError(
+            "axis_name: expected axes of jax.shard_map alone, or of jax.vmap alone, got "
+            f"{axis_name!r}, of which jax.vmap has {mapped}; split the classes along one kind"
+        )
+    return mapped
+
+
+def whole(x: Any, names: tuple[str, ...], axis: int) -> Any:
+    """An array, or None, whose shards along these axes of a ``jax.vmap`` are joined along axis."""
+    for name in reversed(names):
+        x = jax.tree.map(lambda a: lax.all_gather(a, name, axis=axis, tiled=True), x)  # noqa: B023
+    return x
+
+
 def vary(x: Array, names: frozenset[str]) -> Array:
     """x typed as varying along these mesh axes too, so that its cotangent may vary as well."""
     missing = tuple(sorted(names - varying(x)))
@@ -216,7 +235,8 @@ def vary_like(rows: Any, x: Array) -> Any:
 
 
 def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:
-    """Raises unless these are mesh axes around this call that split x."""
+    """Raises unless these are mesh axes around this call that split x, or axes of a vmap."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in axis_names(axis_name):
         try:
             lax.axis_size(name)
@@ -225,6 +245,12 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
                 f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}; "
                 "for global arrays use sxe.over_mesh"
             ) from None
+        if name not in manual and any(map(is_tracked, manual)):
+            raise ValueError(
+                f"{argument}: expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
+                "a jax.vmap, along which JAX has no lax.psum there; pass check_vma=False to "
+                "jax.shard_map"
+            )
         if is_tracked(name) and name not in varying(x):
             raise ValueError(
                 f"{argument}: expected a mesh axis that splits {name_of_x}, got {name!r}, "

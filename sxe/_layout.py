@@ -114,7 +114,11 @@ class Layout(NamedTuple):
         out: Any,
     ) -> Any:
         """result(inputs, static) of each device's part of global inputs, in ``jax.shard_map``."""
-        static = static._replace(axis_name=self.classes, batch_axis_name=self.batch)
+        # Inside a jax.shard_map over other mesh axes, these split what each of those devices has.
+        static = static._replace(
+            axis_name=(*axis_names(static.axis_name), *axis_names(self.classes)) or None,
+            batch_axis_name=(*axis_names(static.batch_axis_name), *axis_names(self.batch)) or None,
+        )
         specs = self.specs(inputs, ndim, class_axes)
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         names = {name for name, kind in kinds.items() if kind in self.kinds}

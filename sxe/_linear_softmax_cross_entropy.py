@@ -41,11 +41,13 @@ from sxe._axes import (
     check_mapped,
     check_splits,
     is_explicit,
+    mapped_axes,
     place,
     psum,
     sharding,
     vary,
     varying,
+    whole,
 )
 from sxe._layout import layout_of
 from sxe._options import Arrays, Projection, Static
@@ -523,9 +525,26 @@ def _prepare(
     return program, *_typed_alike(shared, batch, static.axis_name), rows
 
 
+def _whole(inputs: _Inputs, static: Static) -> tuple[_Inputs, Static]:
+    """The same with all classes, as ``_softmax_cross_entropy`` explains."""
+    names = mapped_axes(static.axis_name)
+    if not names:
+        return inputs, static
+    hidden, kernel, labels, projection, arrays = inputs
+    if labels.ndim == hidden.ndim:
+        labels = whole(labels, names, labels.ndim - 1)
+    class_weights = whole(arrays.class_weights, names, 0)
+    inputs = _Inputs(
+        hidden,
+        whole(kernel, names, 1),
+        labels,
+        projection._replace(bias=whole(projection.bias, names, 0)),
+        arrays._replace(class_weights=class_weights),
+    )
+    return inputs, static._replace(axis_name=None)
+
+
 def _result(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
-    check_axis_name("axis_name", static.axis_name, "the kernel", inputs.kernel)
-    check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", inputs.hidden)
     program, shared, batch, rows = _prepare(inputs, static, chunk_size)
     loss = None
     if static.rule == "vjp" and static.reduction != "none":
@@ -557,6 +576,11 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
     _options.check_projection(hidden, kernel, projection)
     shape, axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
     _options.check_rows(labels, arrays, static, shape, axes, projection)
+    if static.layout is None:
+        check_axis_name("axis_name", static.axis_name, "the kernel", kernel)
+        check_axis_name("batch_axis_name", static.batch_axis_name, "the hidden states", hidden)
+        inputs, static = _whole(inputs, static)
+        hidden, kernel, labels, projection, arrays = inputs
     if static.layout is None and is_explicit(hidden, kernel):
         # Types say how the inputs are split. Those of the chunks of split rows they can't.
         others = {
@@ -627,7 +651,8 @@ def linear_softmax_cross_entropy(
         their bias or, with softcap, out of the kernel.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices
-        of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed.
+        of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed. For
+        ``jax.pmap`` and ``jax.vmap``, and gradients taken inside, see ``softmax_cross_entropy``.
       weights, class_weights, label_smoothing, z_loss, ignore_index, reduction, return_metrics,
         batch_axis_name: as for ``softmax_cross_entropy``.
       rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as

@@ -33,12 +33,14 @@ from sxe._axes import (
     classes_back,
     classes_last,
     is_tracked,
+    mapped_axes,
     psum,
     reshard,
     sharding,
     vary,
     vary_like,
     varying,
+    whole,
 )
 from sxe._options import Arrays, Static
 from sxe._reduction import (
@@ -313,9 +315,6 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
 def _prepare(inputs: _Inputs, static: Static) -> _Prepared:
     logits, labels, arrays = inputs
     axes = class_axes(static.axis, logits.ndim)
-    check_axis_name("axis_name", static.axis_name, "the logits", logits)
-    check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
-
     where, class_mask = arrays.where, None
     if labels.shape == logits.shape:
         labels = classes_last(labels, axes)
@@ -348,6 +347,26 @@ def _prepare(inputs: _Inputs, static: Static) -> _Prepared:
 def _metrics(total: Sums, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
     predictions = first_of(best(prepared.logits), prepared.logits.shape[-1], static.axis_name)
     return metrics(total, lse, prepared.rows, predictions)
+
+
+def _whole(inputs: _Inputs, static: Static) -> tuple[_Inputs, Static]:
+    """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
+
+    JAX runs the backward pass of a ``jax.custom_vjp`` where that axis has no name any more, and
+    with cotangents that are shares only sometimes. So there must be no lax.psum over it in one.
+    """
+    names = mapped_axes(static.axis_name)
+    if not names:
+        return inputs, static
+    logits, labels, arrays = inputs
+    axis = class_axes(static.axis, logits.ndim)[0]
+    where, class_weights = arrays.where, whole(arrays.class_weights, names, 0)
+    if labels.shape == logits.shape:
+        labels = whole(labels, names, axis)
+    if where is not None and where.shape == logits.shape:
+        where = whole(where, names, axis)
+    arrays = arrays._replace(where=where, class_weights=class_weights)
+    return _Inputs(whole(logits, names, axis), labels, arrays), static._replace(axis_name=None)
 
 
 def _result(inputs: _Inputs, static: Static) -> Any:
@@ -393,6 +412,11 @@ def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
     result = _result_with_gradient if with_gradient else _result
     layout = static.layout
     if layout is None:
+        check_axis_name("axis_name", static.axis_name, "the logits", logits)
+        check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
+        if not with_gradient:  # which has no backward pass
+            inputs, static = _whole(inputs, static)
+        logits, labels, arrays = inputs
         others = {
             "labels": labels,
             "where": arrays.where,
@@ -460,9 +484,13 @@ def softmax_cross_entropy(
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split. Logits, dense targets, class weights and class masks are then this device's classes;
         labels are indices of all classes. An axis that splits nothing is an error, but with
-        ``check_vma=False`` goes unnoticed, and the value is wrong.
+        ``check_vma=False`` goes unnoticed, and the value is wrong. It may also be an axis of
+        ``jax.pmap`` or ``jax.vmap``, where nothing is checked either. A gradient that is taken
+        inside one of these, or inside ``jax.shard_map`` with ``check_vma=False``, is that of the
+        sum of all shards' losses, as with ``lax.psum`` itself: for n shards, n times the right one.
+        Taken outside it is right.
       batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
-        sums in the metrics are over the global batch.
+        sums in the metrics are over the global batch. Of gradients taken inside the same holds.
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not

@@ -1,4 +1,4 @@
-"""jax.vmap where an Explicit mesh splits its arrays."""
+"""jax.vmap where an Explicit mesh splits its arrays, and where it has shards of the classes."""
 
 import functools
 
@@ -262,3 +262,185 @@ def test_what_a_vmap_cannot_have():
             jax.vmap(lambda h, y: HEAD(h, whole["kernel"], y), spmd_axis_name="data")(
                 whole["hidden"], whole["labels"]
             )
+
+
+# The examples of a named vmap are shards of the classes, or of the rows
+
+SHARDS = 4
+ROWS, CLASSES = ("hidden", "labels", "weights", "where"), ("kernel", "bias", "class_weights")
+
+
+def shards(p, option):
+    """The arrays of a call as shards, and the axis of each that a vmap maps."""
+    cut, axes = {}, {}
+    for name, a in p.items():
+        axis = 0 if option == "batch_axis_name" else -1
+        names = ("logits", *(ROWS if axis == 0 else CLASSES))
+        mapped = name in names or (name == "labels" and a.ndim == 2)
+        cut[name] = np.stack(np.split(a, SHARDS, axis)) if mapped else a
+        axes[name] = 0 if mapped else None
+    return cut, axes
+
+
+def check_named_vmap(loss, p, static, option="axis_name", jit=quick_jit):
+    """Values; and gradients for cotangents of all shards alike, of one of them, and at random."""
+    cut, axes = shards(p, option)
+    f = jax.vmap(functools.partial(call, loss, static | {option: "m"}), (axes,), axis_name="m")
+    g = cotangents(static)[0]
+
+    def run(c):
+        def total(q):
+            values = f(cut | q)
+            return jnp.sum(g * jnp.tensordot(c, values, 1)), values
+
+        return jax.grad(total, has_aux=True)(floats(cut))
+
+    run = jit(run)
+    one_hot, uneven = np.eye(SHARDS)[2], np.random.default_rng(3).normal(size=SHARDS)
+    for c in (np.ones(SHARDS), one_hot, uneven):
+        gradients, values = run(c.astype(np.float32))
+        q = {name: a[None] for name, a in p.items()}
+        right_values, right = expected(loss, q, static, g[None] * c.sum(), own=tuple(q))
+        for value in np.asarray(values):
+            assert_close(value, right_values[0])
+        for name, d in right.items():
+            found = gradients[name]
+            if axes[name] is not None:
+                found = np.concatenate(found, 0 if option == "batch_axis_name" else -1)
+            with naming(name, c, *static.values(), *p):
+                assert_close(np.asarray(found), d[0], scale=max(1, np.abs(d).max()))
+
+
+@BOTH
+def test_shards_of_a_named_vmap(loss):
+    check_named_vmap(loss, one(loss, *EVERY), {})
+    check_named_vmap(loss, one(loss, dense=True), {"reduction": "none"})
+
+
+@slow
+@BOTH
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
+def test_every_way_with_shards_of_a_named_vmap(loss, rule, jit):
+    for dense, reduction in [(False, "none"), (True, "mean"), (True, "none"), (False, "sum")]:
+        static = {"rule": rule, "reduction": reduction}
+        check_named_vmap(loss, one(loss, *EVERY, dense=dense), static, jit=jit)
+        if reduction != "none":
+            check_named_vmap(loss, one(loss, *EVERY), static, "batch_axis_name", jit)
+
+
+@BOTH
+def test_rows_of_a_named_vmap(loss):
+    check_named_vmap(loss, one(loss, "weights", "where"), {}, "batch_axis_name")
+
+
+def test_shards_of_two_named_vmaps():
+    """And of an axis of classes that is not the last, with a mask of classes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3, 8, 2)).astype(np.float32), rng.integers(8, size=(3, 2))
+    where = rng.random(x.shape) < 0.8
+    where[np.arange(3)[:, None], y, np.arange(2)] = True
+    options = {"axis": 1, "class_weights": rng.random(8).astype(np.float32)}
+
+    def cut(a, axis):
+        return np.stack(np.split(np.stack(np.split(a, 4, axis)), 2))  # the outer axis first
+
+    def f(x, where, c):
+        names = {"axis": 1, "axis_name": ("outer", "inner")}
+        return LOGITS(x, y, where=where, class_weights=c, **names)
+
+    for name in ("inner", "outer"):
+        f = jax.vmap(f, axis_name=name)
+    arguments = cut(x, 1), cut(where, 1), cut(options["class_weights"], 0)
+    value, d = quick_jit(jax.value_and_grad(lambda *a: f(*a)[1, 0]))(*arguments)
+    assert_close(value, oracle.loss(x, y, where=where, **options))
+    right = oracle.gradient(x, y, where=where, **options)
+    assert_close(np.concatenate(np.asarray(d).reshape(4, 3, 2, 2), 1), right)
+
+
+def test_a_vmap_around_other_axes():
+    """A vmap may have a name where the loss has an axis of shard_map, or none."""
+    mesh = make_mesh(4, names=("model",))
+    p = examples(LOGITS)
+    call_ = {
+        "inside": jax.shard_map(
+            lambda x, y: LOGITS(x, y, axis_name="model"),
+            mesh=mesh,
+            in_specs=(P(None, "model"), P()),
+            out_specs=P(),
+        ),
+        "without": LOGITS,
+    }
+    right_values, right = expected(LOGITS, p, {}, np.ones(B))
+    for name, loss in call_.items():
+        with naming(name):
+            f = jax.vmap(jax.value_and_grad(loss), axis_name="m")
+            values, gradient = quick_jit(f)(p["logits"], p["labels"])
+            assert_close(values, right_values)
+            assert_close(gradient, right["logits"])
+
+
+@pytest.mark.parametrize(
+    "rule", ["vjp", pytest.param("jvp", marks=slow), pytest.param("autodiff", marks=slow)]
+)
+def test_a_gradient_inside_is_that_of_the_sum_of_shards(rule):
+    """Under pmap, vmap and shard_map without varying types, as with lax.psum."""
+    p = one(LOGITS)
+    x = np.stack(np.split(p["logits"], SHARDS, -1))
+    gradient = jax.grad(lambda x: LOGITS(x, p["labels"], axis_name="m", rule=rule))
+    mesh = make_mesh(SHARDS, names=("m",))
+    every = jax.shard_map(
+        lambda x: gradient(x[0])[None],
+        mesh=mesh,
+        in_specs=P("m"),
+        out_specs=P("m"),
+        check_vma=False,
+    )
+    ways = [quick_jit(every), quick_jit(jax.vmap(gradient, axis_name="m"))]
+    ways.append(jax.pmap(gradient, axis_name="m"))
+    right = oracle.gradient(p["logits"], p["labels"])
+    of_psum = jax.vmap(jax.grad(lambda x: jax.lax.psum(x, "m")), axis_name="m")
+    np.testing.assert_array_equal(of_psum(np.ones(SHARDS)), SHARDS)
+    for way in ways:
+        assert_close(np.concatenate(np.asarray(way(x)), -1), SHARDS * right)
+
+
+def test_axes_of_a_vmap_in_shard_map():
+    """JAX itself has no sums over them where shard_map tracks what varies."""
+    p = one(LOGITS)
+    mesh = make_mesh(2, names=("d",))
+    x = np.stack(np.split(p["logits"], SHARDS, -1))
+
+    def f(x, **options):
+        return jax.vmap(lambda x: LOGITS(x, p["labels"], **options), axis_name="m")(x)[None]
+
+    def run(check_vma=True, **options):
+        local = functools.partial(f, **options)
+        spec = {"in_specs": P(), "out_specs": P("d"), "check_vma": check_vma}
+        return quick_jit(jax.shard_map(local, mesh=mesh, **spec))(x)
+
+    for value in np.ravel(run(check_vma=False, axis_name="m")):
+        assert_close(value, oracle.loss(p["logits"], p["labels"]))
+    for name in ("axis_name", "batch_axis_name"):
+        with pytest.raises(ValueError, match=rf"^{name}: .*'m' of a jax.vmap.*check_vma=False"):
+            run(**{name: "m"})
+    with pytest.raises(ValueError, match=r"^axis_name: .*alone, got \('d', 'm'\).*one kind"):
+        run(check_vma=False, axis_name=("d", "m"))
+
+
+def test_types_of_a_mesh_inside_shard_map_over_another_axis():
+    """What axis_name names is split by the axes that types name besides."""
+    mesh, p = EXPLICIT(2, 4), one(HEAD, "bias", "class_weights")
+    specs = {"hidden": P("data"), "labels": P("data"), "kernel": P(None, "model")}
+    specs = {name: specs.get(name, P("model")) for name in p}
+    with jax.set_mesh(mesh):
+        q = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in p.items()}
+        local = {n: P(*(a if a == "model" else None for a in s)) for n, s in specs.items()}
+        f = jax.shard_map(
+            lambda q: HEAD(**q, axis_name="model", reduction="sum"),
+            mesh=mesh,
+            in_specs=(local,),
+            out_specs=P(),
+            axis_names={"model"},
+        )
+        assert_close(quick_jit(f)(q), oracle.head_loss(**p, reduction="sum"))
