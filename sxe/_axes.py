@@ -54,6 +54,15 @@ def psum(x: Any, axis_name: AxisName) -> Any:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
+def sum_over(x: Array, axis_name: AxisName) -> Array:
+    """A number's sum over devices of a mesh, or examples of a ``jax.vmap``."""
+    names, manual = axis_names(axis_name), jax.sharding.get_abstract_mesh().manual_axes
+    for name in names:
+        if name not in manual:  # JAX can't lower lax.psum over those on an Explicit mesh
+            x = jnp.sum(lax.all_gather(x, name))
+    return psum(x, tuple(name for name in names if name in manual) or None)
+
+
 def varying(x: Array) -> frozenset[str]:
     """The mesh axes along which x differs between devices, as shard_map's types have it."""
     return jax.typeof(x).manual_axis_type.varying

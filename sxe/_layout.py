@@ -115,9 +115,10 @@ class Layout(NamedTuple):
     ) -> Any:
         """result(inputs, static) of each device's part of global inputs, in ``jax.shard_map``."""
         # Inside a jax.shard_map over other mesh axes, these split what each of those devices has.
+        batch_axis_name = axis_names(static.batch_axis_name)
         static = static._replace(
             axis_name=(*axis_names(static.axis_name), *axis_names(self.classes)) or None,
-            batch_axis_name=(*axis_names(static.batch_axis_name), *axis_names(self.batch)) or None,
+            batch_axis_name=(*batch_axis_name, *axis_names(self.batch)) or None,
         )
         specs = self.specs(inputs, ndim, class_axes)
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
@@ -135,6 +136,13 @@ class Layout(NamedTuple):
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
         if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
             return result(inputs, static)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if mapped := [n for n in batch_axis_name if n not in manual]:
+            raise ValueError(
+                f"batch_axis_name: expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
+                "Explicit mesh splits hidden or kernel: JAX has no lax.psum along it there; use "
+                "return_metrics=True, and sum loss_sum and weight_sum"
+            )
         spmd = spmd_axes(self.mesh) if explicit else None
         if spmd:
             raise ValueError(

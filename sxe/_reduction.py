@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
-from sxe._axes import AxisName, psum
+from sxe._axes import AxisName, sum_over
 from sxe._options import Arrays, Static
 from sxe._targets import Rows
 
@@ -55,7 +55,7 @@ def weighted(loss: Array, lse: Array, weight: Array, z_loss: Array | None) -> Ar
 def sums(loss: Array, rows: Rows, arrays: Arrays, batch_axis_name: AxisName) -> Sums:
     """``loss`` is the sum of this device's weighted row losses."""
     weight = jnp.sum(rows.norm)
-    summed = psum(loss, batch_axis_name), psum(weight, batch_axis_name)
+    summed = sum_over(loss, batch_axis_name), sum_over(weight, batch_axis_name)
     if arrays.weights is None and arrays.class_weights is None:
         return Sums(*summed, None)
     # A label's class weight of 0 leaves its row out of the denominator. Smoothing and z-loss do not
@@ -63,7 +63,7 @@ def sums(loss: Array, rows: Rows, arrays: Arrays, batch_axis_name: AxisName) -> 
     z = 0 if arrays.z_loss is None else arrays.z_loss
     has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
     parts = jnp.sum(has_part, dtype=weight.dtype)
-    return Sums(*summed, psum(parts, batch_axis_name))
+    return Sums(*summed, sum_over(parts, batch_axis_name))
 
 
 def denominator(total: Sums, reduction: str) -> Array:

@@ -428,6 +428,26 @@ def test_axes_of_a_vmap_in_shard_map():
         run(check_vma=False, axis_name=("d", "m"))
 
 
+def test_rows_of_a_named_vmap_on_an_explicit_mesh():
+    """Where a mesh splits hidden states or kernel, their sum is for the caller to take."""
+    p, mesh = one(HEAD, "weights"), EXPLICIT(2, 4)
+    cut, axes = shards(p, "batch_axis_name")
+
+    def run(**kinds):
+        f = jax.vmap(lambda p: HEAD(**p, batch_axis_name="m"), (axes,), axis_name="m")
+        with jax.set_mesh(mesh):
+            q = {
+                n: jax.device_put(a, NamedSharding(mesh, P(*kinds.get(n, ()))))
+                for n, a in cut.items()
+            }
+            return quick_jit(f)(q)
+
+    for value in np.asarray(run()):
+        assert_close(value, oracle.head_loss(**p))
+    with pytest.raises(ValueError, match=r"^batch_axis_name: .*'m', .*return_metrics"):
+        run(kernel=(None, "model"))
+
+
 def test_types_of_a_mesh_inside_shard_map_over_another_axis():
     """What axis_name names is split by the axes that types name besides."""
     mesh, p = EXPLICIT(2, 4), one(HEAD, "bias", "class_weights")
