@@ -448,6 +448,8 @@ def _temporary_bytes(
     row_block = _tiles.rows_per_block(size, classes, call.at) * classes * wide
     block = _tiles.classes_per_block(hidden, classes, call.at)
     writes = len({*options, *(("where",) if padded else ())})
+    if "softcap" in options and "label_smoothing" not in options:
+        writes -= 1  # then XLA computes it again where it is needed
     # The sum of a confident row is over a copy of its block without the maxima.
     work = row_block * (2 + writes)
     blocks = want_kernel or gradient_dtype(dtype, platform) != dtype
