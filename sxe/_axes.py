@@ -150,6 +150,16 @@ def is_mapped_split(x: Array) -> bool:
     return bool(mesh.explicit_axes) and not free_axes(mesh).issuperset(mesh.explicit_axes)
 
 
+def mapped_as(x: Array, label: Array | None) -> Array:
+    """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the label [...].
+
+    Where vmap maps the labels alone, JAX has no rule for a gather by them from what is not mapped.
+    """
+    if label is None or not is_mapped_split(label):
+        return x
+    return x + (0 * label).astype(x.dtype)[..., None]
+
+
 def check_mapped(**arrays: Array | None) -> None:
     """Raises where a mesh axis splits both these arrays and what an enclosing ``jax.vmap`` maps."""
     for name, a in arrays.items():

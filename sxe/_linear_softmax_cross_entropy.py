@@ -41,6 +41,7 @@ from sxe._axes import (
     check_mapped,
     check_splits,
     is_explicit,
+    mapped_as,
     mapped_axes,
     place,
     psum,
@@ -512,7 +513,8 @@ def _prepare(
         dense=dense,
         z_loss=number(arrays.z_loss),
     )
-    batch = _Batch(hidden.astype(wide), targets, rows.weight, counts)
+    hidden = mapped_as(hidden.astype(wide), targets.label)
+    batch = _Batch(hidden, targets, rows.weight, counts)
     batch = jax.tree.map(flat, batch)
     program = _Program(
         chunks,

@@ -33,6 +33,7 @@ from sxe._axes import (
     classes_back,
     classes_last,
     is_tracked,
+    mapped_as,
     mapped_axes,
     psum,
     reshard,
@@ -309,7 +310,7 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     def alike(a: Array) -> Array:
         return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else one_a_row)
 
-    return alike(x), jax.tree.map(alike, targets)
+    return alike(mapped_as(x, targets.label)), jax.tree.map(alike, targets)
 
 
 def _prepare(inputs: _Inputs, static: Static) -> _Prepared:

@@ -464,3 +464,28 @@ def test_types_of_a_mesh_inside_shard_map_over_another_axis():
             axis_names={"model"},
         )
         assert_close(quick_jit(f)(q), oracle.head_loss(**p, reduction="sum"))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@BOTH
+def test_labels_alone_are_mapped(loss, devices):
+    """Several targets for the same logits: no example has logits of its own."""
+    p, mesh = examples(loss, own=("labels",)), EXPLICIT(devices, names=("data",))
+    p["labels"] = np.stack([np.roll(p["labels"][0], i) for i in range(B)])
+    g = cotangents({})
+    values, gradients = expected(loss, p, {}, g, own=("labels",))
+
+    def run(p, g):
+        def total(q):
+            shared = {n: a for n, a in (p | q).items() if n != "labels"}
+            each = jax.vmap(lambda y: call(loss, {}, shared | {"labels": y}))(p["labels"])
+            return jnp.sum(g * each), each
+
+        return jax.grad(total, has_aux=True)(floats(p))
+
+    with jax.set_mesh(mesh):
+        for f in (run, quick_jit(run)):
+            d, each = f(split(p, mesh, "data", None, None, own=("labels",)), g)
+            assert_close(each, values)
+            for name, exact in gradients.items():
+                assert_close(d[name], exact)
