@@ -74,8 +74,9 @@ def denominator(total: Sums, reduction: str) -> Array:
     """
     if reduction == "sum":
         return jnp.ones_like(total.weight)
-    nothing = (total.weight if total.parts is None else total.parts) == 0
-    weight = jnp.where(nothing, jnp.inf, total.weight)
+    if total.parts is None:
+        return jnp.where(total.weight == 0, jnp.inf, total.weight)
+    weight = jnp.where(total.parts == 0, jnp.inf, total.weight)
     # 0 / 0 and not a constant NaN, which would trip debug_nans where the weights are good.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 
