@@ -368,7 +368,8 @@ def _text(report: _check.Report) -> Iterator[str]:
         yield form.format(row.name, *numbers, *relative, _result(row))
     limits = (f"{bound:.0e} ({quantity})" for quantity, bound in _check.PRECISION.items())
     yield f"sxe error: at most {' and '.join(limits)}; optax is not judged"
-    yield "An error is relative: to the loss, and to the gradient's terms s (T - t) and t (1 - s)"
+    yield "An error is relative to the loss, or to the sum of the gradient's terms:"
+    yield "s (T - t) + t (1 - s)"
 
     verdict = f"FAIL: {'; '.join(report.failures)}" if report.failures else "pass"
     yield from ("", f"verdict: {verdict}")

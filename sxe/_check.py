@@ -45,7 +45,7 @@ MAX_ENTRIES = 2048  # of x; a Jacobian has the square of that, 32 MiB in float64
 
 
 class Row(NamedTuple):
-    """Logits, exact in float32, with a target for each class, or none for label 0."""
+    """Logits, exact in float32, and a target for each class, or None: then the label is class 0."""
 
     logits: Sequence[float]
     targets: Sequence[float] | None = None
@@ -104,8 +104,9 @@ class Sweep(NamedTuple):
 class Truth(NamedTuple):
     """A row's loss, and its gradient at class 0: s_0 (T - t_0) - t_0 (1 - s_0).
 
-    A loss is measured in units of itself, a gradient in those of its two terms: in their sum. For a
-    label that is the gradient's magnitude. Targets that a model has learned make a gradient of 0.
+    An error of the loss is measured in units of the loss, one of the gradient in units of the sum
+    of its two terms. For a label that sum is the gradient's magnitude. For targets that a model has
+    learned the gradient is 0, and the sum is not.
     """
 
     loss: float
@@ -385,7 +386,7 @@ def _check_sweeps() -> tuple[Sweep, ...]:
 
 
 def _error_in_units(value: float, truth: Truth, n: int) -> float:
-    """Of the loss, n = 0, or of the gradient, n = 1; inf where it is not finite."""
+    """The error of the loss, n = 0, or of the gradient, n = 1; inf if the value is not finite."""
     unit = (truth.loss, truth.terms)[n]
     return abs(value - truth[n]) / unit if math.isfinite(value) else math.inf
 
@@ -416,7 +417,8 @@ def sixty_digits(row: Row) -> Truth:
         s = [exp_x_k / sum(exp_x) for exp_x_k in exp_x]
         t = targets or [(1 - a) * (k == 0) + a / K for k in range(K)]
         loss = -sum(t_k * s_k.ln() for t_k, s_k in zip(t, s, strict=True) if t_k)
-        terms = s[0] * sum(t[1:]), t[0] * sum(s[1:])  # s_0 T - t_0, less s_0 t_0 in both
+        # s_0 T and t_0, each less s_0 t_0, which cancels in their difference
+        terms = s[0] * sum(t[1:]), t[0] * sum(s[1:])
         return Truth(float(loss), float(terms[0] - terms[1]), float(terms[0] + terms[1]))
 
 

@@ -32,9 +32,10 @@ def _bind(
     ignore_index: int | None,
     mapped: tuple[tuple[int | None, int | None], ...],
 ) -> Any:
-    """``mapped`` is, for each ``jax.vmap`` around from the inside out, the axes of labels and bad.
+    """``mapped`` has the axes of labels and bad that each ``jax.vmap`` maps, the innermost first.
 
-    The check undoes the vmaps itself: the program outside of it neither moves nor repeats labels.
+    The inner program moves these axes to the front, so that the one around it has neither to move
+    nor to repeat labels.
     """
 
     def check(labels: Array, bad: Array) -> list[Array]:

@@ -365,7 +365,7 @@ def _weighted_sum_bwd(
         return jax.tree.map(lambda d: g * d, d)
 
     d_targets = times(g, d_batch.targets)._replace(dense=times(g_all, d_batch.targets.dense))
-    d_z = d_shared.z_loss  # of lse^2, which may be infinite where the loss is not
+    d_z = d_shared.z_loss  # a sum of lse^2, which may be infinite where the loss is finite
     d_z = None if d_z is None else jnp.where(g == 0, 0, g * d_z)
     return (
         times(g_all, d_shared)._replace(z_loss=d_z),
@@ -584,7 +584,7 @@ def _loss(inputs: _Inputs, static: Static, chunk_size: int | None) -> Any:
         inputs, static = _whole(inputs, static)
         hidden, kernel, labels, projection, arrays = inputs
     if static.layout is None and is_explicit(hidden, kernel):
-        # Types say how the inputs are split. Those of the chunks of split rows they can't.
+        # Types say how the inputs are split, but cannot say how chunks of split rows are.
         others = {
             "labels": labels,
             "where": arrays.where,
@@ -649,8 +649,8 @@ def linear_softmax_cross_entropy(
         on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
         less than 128 rows on a CPU, up to a sixteenth of all, or on an accelerator less than 2048
         (512 of float32), up to an eighth.
-      where: bool [...], the rows that count. The head has no mask of classes: leave them out by
-        their bias or, with softcap, out of the kernel.
+      where: bool [...], the rows that count. The head has no mask of classes. To leave a class out,
+        give it a bias of -inf or, with softcap, leave it out of kernel and bias.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split: kernel, bias, dense targets and class weights are this device's, labels are indices
         of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed. For
@@ -660,6 +660,7 @@ def linear_softmax_cross_entropy(
       rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as
         ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
         differentiates one chunk after the other, and matmuls are in float32.
+        ``jax.experimental.jet`` needs "autodiff", no softcap, and one chunk.
 
     ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names and ``rule``
     are Python values, static under ``jax.jit``: see ``softmax_cross_entropy``.
@@ -685,7 +686,7 @@ def linear_softmax_cross_entropy(
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape that does not fit, a ``where`` that masks classes, a ``chunk_size``
-        below 1, and for what ``softmax_cross_entropy`` does.
+        below 1, ``jax.experimental.jet`` of a softcap, and as for ``softmax_cross_entropy``.
 
     Source: D0 and D7 of ``sxe.derivation``, and the chain rule at the top of this module.
 

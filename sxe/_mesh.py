@@ -123,8 +123,9 @@ def over_mesh(
       fsdp: for the head, the mesh axes, among those of ``batch``, that split the first axis of the
         kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
 
-    That function can be compared, copied and pickled. Pickled with a ``Mesh`` it needs devices of
-    the same platform and ids where it is loaded, as in all processes of a program.
+    The function that it returns can be compared, copied and pickled. If the mesh has devices, the
+    process that loads it must have devices of the same platform and ids, as all processes of one
+    program do.
 
     Arguments that are split in another way are moved, as by ``jax.jit(..., in_shardings=...)``.
     Gradients are split as described. Loss and sums are on every device, results of a number a row

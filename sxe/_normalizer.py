@@ -16,8 +16,8 @@ For targets t_k with T = sum_k t_k the row loss and its gradient are
     d loss/dx_l = (e_l (T - t_l) - t_l ((1 - e_l) + r)) / (1 + r)     = T q_l - t_l, line D7
 
 Each is written once, here, and takes the logits of one tile: all classes of a row or some of them.
-Where one target holds nearly all of T, the difference T - t_l would cancel as 1 - q_l would. So it
-is an argument here, and ``_targets`` sums the targets of all other classes.
+Where one target holds nearly all of T, the difference T - t_l would cancel, as 1 - q_l would. So
+T - t_l is an argument here, and ``_targets`` sums it from the targets of all other classes.
 """
 
 import functools
@@ -180,7 +180,7 @@ def rows_per_block(x: Array) -> int | None:
 
 
 def normalize_constant(x: Array) -> Normalizer:
-    """``normalize`` of logits that nothing is differentiated in."""
+    """``normalize`` without a rule for its derivative, of logits that are constants."""
     on_cpu = place(x) == LOCAL_CPU
     K = x.shape[-1]  # of an exported program it may be a symbol
     few = isinstance(K, int) and 2 <= K <= FEW_CLASSES
@@ -260,8 +260,8 @@ def row_gradient(
 ) -> Array:
     """The gradient for a tile of logits x, given the gradients g of the row loss and g_lse of lse.
 
-    ``targets`` are t and T - t, [..., K] or broadcastable to it, as x is; all others are [...].
-    A t of None is 0.
+    ``targets`` are t and T - t. Shapes: x, t and T - t [..., K] or broadcastable to it, all others
+    [...]. A t of None is 0.
     """
     t, others = targets
     r = state.r[..., None]

@@ -71,7 +71,7 @@ def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
 def _held(x: Any, ignore_index: int | None) -> Any:
     """x as JAX can hold it: in this machine's byte order, and without integers that do not fit.
 
-    With x64 off JAX would wrap a label that 32 bits do not hold, onto another class.
+    With x64 off JAX would wrap a label that 32 bits do not hold, and make it another class.
     """
     leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
     leaves = [_native(a) for a in leaves]
@@ -98,7 +98,10 @@ def _is_integer(x: Any) -> bool:
 
 
 def _fit(x: Any, ignore_index: int | None) -> Any:
-    """x with the largest integer that JAX holds, which is no class, for those that it does not."""
+    """x, in which another integer stands for each that JAX does not hold.
+
+    It is the largest that JAX holds, which is no class, or if that is ignored the one below it.
+    """
     number = isinstance(x, int)
     if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
         return x
@@ -144,9 +147,10 @@ def _is_numpy_scalar(value: Any) -> bool:
 def _number(
     name: str, value: Any, expected: str, fits: Callable[[float], bool], off: float
 ) -> Array | float | None:
-    """A number that fits, or None if it is the one that is off; or a scalar array of JAX.
+    """A number that fits, None for the number ``off``, or a scalar array of JAX.
 
-    That array's value is not looked at: it may be traced or, on a device, would be waited for.
+    The value of such an array is not looked at: it may be traced, or a device may not have computed
+    it yet.
     """
     if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
@@ -169,7 +173,7 @@ def _number(
         if math.prod(shape) == 1:
             advice = f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
         elif name == "logit_scale":
-            advice = "; for one for each row multiply hidden by it"
+            advice = "; for a scale for each row multiply hidden by it"
         raise ValueError(f"{name}: expected a scalar, got shape {shape}{advice}")
     return value
 
@@ -299,7 +303,7 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice:
 def _broadcasts(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
 ) -> list[str]:
-    """The ways to broadcast an array of that shape; ``along``: with elements along these axes."""
+    """The ways to broadcast an array of that shape that put elements along all axes ``along``."""
     ways = []
     for behind in range(len(expected) - len(shape) + 1):
         full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
@@ -309,17 +313,24 @@ def _broadcasts(
             index = ", ".join([":"] * len(shape) + ["None"] * behind)
             ways.append(f"jnp.broadcast_to({name}{f'[{index}]' if behind else ''}, {expected})")
         if not elements:
-            break  # all others are the same
+            break  # with one element all ways are the same
     return ways
 
 
 def _not_broadcast(ways: list[str]) -> str:
-    """Nothing is broadcast unasked: [B] may be one for each B of [B, T], or if B = T for each T."""
+    """The advice for an array that would have to be broadcast.
+
+    It may have several ways: for rows [T, T] an array [T] may have one element for each of the
+    first axis, or of the second.
+    """
     return f"; it is not broadcast: pass {' or '.join(ways)}" if ways else ""
 
 
 def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], within: str = "") -> str:
-    """What gives an array of that shape the expected one. ``within``: the advice in shard_map."""
+    """The advice how to give an array of that shape the expected one.
+
+    ``within`` is the advice inside of ``jax.shard_map``, or "".
+    """
     if shape == (*expected, 1):
         return f"; take {name}[..., 0]"
     if within:
@@ -334,7 +345,7 @@ def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], withi
 
 
 def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
-    """Of a language model, whose labels are the next tokens."""
+    """The advice for a language model, where a label is the token that follows, or ""."""
     if len(labels) != len(rows) or len(rows) < 2 or labels[:-1] != rows[:-1]:
         return ""
     if labels[-1] == rows[-1] - 1:
@@ -424,7 +435,7 @@ def check_rows(
 ) -> None:
     """Raises unless labels, masks and weights fit logits of that shape with those class axes.
 
-    ``projection``: of the head.
+    ``projection``: the head's, and None for a loss of logits.
     """
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     classes = math.prod(shape[a] for a in axes)
@@ -475,12 +486,12 @@ def check_rows(
         _check_where(where, shape, axes, within=within, projection=projection)
     if weights is not None:
         of_classes = weights.shape == (classes,) and not within
-        advice = "; for one for each class pass class_weights" if of_classes else ""
+        advice = "; for a weight for each class pass class_weights" if of_classes else ""
         advice += _fitting("weights", weights.shape, rows, within)
         _check_float("weights", weights, rows, "row", advice)
     if class_weights is not None:
         of_rows = class_weights.shape == rows and not within
-        advice = "; for one for each row pass weights" if of_rows else ""
+        advice = "; for a weight for each row pass weights" if of_rows else ""
         advice += _fitting("class_weights", class_weights.shape, (classes,), within)
         _check_float("class_weights", class_weights, (classes,), "class", advice)
 

@@ -234,7 +234,8 @@ def plan(
 
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
-        known = None if dtype is None else jnp.dtype(dtype).newbyteorder("=")  # None: float64
+        # NumPy takes None for float64.
+        known = None if dtype is None else jnp.dtype(dtype).newbyteorder("=")
     except TypeError:
         known = None
     return _options.check_dtype("dtype", dtype if known is None else known)
@@ -449,7 +450,7 @@ def _temporary_bytes(
     block = _tiles.classes_per_block(hidden, classes, call.at)
     writes = len({*options, *(("where",) if padded else ())})
     if "softcap" in options and "label_smoothing" not in options:
-        writes -= 1  # then XLA computes it again where it is needed
+        writes -= 1  # XLA does not write the capped logits: it computes them where it needs them
     # The sum of a confident row is over a copy of its block without the maxima.
     work = row_block * (2 + writes)
     blocks = want_kernel or gradient_dtype(dtype, platform) != dtype

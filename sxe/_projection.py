@@ -65,7 +65,7 @@ def zeros_as(x: Array, shape: tuple[int, ...]) -> Array:
     """Zeros of that shape, float32 or float64 and typed as varying as x, to start a loop with."""
     zeros = jnp.zeros(shape, nz.wide(x).dtype)
     if jax.sharding.get_abstract_mesh().explicit_axes:
-        # Under jit their type has no mesh, with which jax.vmap can't make them a loop's.
+        # Under jit the type of new zeros has no mesh, and then jax.vmap can't carry them in a loop.
         zeros = jax.reshard(zeros, PartitionSpec(*(None for _ in shape)))
     return vary(zeros, varying(x))
 
@@ -128,9 +128,9 @@ def transform(
 
 @jax.custom_jvp
 def capped(z: Array, c: Array) -> Array:
-    """c tanh(z / c), where c is a scalar: of c = inf z itself.
+    """c tanh(z / c) for a scalar c, and z for c = inf.
 
-    It is z too where that is nearer than rounding, so that a z / c that underflows does not matter.
+    It is z as well where the two differ by less than rounding, so that z / c may underflow.
     """
     y = _share_of_cap(z, c)
     near = jnp.abs(y) < (jnp.finfo(z.dtype).eps / 2) ** 0.5  # 1 - tanh(y) / y is about y^2 / 3

@@ -36,7 +36,8 @@ export.register_namedtuple_serialization(Metrics, serialized_name="sxe.Metrics")
 class Sums(NamedTuple):
     """sum_i w_i loss_i, the mean's denominator, and how many rows have a part in the mean.
 
-    All are over the global batch. ``parts`` is None where ``weight`` counts these rows.
+    All are over the global batch. ``parts`` is None without weights: ``weight`` is then the number
+    of these rows.
     """
 
     loss: Array
@@ -58,8 +59,8 @@ def sums(loss: Array, rows: Rows, arrays: Arrays, batch_axis_name: AxisName) -> 
     summed = sum_over(loss, batch_axis_name), sum_over(weight, batch_axis_name)
     if arrays.weights is None and arrays.class_weights is None:
         return Sums(*summed, None)
-    # A label's class weight of 0 leaves its row out of the denominator. Smoothing and z-loss do not
-    # leave it out of the loss.
+    # A row whose label has class weight 0 adds nothing to the denominator, but with smoothing or a
+    # z-loss it adds to the loss, and so has a part.
     z = 0 if arrays.z_loss is None else arrays.z_loss
     has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
     parts = jnp.sum(has_part, dtype=weight.dtype)

@@ -353,8 +353,8 @@ def _metrics(total: Sums, lse: Array, prepared: _Prepared, static: Static) -> Me
 def _whole(inputs: _Inputs, static: Static) -> tuple[_Inputs, Static]:
     """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
 
-    JAX runs the backward pass of a ``jax.custom_vjp`` where that axis has no name any more, and
-    with cotangents that are shares only sometimes. So there must be no lax.psum over it in one.
+    Where JAX runs the backward pass of a ``jax.custom_vjp``, that axis has no name any more, and
+    cotangents are shares in some calls but not in others. So no rule may have a lax.psum over it.
     """
     names = mapped_axes(static.axis_name)
     if not names:
@@ -415,7 +415,7 @@ def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
     if layout is None:
         check_axis_name("axis_name", static.axis_name, "the logits", logits)
         check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
-        if not with_gradient:  # which has no backward pass
+        if not with_gradient:  # without a backward pass the shards may stay apart
             inputs, static = _whole(inputs, static)
         logits, labels, arrays = inputs
         others = {
@@ -484,14 +484,14 @@ def softmax_cross_entropy(
         ``jax.value_and_grad`` with ``has_aux=True``.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split. Logits, dense targets, class weights and class masks are then this device's classes;
-        labels are indices of all classes. An axis that splits nothing is an error, but with
-        ``check_vma=False`` goes unnoticed, and the value is wrong. It may also be an axis of
-        ``jax.pmap`` or ``jax.vmap``, where nothing is checked either. A gradient that is taken
-        inside one of these, or inside ``jax.shard_map`` with ``check_vma=False``, is that of the
-        sum of all shards' losses, as with ``lax.psum`` itself: for n shards, n times the right one.
-        Taken outside it is right.
+        labels are indices of all classes. An axis that splits nothing is an error. With
+        ``check_vma=False`` it goes unnoticed, and the value is wrong. ``axis_name`` may also be an
+        axis of ``jax.pmap`` or ``jax.vmap``, where one that splits nothing goes unnoticed as well.
+        A gradient that is taken inside one of these, or inside ``jax.shard_map`` with
+        ``check_vma=False``, is that of the sum of all shards' losses, as with ``lax.psum`` itself:
+        for n shards, n times the right one. A gradient that is taken outside is right.
       batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
-        sums in the metrics are over the global batch. Of gradients taken inside the same holds.
+        sums in the metrics are over the global batch. The same holds for gradients taken inside.
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not

@@ -32,10 +32,10 @@ from sxe._normalizer import Normalizer, apart
 
 
 class Dense(NamedTuple):
-    """A target for each class, and the sum of all in two parts of which none hides the other.
+    """A target for each class, and the sum of all in two parts: a large one does not hide others.
 
-    With them the targets of all classes but one sum to rest + (largest - t_k), where nothing
-    cancels, whichever class holds most.
+    The targets of all classes but k sum to rest + (largest - t_k), where nothing cancels, whichever
+    class holds most.
 
     Attributes:
       t: [..., K] or, if all classes have the same, [..., 1].
@@ -232,8 +232,9 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
     inside = (index >= 0) & (index < c.size)
     index = jnp.where(inside, index, 0)
     # On an explicit mesh a gather is from a whole table, and its result split as the labels are.
+    # Where a vmap maps a split axis of the labels, their type can't name it, and a sum is taken.
     c, split = reshard(c, (None,)), sharding(index)
-    if is_mapped_split(index):  # which that result would have too, and index does not show
+    if is_mapped_split(index):
         c = _on_class_axis(c, index.ndim + 1)
         found = jnp.sum(jnp.where(is_label(index, c.shape[-1]), c, 0), axis=-1)
     else:
@@ -248,20 +249,21 @@ def _on_class_axis(c: Array, ndim: int) -> Array:
 def _all_but_one(t: Array, largest: Array, total: Array) -> Array:
     """sum_k t_k of one tile with one largest target left out, [..., K] to [...].
 
-    Its value. Its derivative is that of the whole sum, the largest being a constant.
+    Only its value: the derivative is that of the whole sum, and ``_dense`` adds it.
     """
     largest_apart = apart(largest, total)[..., None]
 
     def apart_from_it() -> Array:
-        # A target that outweighs all others twice is alone above half of itself. What is below
-        # adds up with no comparison, as in _dense_cost. Magnitudes: targets may be negative.
+        # If the largest is more than twice the others' sum, each of them is below half of it. Then
+        # the minimum is 0 for the largest and t for the others, and takes no comparison, as in
+        # _dense_cost. The sum is one of magnitudes because targets may be negative.
         outweighs = jnp.sum(jnp.abs(t), axis=-1) < 1.5 * largest
         others = jnp.sum(jnp.minimum(t, largest_apart - t), axis=-1)
         return jnp.where(outweighs, others, total - largest)
 
     if place(t) != LOCAL_CPU:
         return apart_from_it()
-    # Two sums more are time on a CPU. Where no row needs them, this costs no digits either.
+    # On a CPU two more sums take time. Where no row needs them, the difference is as exact.
     needed = jnp.any(total < 1.5 * largest)
     return lax.cond(needed, apart_from_it, lambda: total - largest)
 
@@ -272,6 +274,8 @@ def _dense(t: Array, axis_name: AxisName) -> Dense:
     rest = _all_but_one(*lax.stop_gradient((t, largest, total)))
     if axis_name is not None:
         shard_largest, largest = largest, lax.pmax(largest, axis_name)
+        # A shard without the largest of all adds its own again. Of shards that tie for it, all but
+        # one do.
         top = shard_largest == largest
         rest = jnp.where(top, rest, rest + shard_largest)
         total, rest, tops = lax.psum((total, rest, top.astype(t.dtype)), axis_name)

@@ -102,7 +102,7 @@ def _is_known(*sizes: int) -> bool:
 
 
 def rows_per_block(rows: int, classes: int, at: Place) -> int:
-    """How many rows of a chunk go through the row rule at a time. All, where sizes are symbols."""
+    """How many rows of a chunk go through the row rule at a time: all, where sizes are symbols."""
     if at != LOCAL_CPU or not _is_known(rows, classes):
         return rows
     return part_of(rows, max(1, BLOCK_BYTES // (4 * classes)))
@@ -113,7 +113,8 @@ def classes_per_block(hidden_size: int, classes: int, at: Place) -> int:
 
     XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
     operands that are narrower than float32 before it multiplies them. Products of 1024 columns take
-    a fifth more time than those of 2048, and wider ones take no less. All, where sizes are symbols.
+    a fifth more time than those of 2048, and wider ones take no less. Where sizes are symbols, a
+    block has all classes.
     """
     if at != LOCAL_CPU or not _is_known(hidden_size, classes):
         return classes

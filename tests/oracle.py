@@ -149,9 +149,9 @@ def exact_targets(label, classes, label_smoothing=0.0, class_weights=None):
 def gradient_errors(actual, x, t):
     """The error of a row's gradient, entry by entry, relative to the two terms of the exact one.
 
-    They are q_l (T - t_l) and t_l (1 - q_l), of which D7 is the difference. Where an exponential is
-    below the normal numbers of float32, and so their sum in units of T or of 1, the error is 0 for
-    any finite gradient.
+    They are q_l (T - t_l) and t_l (1 - q_l), of which D7 is the difference. Where their sum, in
+    units of T if that is more than 1, is below float32's normal numbers, any finite gradient has an
+    error of 0.
     """
     with mpmath.workdps(DIGITS):
         x, t = (

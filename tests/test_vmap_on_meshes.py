@@ -52,8 +52,9 @@ def call(loss, static, p):
 def expected(loss, p, static, g, own=OWN):
     """The losses of all calls, and the gradients of their sum weighted by g [B] or [B, N]."""
     values, total = [], {}
+    static = {name: value for name, value in static.items() if name != "rule"}
     for i in range(len(g)):
-        q, static = example(p, i, own), {k: v for k, v in static.items() if k != "rule"}
+        q = example(p, i, own)
         if loss is HEAD:
             values.append(oracle.head_loss(**q, **static))
             gradients = oracle.head_gradients(**q, **static, g=g[i])
@@ -186,7 +187,7 @@ def test_eager_calls(loss, shape, layout, rule):
 @BOTH
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[2]], ids=str)
 def test_spmd_axis_name(loss, shape, layout):
-    """Of the axis that splits the examples. Where none does, the loss does not need it."""
+    """It names the axis that splits the examples, or one that splits none."""
     p = examples(loss, *EVERY)
     check(loss, p, {}, mesh_of(shape), layout, spmd_axis_name="data")
     check(loss, p, {}, mesh_of(shape), (None, None, None), spmd_axis_name="data")
@@ -335,7 +336,7 @@ def test_rows_of_a_named_vmap(loss):
 
 
 def test_shards_of_two_named_vmaps():
-    """And of an axis of classes that is not the last, with a mask of classes."""
+    """The classes are not the last axis, and there is a mask of them."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(3, 8, 2)).astype(np.float32), rng.integers(8, size=(3, 2))
     where = rng.random(x.shape) < 0.8
