@@ -50,17 +50,22 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
+def vmap_axes(axis_name: AxisName) -> tuple[str, ...]:
+    """Those of these axes that are not a mesh's, but belong to a ``jax.vmap``."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(name for name in axis_names(axis_name) if name not in manual)
+
+
 def psum(x: Any, axis_name: AxisName) -> Any:
     return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def sum_over(x: Array, axis_name: AxisName) -> Array:
     """A number's sum over devices of a mesh, or examples of a ``jax.vmap``."""
-    names, manual = axis_names(axis_name), jax.sharding.get_abstract_mesh().manual_axes
-    for name in names:
-        if name not in manual:  # JAX can't lower lax.psum over those on an Explicit mesh
-            x = jnp.sum(lax.all_gather(x, name))
-    return psum(x, tuple(name for name in names if name in manual) or None)
+    mapped = vmap_axes(axis_name)
+    for name in mapped:  # on an Explicit mesh JAX can't lower a lax.psum over the axis of a vmap
+        x = jnp.sum(lax.all_gather(x, name))
+    return psum(x, tuple(name for name in axis_names(axis_name) if name not in mapped) or None)
 
 
 def varying(x: Array) -> frozenset[str]:
@@ -117,7 +122,7 @@ def is_explicit(*arrays: Array | None) -> bool:
 
 
 def _in_shard_map(mesh: Any, look: Callable[[], Iterable[str]]) -> frozenset[str]:
-    """What look() finds in a ``jax.shard_map`` over all mesh axes that it can have here."""
+    """What look() finds inside of a ``jax.shard_map`` over all mesh axes that are possible here."""
     found: list[str] = []
 
     def traced() -> tuple[()]:
@@ -131,7 +136,7 @@ def _in_shard_map(mesh: Any, look: Callable[[], Iterable[str]]) -> frozenset[str
 def free_axes(mesh: Any) -> frozenset[str]:
     """The mesh axes that do not split an axis which an enclosing ``jax.vmap`` maps.
 
-    Types inside of it do not name those that do, and ``jax.shard_map`` cannot have them.
+    Inside of the vmap, types do not name the axes that do, and ``jax.shard_map`` cannot have them.
     """
     return _in_shard_map(mesh, lambda: jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -139,7 +144,7 @@ def free_axes(mesh: Any) -> frozenset[str]:
 def spmd_axes(mesh: Any) -> frozenset[str]:
     """The mesh axes that an enclosing ``jax.vmap`` names in spmd_axis_name.
 
-    What a vmap has to repeat varies along those of all vmaps around it.
+    An array that a vmap has to repeat varies along those that any vmap around it names.
     """
     return _in_shard_map(mesh, lambda: varying(jax.vmap(lambda: jnp.zeros(()), axis_size=1)()))
 
@@ -153,7 +158,8 @@ def is_mapped_split(x: Array) -> bool:
 def mapped_as(x: Array, label: Array | None) -> Array:
     """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the label [...].
 
-    Where vmap maps the labels alone, JAX has no rule for a gather by them from what is not mapped.
+    Where a vmap maps the labels alone, JAX has no rule for gathering by them from an x that it does
+    not map.
     """
     if label is None or not is_mapped_split(label):
         return x
@@ -221,10 +227,9 @@ def reshard(x: Array, spec: Sequence[Any]) -> Array:
 
 
 def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """These axes, if they are not a mesh's but those of a ``jax.vmap``."""
-    names, manual = axis_names(axis_name), jax.sharding.get_abstract_mesh().manual_axes
-    mapped = tuple(name for name in names if name not in manual)
-    if mapped and mapped != names:
+    """These axes, if all belong to a ``jax.vmap``, and none if all are a mesh's."""
+    mapped = vmap_axes(axis_name)
+    if mapped and mapped != axis_names(axis_name):
         raise ValueError(
             "axis_name: expected axes of jax.shard_map alone, or of jax.vmap alone, got "
             f"{axis_name!r}, of which jax.vmap has {mapped}; split the classes along one kind"
@@ -233,7 +238,7 @@ def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def whole(x: Any, names: tuple[str, ...], axis: int) -> Any:
-    """An array, or None, whose shards along these axes of a ``jax.vmap`` are joined along axis."""
+    """x, if not None, with its shards along these axes of a ``jax.vmap`` joined along axis."""
     for name in reversed(names):
         x = jax.tree.map(lambda a: lax.all_gather(a, name, axis=axis, tiled=True), x)  # noqa: B023
     return x
@@ -264,7 +269,7 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
                 f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}; "
                 "for global arrays use sxe.over_mesh"
             ) from None
-        if name not in manual and any(map(is_tracked, manual)):
+        if vmap_axes(name) and any(map(is_tracked, manual)):
             raise ValueError(
                 f"{argument}: expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
                 "a jax.vmap, along which JAX has no lax.psum there; pass check_vma=False to "

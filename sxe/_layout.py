@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sxe._axes import AxisName, axis_names, free_axes, sharding, spmd_axes
+from sxe._axes import AxisName, axis_names, free_axes, sharding, spmd_axes, vmap_axes
 
 
 class Layout(NamedTuple):
@@ -114,7 +114,8 @@ class Layout(NamedTuple):
         out: Any,
     ) -> Any:
         """result(inputs, static) of each device's part of global inputs, in ``jax.shard_map``."""
-        # Inside a jax.shard_map over other mesh axes, these split what each of those devices has.
+        # Inside a jax.shard_map over other mesh axes, static names those, and the axes of this
+        # layout split what each device of that shard_map has.
         batch_axis_name = axis_names(static.batch_axis_name)
         static = static._replace(
             axis_name=(*axis_names(static.axis_name), *axis_names(self.classes)) or None,
@@ -134,10 +135,10 @@ class Layout(NamedTuple):
                 )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
+        # No mesh axis is left to divide anything, or by their types no input is split.
         if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
             return result(inputs, static)
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        if mapped := [n for n in batch_axis_name if n not in manual]:
+        if mapped := vmap_axes(batch_axis_name):
             raise ValueError(
                 f"batch_axis_name: expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
                 "Explicit mesh splits hidden or kernel: JAX has no lax.psum along it there; use "
@@ -146,9 +147,9 @@ class Layout(NamedTuple):
         spmd = spmd_axes(self.mesh) if explicit else None
         if spmd:
             raise ValueError(
-                f"spmd_axis_name: expected none from jax.vmap, got {sorted(spmd)}, Explicit mesh "
-                "axes that do not split what is mapped; leave it out, or jax.reshard what is "
-                "mapped, so that they do"
+                f"spmd_axis_name: expected none from jax.vmap, got {sorted(spmd)}, which are "
+                "Explicit mesh axes that do not split what is mapped; leave it out, or jax.reshard "
+                "what is mapped, so that they do"
             )
         local = functools.partial(result, static=static)
         return jax.shard_map(
