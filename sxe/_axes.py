@@ -244,6 +244,15 @@ def whole(x: Any, names: tuple[str, ...], axis: int) -> Any:
     return x
 
 
+def shard_of(x: Array, axis_name: AxisName, axis: int) -> Array:
+    """The shard, along these axes of a ``jax.vmap``, of what ``whole`` has joined along axis."""
+    shards = math.prod(lax.axis_size(name) for name in axis_names(axis_name))
+    x = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
+    # By comparison: a slice has no rule for an index that an Explicit mesh splits.
+    shard = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return jnp.sum(jnp.where(shard == lax.axis_index(axis_names(axis_name)), x, 0), axis=axis)
+
+
 def vary(x: Array, names: frozenset[str]) -> Array:
     """x typed as varying along these mesh axes too, so that its cotangent may vary as well."""
     missing = tuple(sorted(names - varying(x)))

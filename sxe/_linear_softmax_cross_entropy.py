@@ -723,5 +723,15 @@ def linear_softmax_cross_entropy(
         projection,
         arrays,
     )
-    check_jet(static.rule, inputs, projection.softcap)
-    return _loss(inputs, static=static, chunk_size=_options.parse_chunk_size(chunk_size))
+    jet_traces = check_jet(static.rule, inputs, projection.softcap)
+    size = _options.parse_chunk_size(chunk_size)
+    try:
+        return _loss(inputs, static=static, chunk_size=size)
+    except KeyError as error:
+        if not jet_traces:
+            raise
+        raise ValueError(
+            "hidden: expected as many rows as one chunk has in a call that jax.experimental.jet "
+            f"differentiates, because jet can't differentiate a loop, got {inputs.hidden.shape}; "
+            "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy"
+        ) from error

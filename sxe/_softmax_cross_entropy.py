@@ -37,6 +37,7 @@ from sxe._axes import (
     mapped_axes,
     psum,
     reshard,
+    shard_of,
     sharding,
     vary,
     vary_like,
@@ -257,21 +258,28 @@ RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
 }
 
 
-def check_jet(rule: str, inputs: Any, softcap: Any = None) -> None:
-    """Raises where ``jax.experimental.jet`` would fail with an error that does not say why."""
+def check_jet(rule: str, inputs: Any, softcap: Any = None) -> bool:
+    """Whether ``jax.experimental.jet`` differentiates this call.
+
+    Raises where jet would fail with an error that does not say why.
+    """
     if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
-        return
+        return False
     reason = (
         "in a call that jax.experimental.jet differentiates, because jet can't differentiate any "
         "function that has a custom rule"
     )
     if rule != "autodiff":
-        raise ValueError(f"rule: expected 'autodiff' {reason}, got {rule!r}")
+        raise ValueError(
+            f"rule: expected 'autodiff' {reason}, got {rule!r}; sxe.softmax_cross_entropy and "
+            "sxe.linear_softmax_cross_entropy take rule='autodiff'"
+        )
     if softcap is not None:
         raise ValueError(
             f"softcap: expected None {reason}, got {softcap!r}; pass capped logits to "
             "sxe.softmax_cross_entropy"
         )
+    return True
 
 
 # From the caller's arrays to rows, through the rule, to a result.
@@ -415,8 +423,7 @@ def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
     if layout is None:
         check_axis_name("axis_name", static.axis_name, "the logits", logits)
         check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
-        if not with_gradient:  # without a backward pass the shards may stay apart
-            inputs, static = _whole(inputs, static)
+        inputs, static_of_whole = _whole(inputs, static)
         logits, labels, arrays = inputs
         others = {
             "labels": labels,
@@ -426,7 +433,11 @@ def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
         }
         check_mapped(logits=logits, **others)
         check_splits("logits", sharding(logits), axes, **others)
-        return result(inputs, static)
+        found = result(inputs, static_of_whole)
+        if with_gradient and static_of_whole.axis_name != static.axis_name:
+            value, gradient = found
+            return value, shard_of(gradient, static.axis_name, axes[0])
+        return found
     out = specs(static, layout.of_rows())
     out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out
     return layout.run(result, inputs, static, logits.ndim, axes, out)
@@ -608,4 +619,6 @@ def softmax_cross_entropy_with_gradient(
         rules=tuple(RULES),
     )
     given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
-    return _loss(_Inputs(*given, arrays), static=static, with_gradient=True)
+    inputs = _Inputs(*given, arrays)
+    check_jet(static.rule, inputs)
+    return _loss(inputs, static=static, with_gradient=True)

@@ -120,6 +120,16 @@ def test_jet_under_a_softcap_says_what_to_do():
         jet.jet(lambda x: f(x, jnp.ones((D, K)), LABELS), (x,), ((x,),))
 
 
+def test_jet_of_a_loop_and_of_the_value_with_gradient_says_what_to_do():
+    x = jnp.ones((N, D))
+    f = functools.partial(sxe.linear_softmax_cross_entropy, rule="autodiff", chunk_size=1)
+    with pytest.raises(ValueError, match=r"hidden: expected as many rows as one chunk has .*jet"):
+        jet.jet(lambda x: f(x, jnp.ones((D, K)), LABELS), (x,), ((x,),))
+    x = jnp.ones((N, K))
+    with pytest.raises(ValueError, match=r"rule: expected 'autodiff' .*jet.*softmax_cross_entropy"):
+        jet.jet(lambda x: sxe.softmax_cross_entropy_with_gradient(x, LABELS), (x,), ((x,),))
+
+
 @each_loss
 @pytest.mark.parametrize("rule", ["vjp", "jvp"])
 def test_jet_of_a_custom_rule_says_what_to_do(loss, rule):

@@ -1,5 +1,6 @@
 """jax.vmap where an Explicit mesh splits its arrays, and where it has shards of the classes."""
 
+import contextlib
 import functools
 
 import jax
@@ -357,6 +358,29 @@ def test_shards_of_two_named_vmaps():
     assert_close(value, oracle.loss(x, y, where=where, **options))
     right = oracle.gradient(x, y, where=where, **options)
     assert_close(np.concatenate(np.asarray(d).reshape(4, 3, 2, 2), 1), right)
+
+
+@pytest.mark.parametrize("spec", [None, P("data"), P()], ids=["no mesh", "split", "whole"])
+def test_value_with_gradient_of_shards_of_a_named_vmap(spec):
+    """Each example gets the gradient of its classes, on an Explicit mesh that splits them too."""
+    p = one(LOGITS, "class_weights", "label_smoothing")
+    cut, axes = shards(p, "axis_name")
+
+    def of_a_shard(q):
+        return sxe.softmax_cross_entropy_with_gradient(**q, axis_name="m")
+
+    f = jax.vmap(of_a_shard, (axes,), axis_name="m")
+    value, gradient = oracle.loss(**p), oracle.gradient(**p)
+    mesh = EXPLICIT(SHARDS if spec else 1, names=("data",))
+    with contextlib.ExitStack() as stack:
+        if spec is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+            where = {n: P() if axes[n] is None else spec for n in cut}
+            cut = {n: jax.device_put(a, NamedSharding(mesh, where[n])) for n, a in cut.items()}
+        for g in (f, quick_jit(f)):
+            values, parts = g(cut)
+            assert_close(values, np.full(SHARDS, value))
+            assert_close(np.concatenate(np.asarray(parts), -1), gradient)
 
 
 def test_a_vmap_around_other_axes():
