@@ -295,10 +295,15 @@ def test_roofline(loss, rule, labels):
 @each_loss
 @each_rule
 def test_saved_residuals(loss, rule, labels, capsys):
+    """Of the size of the logits, only as many arrays are saved as were given; JAX saves more."""
     f, args = loss(rule=rule)
     print_saved_residuals(f, *args, labels)
-    printed = capsys.readouterr().out
-    assert f"f32[{N},{args[0].shape[1]}]" in printed
+    saved = capsys.readouterr().out.count(f"f32[{N},{K}]")
+    given = sum(a.shape == (N, K) for a in (*args, labels))
+    if loss is of_logits and rule == "autodiff":
+        assert saved > given
+    else:
+        assert saved <= given
 
 
 # Settings that watch a program
