@@ -166,6 +166,15 @@ def mapped_as(x: Array, label: Array | None) -> Array:
     return x + (0 * label).astype(x.dtype)[..., None]
 
 
+def batched_as(loss: Array, x: Any) -> Any:
+    """Arrays x, unchanged, each of which depends on the loss too: [...] as it is, or a number.
+
+    All results of a custom rule have to be batched alike. Where ``jax.vmap`` maps the targets alone
+    it would not batch lse, and so would count lse's cotangent once for each example.
+    """
+    return jax.tree.map(lambda a: jnp.where(loss == 0, a, a), x)
+
+
 def check_mapped(**arrays: Array | None) -> None:
     """Raises where a mesh axis splits both these arrays and what an enclosing ``jax.vmap`` maps."""
     for name, a in arrays.items():

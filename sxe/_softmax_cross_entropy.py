@@ -26,6 +26,7 @@ from sxe import _options
 from sxe._axes import (
     AxisName,
     axis_names,
+    batched_as,
     check_axis_name,
     check_mapped,
     check_splits,
@@ -104,7 +105,8 @@ def merge_shares(
         # A shard measures costs from its own maximum, so that none of these terms is negative.
         own = jnp.where(share.state.m == -jnp.inf, 0, share.state.m)
         cost = psum(cost + share.target * (state.m - own), axis_name)
-    return (nz.row_loss(state, cost, total), state.lse), state
+    loss = nz.row_loss(state, cost, total)
+    return (loss, batched_as(loss, state.lse)), state
 
 
 def _row_loss(

@@ -223,6 +223,24 @@ def test_gradient_of_vmap_sums_over_a_shared_kernel(rule):
         assert_close(gradient, sum(d[name] for d in each))
 
 
+@every_rule
+def test_gradient_of_vmap_over_labels_alone(rule):
+    """All examples share hidden states and kernel, and so lse, of which the z-loss makes use."""
+    batch, g = problem(lead=(B,)), cotangents((B,))
+    del batch["weights"]  # beside which the label says whether a row counts, and so what its lse is
+    p = {name: a if name == "labels" else a[0] for name, a in batch.items()}
+    axes = {name: 0 if name == "labels" else None for name in p}
+    losses = jax.vmap(head(rule), in_axes=(axes,))
+    _, gradients = quick_jit(with_gradients(losses, ("hidden", "kernel")))(p, g)
+    each = [
+        oracle.head_gradients(**(p | {"labels": y}), g=g[r][i], reduction=r)
+        for i, y in enumerate(p["labels"])
+        for r in REDUCTIONS
+    ]
+    for name, gradient in gradients.items():
+        assert_close(gradient, sum(d[name] for d in each))
+
+
 # Derivatives
 
 

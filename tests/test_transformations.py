@@ -298,6 +298,23 @@ def test_gradient_of_vmap_sums_over_what_is_shared(shared, rule):
         assert_close(gradient, by_name)
 
 
+@pytest.mark.parametrize("mapped", ["labels", "dense", "label_smoothing", "class_weights"])
+def test_gradient_of_vmap_over_what_lse_does_not_depend_on(mapped, rule):
+    """The logits are shared, and so is lse, of which a z-loss makes use in each example."""
+    kind, mapped = ("dense", "labels") if mapped == "dense" else ("integer", mapped)
+    batch, g = problem(kind, lead=(B,)), cotangent((B, N))
+    del batch["weights"]  # beside which the label says whether a row counts, and so what its lse is
+    p = {name: a if name == mapped else a[0] for name, a in batch.items()}
+    axes = {name: 0 if name == mapped else None for name in p}
+    rows = jax.vmap(row_loss(rule), in_axes=(axes,))
+    gradient = quick_jit(jax.grad(lambda x: jnp.vdot(g, rows(p | {"logits": x}))))(p["logits"])
+    each = [p | {mapped: a} for a in p[mapped]]
+    expected = sum(
+        oracle.gradient(**q, g=g_i, reduction="none") for q, g_i in zip(each, g, strict=True)
+    )
+    assert_close(gradient, expected)
+
+
 # The first derivative, reverse and forward
 
 
