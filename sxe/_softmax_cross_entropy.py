@@ -234,7 +234,7 @@ def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Arr
     # 0, or NaN in a row without a distribution or with a label that is no class: it is NaN then in
     # value and in every shard's derivative.
     nothing = (state.m - state.m) + (state.r - state.r) + (total - total)
-    x = x * (1 + nothing)[..., None]
+    x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
     confident = (state.r < 1) & (state.m > -jnp.inf)
     top = (x == state.m[..., None]) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
@@ -502,7 +502,8 @@ def softmax_cross_entropy(
         axis of ``jax.pmap`` or ``jax.vmap``, where one that splits nothing goes unnoticed as well.
         A gradient that is taken inside one of these, or inside ``jax.shard_map`` with
         ``check_vma=False``, is that of the sum of all shards' losses, as with ``lax.psum`` itself:
-        for n shards, n times the right one. A gradient that is taken outside is right.
+        of n shards, n times the right one. Of an argument that every shard has whole, such as the
+        weights, each gets a part of that. A gradient that is taken outside is right.
       batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
         sums in the metrics are over the global batch. The same holds for gradients taken inside.
       rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with

@@ -78,8 +78,8 @@ class Rows(NamedTuple):
 
 def any_class(x: Array, axis_name: AxisName) -> Array:
     """Whether x holds for any class of the row, on any shard: [..., K] to [...]."""
-    found = jnp.any(x, axis=-1)
-    return found if axis_name is None else lax.pmax(found.astype(jnp.int32), axis_name) > 0
+    found = jnp.max(x.astype(jnp.int32), axis=-1)  # of jnp.any, jax.experimental.jet has no rule
+    return (found if axis_name is None else lax.pmax(found, axis_name)) > 0
 
 
 def _both(a: Array | None, b: Array) -> Array:

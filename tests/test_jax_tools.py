@@ -95,15 +95,15 @@ def test_jet(head, labels):
         assert_close(jnp.stack([value, *terms]), along_a_line(logits, line, t))
 
 
-def test_jet_with_options():
+MASK = np.ones((N, K), bool)
+MASK[0, 3] = False
+
+
+@pytest.mark.parametrize("options", [{"where": MASK, "z_loss": 0.1}, {"label_smoothing": 0.1}])
+def test_jet_with_options(options):
     """Their derivatives along a line, beside those that forward mode gives one by one."""
     x, direction = jnp.asarray(RNG.standard_normal((2, N, K)), jnp.float32)
-    options = {
-        "label_smoothing": 0.1,
-        "z_loss": 0.1,
-        "class_weights": jnp.ones(K),
-        "weights": jnp.ones(N),
-    }
+    options = {"class_weights": jnp.ones(K), "weights": jnp.ones(N)} | options
 
     def along(s, rule):
         return sxe.softmax_cross_entropy(x + s * direction, LABELS, rule=rule, **options)
