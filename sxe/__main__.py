@@ -15,8 +15,10 @@ from pathlib import Path
 
 import jax
 
-from sxe import _check, _options, _page, _plan
-from sxe._softmax_cross_entropy import RULES
+from sxe import _check, _page, _plan
+from sxe._backend import PLATFORMS
+from sxe._call.options import REDUCTIONS
+from sxe._rows.rules import RULES
 from sxe.derivation import Line
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -77,15 +79,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         default=_plan.INPUTS,
         help="what gets a gradient (default: both; none of them: the value alone)",
     )
-    parser.add_argument("--reduction", choices=_options.REDUCTIONS, default="mean")
+    parser.add_argument("--reduction", choices=REDUCTIONS, default="mean")
     parser.add_argument("--rule", choices=tuple(RULES), default="vjp")
     parser.add_argument("--chunk-size", type=_size, help="rows in a chunk, at most")
     parser.add_argument(
         "--options", nargs="*", choices=_plan.TILE_OPTIONS, default=(), help="options in use"
     )
-    parser.add_argument(
-        "--backend", choices=_plan.BACKENDS, help="where it will run (default: as here)"
-    )
+    parser.add_argument("--backend", choices=PLATFORMS, help="where it will run (default: as here)")
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument("--mesh", type=_mesh, help="devices along each axis, as data=64,model=8")
     mesh.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations  # so that help() names types shortly
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,18 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from sxe._axes import AxisName, axis_names
-from sxe._layout import Layout
-from sxe._linear_softmax_cross_entropy import linear_softmax_cross_entropy
-from sxe._options import mesh_axes
-from sxe._softmax_cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_gradient
+from sxe import _linear_softmax_cross_entropy as of_hidden
+from sxe import _softmax_cross_entropy as of_logits
+from sxe._arrays import AxisName, axis_names
+from sxe._call.arguments import mesh_axes
+from sxe._call.layout import Layout
 
-LOSSES = (softmax_cross_entropy, softmax_cross_entropy_with_gradient, linear_softmax_cross_entropy)
+# Each loss, and the function behind it, which takes a layout too.
+LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
+    of_logits.softmax_cross_entropy: of_logits.loss_of_logits,
+    of_logits.softmax_cross_entropy_with_gradient: of_logits.loss_and_gradient,
+    of_hidden.linear_softmax_cross_entropy: of_hidden.loss_of_hidden,
+}
 
 
 class _OverMesh:
@@ -45,7 +51,10 @@ class _OverMesh:
                     "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
                     "batch_axis_name"
                 )
-        return self._loss(*args, axis_name=self._layout, **options)
+        # The signature raises for an argument that the loss has not.
+        given = inspect.signature(self._loss).bind(*args, **options)
+        given.apply_defaults()
+        return LOSSES[self._loss](layout=self._layout, **given.arguments)
 
     def __repr__(self) -> str:
         layout = self._layout
@@ -173,7 +182,7 @@ def over_mesh(
             if name in seen:
                 raise ValueError(f"{argument}: expected mesh axes named once, got {name!r} again")
             seen.add(name)
-    if fsdp is not None and loss is not linear_softmax_cross_entropy:
+    if fsdp is not None and loss is not of_hidden.linear_softmax_cross_entropy:
         raise ValueError(
             f"fsdp: expected None for {loss.__name__}, which has no kernel, got {fsdp!r}"
         )

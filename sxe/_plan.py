@@ -8,14 +8,17 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from sxe import _options, _tiles
-from sxe._axes import AxisName, Place, axis_names, place
-from sxe._projection import gradient_dtype
-from sxe._softmax_cross_entropy import RULES
+from sxe._arrays import AxisName, axis_names
+from sxe._backend import PLATFORMS, Backend, backend_of
+from sxe._call import arguments
+from sxe._call.options import REDUCTIONS
+from sxe._call.options import chunk_size as parse_chunk_size
+from sxe._head.loops import classes_per_block, tiling
+from sxe._rows.cpu import rows_per_block
+from sxe._rows.rules import RULES
 
 MIB = 2**20
 VALUE = "value alone"
@@ -23,7 +26,6 @@ FORWARD = "gradients in the forward pass"
 RECOMPUTE = "logits again in the backward pass"
 INPUTS = ("hidden", "kernel")
 HIDDEN_GRADIENT, KERNEL_GRADIENT = "gradient of hidden", "gradient of kernel"
-BACKENDS = ("cpu", "gpu", "tpu")
 TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
 
 
@@ -173,14 +175,14 @@ def plan(
       >>> p.temporary_bytes < p.logits_bytes
       True
     """
-    rows = _options.integer("rows", rows)
-    hidden = _options.integer("hidden", hidden)
-    classes = _options.integer("classes", classes)
+    rows = arguments.integer("rows", rows)
+    hidden = arguments.integer("hidden", hidden)
+    classes = arguments.integer("classes", classes)
     for name, size, least in (("rows", rows, 0), ("hidden", hidden, 1), ("classes", classes, 1)):
         if size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
-    _options.one_of("reduction", reduction, _options.REDUCTIONS)
-    _options.one_of("rule", rule, tuple(RULES))
+    arguments.one_of("reduction", reduction, REDUCTIONS)
+    arguments.one_of("rule", rule, tuple(RULES))
     for argument, names, known in (
         ("differentiate", differentiate, INPUTS),
         ("options", options, TILE_OPTIONS),
@@ -190,11 +192,11 @@ def plan(
                 f"{argument}: expected a sequence of names among {known}, got {names!r}"
             )
         for name in names:
-            _options.one_of(argument, name, known)
+            arguments.one_of(argument, name, known)
     dtype = _dtype(dtype)
-    given = _options.parse_chunk_size(chunk_size)
+    given = parse_chunk_size("chunk_size", chunk_size)
     if backend is not None:
-        _options.one_of("backend", backend, BACKENDS)
+        arguments.one_of("backend", backend, PLATFORMS)
 
     if mesh is not None and not isinstance(mesh, Mapping):
         raise TypeError(
@@ -202,16 +204,16 @@ def plan(
             f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape"
         )
     sizes = {
-        name: _options.integer("mesh", devices, f"an int of at least 1 for {name!r}")
+        name: arguments.integer("mesh", devices, f"an int of at least 1 for {name!r}")
         for name, devices in (mesh or {}).items()
     }
     axes = {
-        "axis_name": _options.mesh_axes("axis_name", axis_name),
-        "batch_axis_name": _options.mesh_axes("batch_axis_name", batch_axis_name),
-        "fsdp": _options.mesh_axes("fsdp", fsdp),
+        "axis_name": arguments.mesh_axes("axis_name", axis_name),
+        "batch_axis_name": arguments.mesh_axes("batch_axis_name", batch_axis_name),
+        "fsdp": arguments.mesh_axes("fsdp", fsdp),
     }
     _check_mesh(sizes, axes, rule)
-    here = place()
+    here = backend_of()
     call = _Call(
         rows,
         hidden,
@@ -223,7 +225,7 @@ def plan(
         chunk_size=given,
         options=tuple(options),
         # Inside of shard_map a device is alone, whatever the number of devices here.
-        at=Place(backend or here.platform, here.is_local or bool(sizes)),
+        backend=Backend(backend or here.platform, here.is_local or bool(sizes)),
     )
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
         raise TypeError(f"memory_bytes: expected a number or None, got {memory_bytes!r}")
@@ -238,7 +240,7 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
         known = None if dtype is None else jnp.dtype(dtype).newbyteorder("=")
     except TypeError:
         known = None
-    return _options.check_dtype("dtype", dtype if known is None else known)
+    return arguments.check_dtype("dtype", dtype if known is None else known)
 
 
 class _Call(NamedTuple):
@@ -251,7 +253,7 @@ class _Call(NamedTuple):
     rule: str
     chunk_size: int | None
     options: tuple[str, ...]
-    at: Place
+    backend: Backend
 
 
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
@@ -335,7 +337,9 @@ def _plan(
         return _on_a_device(call, sizes, ())
 
     wide = 8 if call.dtype == jnp.float64 else 4
-    gathered_itemsize = wide if call.at.platform == "cpu" else call.dtype.itemsize  # XLA widens it
+    gathered_itemsize = (
+        wide if call.backend.platform == "cpu" else call.dtype.itemsize
+    )  # XLA widens it
     kernel, all_hidden = hidden * classes, rows * hidden
     want_hidden, want_kernel = (name in call.differentiate for name in INPUTS)
     sums = {"mean": 2, "sum": 1, "none": 0}[call.reduction]
@@ -359,9 +363,8 @@ def _plan(
 
 def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collective, ...]) -> Plan:
     rows, hidden, classes, dtype = call.rows, call.hidden, call.classes, call.dtype
-    platform = call.at.platform
-    chunks, size, padding = _tiles.tiling(
-        rows, classes, dtype, chunk_size=call.chunk_size, at=call.at
+    chunks, size, padding = tiling(
+        rows, classes, chunk_size=call.chunk_size, dtype=dtype, backend=call.backend
     )
     wanted = [name in call.differentiate for name in INPUTS]
     if not any(wanted):
@@ -373,7 +376,7 @@ def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collecti
     products = 1 + sum(wanted) + again
 
     itemsize, wide = dtype.itemsize, 8 if dtype == jnp.float64 else 4
-    narrow_gradient = gradient_dtype(dtype, platform).itemsize
+    narrow_gradient = call.backend.gradient_dtype(dtype).itemsize
     logits = rows * classes * wide
     scattered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
     kernel = hidden * classes // scattered
@@ -396,7 +399,7 @@ def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collecti
         chunk_size=size,
         chunks=chunks,
         padding=padding,
-        gradient_dtype=str(gradient_dtype(dtype, platform)),
+        gradient_dtype=str(call.backend.gradient_dtype(dtype)),
         flops=2 * products * size * chunks * hidden * classes,
         temporary_bytes=temporary,
         peak_bytes=arguments + results + temporary,
@@ -418,11 +421,12 @@ def _temporary_bytes(
     collectives: tuple[Collective, ...],
 ) -> int:
     """What XLA allocates at the time when it needs most, as far as that follows from the sizes."""
-    rows, hidden, classes, dtype, (platform, _) = *call[:4], call.at
+    rows, hidden, classes, dtype = call[:4]
+    platform = call.backend.platform
     options = call.options
     wide = 8 if dtype == jnp.float64 else 4
     narrow = dtype.itemsize < wide
-    old = platform == "cpu" and jax.__version_info__ < (0, 11)
+    old = platform == "cpu" and call.backend.jax_version < (0, 11)
     tile = size * classes * wide
     all_hidden = rows * hidden * wide
     chunk_hidden = size * hidden * wide
@@ -446,19 +450,19 @@ def _temporary_bytes(
         return max(looping, after) if scaled and (reduced or reduced_hidden) else looping
 
     # The row rule's temporaries are as large as the rows it takes at a time, or the classes.
-    row_block = _tiles.rows_per_block(size, classes, call.at) * classes * wide
-    block = _tiles.classes_per_block(hidden, classes, call.at)
+    row_block = rows_per_block((size, classes), call.backend) * classes * wide
+    block = classes_per_block(hidden, classes, call.backend)
     writes = len({*options, *(("where",) if padded else ())})
     if "softcap" in options and "label_smoothing" not in options:
         writes -= 1  # XLA does not write the capped logits: it computes them where it needs them
     # The sum of a confident row is over a copy of its block without the maxima.
     work = row_block * (2 + writes)
-    blocks = want_kernel or gradient_dtype(dtype, platform) != dtype
+    blocks = want_kernel or call.backend.gradient_dtype(dtype) != dtype
     if path != VALUE and block < classes and blocks:
         work = max(work, (size + hidden) * block * wide)
     if platform == "gpu":
         # There XLA fuses the row rule, options and all, but not with the products.
-        work = size * classes * gradient_dtype(dtype, platform).itemsize if path != VALUE else 0
+        work = size * classes * call.backend.gradient_dtype(dtype).itemsize if path != VALUE else 0
     work += chunk_hidden if chunks > 1 else 0
     # The gradients of chunks, before they are in the rows' order.
     stacked = want_hidden and (narrow or (want_kernel and platform == "cpu"))
@@ -470,7 +474,7 @@ def _temporary_bytes(
 
     buffers = [tile]
     if old and path == FORWARD and not writes:
-        rows_at_once = _tiles.rows_per_block(size, classes, call.at)
+        rows_at_once = rows_per_block((size, classes), call.backend)
         if rows_at_once == 1 < size:
             buffers.append(tile)  # its rows are not replaced in place
     if old and narrow and want_hidden:

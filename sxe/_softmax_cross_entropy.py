@@ -1,308 +1,104 @@
 """The softmax cross-entropy loss on logits, with its gradient in closed form.
 
-    loss_i = sum_k t_ik (lse(x_i) - x_ik) + z lse(x_i)^2            line D0, and the z-loss
-    d loss_i/dx_il = T_i q_il - t_il + 2 z lse(x_i) q_il            line D7
-
-The rule for rows below has two results, the loss without its z-loss, and lse; everything after it
-is plain JAX on arrays of a number a row. It is attached in three ways, chosen by ``rule``.
+loss_i = sum_k t_ik (lse(x_i) - x_ik) + z lse(x_i)^2            line D0, and the z-loss
+d loss_i/dx_il = T_i q_il - t_il + 2 z lse(x_i) q_il            line D7
 """
 
 from __future__ import annotations  # so that help() names types shortly
 
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
-from jax.experimental import jet
 from jax.typing import ArrayLike
 
-from sxe import _normalizer as nz
-from sxe import _options
-from sxe._axes import (
+from sxe._arrays import (
     AxisName,
     axis_names,
-    batched_as,
+    keep,
+    pmax,
+    reshard,
+    sharding,
+    vary,
+    varying,
+)
+from sxe._backend import backend_of
+from sxe._call import arguments
+from sxe._call.axes import (
     check_axis_name,
     check_mapped,
     check_splits,
     class_axes,
     classes_back,
     classes_last,
-    is_tracked,
     mapped_as,
     mapped_axes,
-    psum,
-    reshard,
     shard_of,
-    sharding,
-    vary,
-    vary_like,
-    varying,
     whole,
 )
-from sxe._options import Arrays, Static
-from sxe._reduction import (
-    Metrics,
-    Sums,
-    best,
-    denominator,
-    first_of,
-    metrics,
-    specs,
-    sums,
-    weighted,
+from sxe._call.checks import check_jet, check_logits, check_rows
+from sxe._call.layout import Layout
+from sxe._call.options import (
+    LogitsGradientOptions,
+    LogitsOptions,
+    Options,
+    Reduction,
+    Rule,
+    parse,
 )
-from sxe._targets import (
-    Rows,
-    Targets,
-    any_class,
-    is_label,
-    keep,
-    make_rows,
-    take_label,
-    target_cost,
-    target_derivatives,
-    target_gaps,
-    target_sum,
-    target_tile,
-)
-
-# The rule for rows: logits [..., K] and targets to the row loss and lse, both [...].
-
-
-class Share(NamedTuple):
-    """What the classes of one tile contribute to their rows, [...]: all of it, or a shard's part.
-
-    The state (m, r) of their logits; sum_k t_k (m - x_k); and sum_k t_k, which only a shard needs.
-    """
-
-    state: nz.Normalizer
-    cost: Array
-    target: Array | None
-
-
-def share(x: Array, targets: Targets, axis_name: AxisName) -> Share:
-    state = nz.normalize(x)
-    if axis_name is None:
-        return Share(state, target_cost(targets, x, state.m, state.log1p_r), None)
-    empty = state.m == -jnp.inf  # of a shard, where other shards may hold finite logits
-    m, log1p_r = (jnp.where(empty, 0, a) for a in (state.m, state.log1p_r))
-    return Share(state, target_cost(targets, x, m, log1p_r), target_sum(targets, x))
-
-
-def merge_shares(
-    share: Share, total: Array, axis_name: AxisName
-) -> tuple[tuple[Array, Array], nz.Normalizer]:
-    """The row loss and lse, and their state, from the shares of all shards."""
-    state = nz.merge_over(share.state, axis_name)
-    cost = share.cost
-    if share.target is not None:
-        # A shard measures costs from its own maximum, so that none of these terms is negative.
-        own = jnp.where(share.state.m == -jnp.inf, 0, share.state.m)
-        cost = psum(cost + share.target * (state.m - own), axis_name)
-    loss = nz.row_loss(state, cost, total)
-    return (loss, batched_as(loss, state.lse)), state
-
-
-def _row_loss(
-    x: Array, targets: Targets, axis_name: AxisName
-) -> tuple[tuple[Array, Array], nz.Normalizer]:
-    return merge_shares(share(x, targets, axis_name), targets.total, axis_name)
-
-
-def _row_gradient(
-    x: Array, targets: Targets, state: nz.Normalizer, g: Array, g_lse: Array | None
-) -> Array:
-    targets, state, g, g_lse = vary_like((targets, state, g, g_lse), x)
-    label, label_target, dense, total = targets
-    if label is None or label_target is None or dense is not None:
-        return nz.row_gradient(x, target_tile(targets, x.shape[-1]), state, g, g_lse)
-    # The label's class apart, so that all others have less to compute.
-    t, total = label_target[..., None], total[..., None]
-    others = nz.row_gradient(x, (None, total), state, g, g_lse)
-    found, inside = take_label(x, label)
-    x = jnp.where(inside, nz.wide(found), state.m)[..., None]  # elsewhere of no use, but finite
-    at = nz.row_gradient(x, (t, total - t), state, g, g_lse)  # a total of one target: exactly 0
-    return jnp.where(is_label(label, others.shape[-1]), at, others)
-
-
-def _rows(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
-    return _row_loss(x, targets, axis_name)[0]
-
-
-_rows_vjp = jax.custom_vjp(_rows, nondiff_argnums=(2,))
-
-
-def rows_fwd(
-    x: Array, targets: Targets, axis_name: AxisName
-) -> tuple[tuple[Array, Array], tuple[Array, Targets, nz.Normalizer]]:
-    results, state = _row_loss(x, targets, axis_name)
-    return results, (x, targets, state)
-
-
-def rows_bwd(
-    axis_name: AxisName,
-    res: tuple[Array, Targets, nz.Normalizer],
-    gs: tuple[Array, Array | None],
-    shares: bool = False,
-) -> tuple[Array, Targets]:
-    """The gradients for logits, not yet rounded to their dtype, and for targets.
-
-    ``shares``: each device holds a share of the cotangents of results that all devices have.
-    """
-    x, targets, state = res
-    g, g_lse = gs
-    at_label, at_dense = target_derivatives(targets, x, state, axis_name)
-    d_label_target = None if targets.label_target is None else g * at_label
-    if shares:
-        g, g_lse = psum((g, g_lse), axis_name)
-    d_x = _row_gradient(x, targets, state, g, g_lse)  # D7
-    zeros = jax.tree.map(lambda a: vary_like(jnp.zeros_like(a), a), targets)
-    d_dense = None
-    if targets.dense is not None:
-        d_t = vary_like(g, x)[..., None] * at_dense
-        ones = tuple(i for i, n in enumerate(targets.dense.t.shape) if n == 1)
-        d_dense = zeros.dense._replace(t=jnp.sum(d_t, axis=ones, keepdims=True))
-    return d_x, Targets(None, d_label_target, d_dense, zeros.total)
-
-
-def holds_shares(axis_name: AxisName) -> bool:
-    """Whether cotangents come in shares, as for lax.psum: in shard_map without varying types."""
-    return axis_name is not None and not is_tracked(axis_name)
-
-
-def _rows_bwd(
-    axis_name: AxisName,
-    res: tuple[Array, Targets, nz.Normalizer],
-    gs: tuple[Array, Array],
-) -> tuple[Array, Targets]:
-    d_x, d_targets = rows_bwd(axis_name, res, gs, holds_shares(axis_name))
-    return d_x.astype(res[0].dtype), d_targets
-
-
-_rows_vjp.defvjp(rows_fwd, _rows_bwd)
-
-_rows_jvp = jax.custom_jvp(_rows, nondiff_argnums=(2,))
-
-
-def _rows_jvp_rule(
-    axis_name: AxisName, primals: tuple[Array, Targets], tangents: tuple[Any, Any]
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    x, targets = primals
-    x_dot, targets_dot = tangents
-    (loss, lse), state = _row_loss(x, targets, axis_name)
-    ones, zeros = jnp.ones_like(state.r), jnp.zeros_like(state.r)
-    at_label, at_dense = target_derivatives(targets, x, state, axis_name)
-    loss_dot, lse_dot = jnp.zeros_like(loss), jnp.zeros_like(lse)
-
-    def over_classes(d: Array, x_dot: Array) -> Array:
-        return psum(jnp.sum(d * x_dot, axis=-1), axis_name)
-
-    # A tangent that is zero must not meet an infinite gap, so zeros are symbolic.
-    if not isinstance(x_dot, SymbolicZero):
-        x_dot = nz.wide(x_dot)  # once, so that its transpose rounds once
-        d = _row_gradient(x, targets, state, ones, None)  # D7
-        q = _row_gradient(x, targets, state, zeros, ones)
-        loss_dot = loss_dot + over_classes(d, x_dot)
-        lse_dot = lse_dot + over_classes(q, x_dot)
-    if targets.label is not None and not isinstance(targets_dot.label_target, SymbolicZero):
-        loss_dot = loss_dot + targets_dot.label_target * at_label
-    if targets.dense is not None and not isinstance(targets_dot.dense.t, SymbolicZero):
-        loss_dot = loss_dot + over_classes(at_dense, targets_dot.dense.t)
-    return (loss, lse), (loss_dot, lse_dot)
-
-
-_rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
-
-
-def _rows_autodiff(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Array]:
-    """The primal, arranged so that JAX's own derivative keeps its digits.
-
-    Differentiated as it stands, the primal's gradient at a confident label is the difference of two
-    rounded ones. Here the logits are measured from the maximum where it holds over half of the
-    probability: it is then a constant 0, and its gradient the sum of all others'. No part of it has
-    a custom rule, or ``jax.experimental.jet`` could not differentiate it.
-    """
-    x = nz.wide(x)
-    state = nz.merge_over(nz.normalize_constant(lax.stop_gradient(x)), axis_name)
-    total = lax.stop_gradient(targets.total)
-    # 0, or NaN in a row without a distribution or with a label that is no class: it is NaN then in
-    # value and in every shard's derivative.
-    nothing = (state.m - state.m) + (state.r - state.r) + (total - total)
-    x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
-    confident = (state.r < 1) & (state.m > -jnp.inf)
-    top = (x == state.m[..., None]) & confident[..., None]
-    largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
-    origin = jnp.where(confident, largest, state.m)
-    x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
-    moved = nz.merge_over(nz.normalize_tile(x), axis_name)  # plain: nothing in it has a rule
-    # The move rounded x. r has the value from before it, and the derivative from after it.
-    moved = moved._replace(r=state.r + (moved.r - lax.stop_gradient(moved.r)))
-    # sum_k t_k (lse - x_k), without the total: see target_derivatives.
-    at_label, at_dense = target_gaps(targets, x, moved.lse, jnp.zeros_like(moved.r), axis_name)
-    loss = nothing
-    if targets.label_target is not None:
-        loss = loss + targets.label_target * at_label
-    if targets.dense is not None:
-        loss = loss + psum(jnp.sum(targets.dense.t * at_dense, axis=-1), axis_name)
-    return loss, origin + moved.lse
-
-
-RULES: dict[str, Callable[[Array, Targets, AxisName], tuple[Array, Array]]] = {
-    "vjp": _rows_vjp,
-    "jvp": _rows_jvp,
-    "autodiff": _rows_autodiff,
-}
-
-
-def check_jet(rule: str, inputs: Any, softcap: Any = None) -> bool:
-    """Whether ``jax.experimental.jet`` differentiates this call.
-
-    Raises where jet would fail with an error that does not say why.
-    """
-    if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
-        return False
-    reason = (
-        "in a call that jax.experimental.jet differentiates, because jet can't differentiate any "
-        "function that has a custom rule"
-    )
-    if rule != "autodiff":
-        raise ValueError(
-            f"rule: expected 'autodiff' {reason}, got {rule!r}; sxe.softmax_cross_entropy and "
-            "sxe.linear_softmax_cross_entropy take rule='autodiff'"
-        )
-    if softcap is not None:
-        raise ValueError(
-            f"softcap: expected None {reason}, got {softcap!r}; pass capped logits to "
-            "sxe.softmax_cross_entropy"
-        )
-    return True
-
-
-# From the caller's arrays to rows, through the rule, to a result.
+from sxe._call.reduction import Metrics, denominator, metrics, result_specs, sum_rows
+from sxe._call.rows import Logits, Rows, any_class, make_rows
+from sxe._rows.cross_entropy import CrossEntropy
+from sxe._rows.predictions import best, first_of
+from sxe._rows.rules import RULES, results_and_state
+from sxe._rows.targets import Targets
 
 
 class _Inputs(NamedTuple):
     logits: Array
     labels: Array
-    arrays: Arrays
+    options: Options
 
 
 class _Prepared(NamedTuple):
-    """Rows for the rule; the logits with masked classes at -inf; and that mask of classes.
+    """A call as rows.
 
-    ``x`` is the logits once more, with zeros in rows that do not count.
+    Attributes:
+      x: the logits [..., K], with zeros in rows that do not count.
+      rows: their targets and weights.
+      logits: the same as x in all rows, with masked classes at -inf.
+      class_mask: bool [..., K], the classes that can occur, or None.
     """
 
     x: Array
     rows: Rows
     logits: Array
     class_mask: Array | None
+
+
+def _prepare(inputs: _Inputs, f: CrossEntropy) -> _Prepared:
+    logits, labels, options = inputs
+    axes = class_axes(options.axis, logits.ndim)
+    where, class_mask = options.where, None
+    if labels.shape == logits.shape:
+        labels = classes_last(labels, axes)
+    if where is not None and where.shape == logits.shape:
+        class_mask = classes_last(where, axes)
+        where = any_class(class_mask, options.axis_name)
+    logits = classes_last(logits, axes)
+    if class_mask is not None:
+        logits = jnp.where(class_mask, logits, -jnp.inf)
+    finite = None
+    if options.weights is not None:
+        largest = jnp.max(lax.stop_gradient(logits), axis=-1)
+        finite = jnp.isfinite(pmax(largest, options.axis_name))
+    known = Logits(logits.shape, logits.dtype, finite)
+    rows = make_rows(labels, options.replace(where=where), known, f.backend)
+    x, targets = _typed_alike(keep(rows.mask, logits), rows.targets, options.axis_name)
+    return _Prepared(x, rows._replace(targets=targets), logits, class_mask)
 
 
 def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
@@ -312,139 +108,134 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     have the joint type of all inputs, so that each input is given that type.
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
-    one_a_row = every - set(axis_names(axis_name))
+    of_rows = every - set(axis_names(axis_name))
     tiles = (x, targets.label, None if targets.dense is None else targets.dense.t)
     splits = [sharding(a) for a in tiles if a is not None]
     spec = [next(filter(None, at), None) for at in itertools.zip_longest(*splits)]
 
     def alike(a: Array) -> Array:
-        return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else one_a_row)
+        return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else of_rows)
 
     return alike(mapped_as(x, targets.label)), jax.tree.map(alike, targets)
 
 
-def _prepare(inputs: _Inputs, static: Static) -> _Prepared:
-    logits, labels, arrays = inputs
-    axes = class_axes(static.axis, logits.ndim)
-    where, class_mask = arrays.where, None
-    if labels.shape == logits.shape:
-        labels = classes_last(labels, axes)
-    if where is not None and where.shape == logits.shape:
-        class_mask = classes_last(where, axes)
-        where = any_class(class_mask, static.axis_name)
-    logits = classes_last(logits, axes)
-    if class_mask is not None:
-        logits = jnp.where(class_mask, logits, -jnp.inf)
-    finite = None
-    if arrays.weights is not None:
-        m = jnp.max(lax.stop_gradient(logits), axis=-1)
-        finite = jnp.isfinite(m if static.axis_name is None else lax.pmax(m, static.axis_name))
-    rows = make_rows(
-        labels,
-        shape=logits.shape,
-        finite=finite,
-        where=where,
-        weights=arrays.weights,
-        class_weights=arrays.class_weights,
-        label_smoothing=arrays.label_smoothing,
-        ignore_index=static.ignore_index,
-        axis_name=static.axis_name,
-        dtype=jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32),
-    )
-    x, targets = _typed_alike(keep(rows.counts, logits), rows.targets, static.axis_name)
-    return _Prepared(x, rows._replace(targets=targets), logits, class_mask)
+def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
+    """The loss, with metrics if they are wanted; and the gradient, if that is wanted."""
+    logits, options = inputs.logits, inputs.options
+    f = CrossEntropy(options.axis_name, backend_of(logits))
+    prepared = _prepare(inputs, f)
+    x, rows = prepared.x, prepared.rows
+    if with_gradient:
+        results, state = results_and_state(f, x, rows.targets)
+    else:
+        results = RULES[options.rule](f, x, rows.targets)
+    z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
+    loss = f.weigh(results, rows.weight, z).value
+    sums = sum_rows(jnp.sum(loss), rows, options)
+    divisor = denominator(sums, options.reduction)
+    value: Any = loss if options.reduction == "none" else sums.loss / divisor
+    if options.return_metrics:
+        predictions = first_of(best(prepared.logits), x.shape[-1], options.axis_name)
+        value = value, metrics(sums, results.lse, rows, predictions)
+    if not with_gradient:
+        return value
+    g = f.weigh(results, rows.weight / divisor, z).g
+    gradient = f.gradient(x, rows.targets, state, g)  # D7
+    if prepared.class_mask is not None:
+        gradient = jnp.where(prepared.class_mask, gradient, 0)
+    axes = class_axes(options.axis, logits.ndim)
+    return value, classes_back(gradient.astype(logits.dtype), axes, logits.shape)
 
 
-def _metrics(total: Sums, lse: Array, prepared: _Prepared, static: Static) -> Metrics:
-    predictions = first_of(best(prepared.logits), prepared.logits.shape[-1], static.axis_name)
-    return metrics(total, lse, prepared.rows, predictions)
-
-
-def _whole(inputs: _Inputs, static: Static) -> tuple[_Inputs, Static]:
+def _whole(inputs: _Inputs) -> _Inputs:
     """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
 
     Where JAX runs the backward pass of a ``jax.custom_vjp``, that axis has no name any more, and
     cotangents are shares in some calls but not in others. So no rule may have a lax.psum over it.
     """
-    names = mapped_axes(static.axis_name)
+    logits, labels, options = inputs
+    names = mapped_axes(options.axis_name)
     if not names:
-        return inputs, static
-    logits, labels, arrays = inputs
-    axis = class_axes(static.axis, logits.ndim)[0]
-    where, class_weights = arrays.where, whole(arrays.class_weights, names, 0)
+        return inputs
+    axis = class_axes(options.axis, logits.ndim)[0]
+    where = options.where
     if labels.shape == logits.shape:
         labels = whole(labels, names, axis)
     if where is not None and where.shape == logits.shape:
         where = whole(where, names, axis)
-    arrays = arrays._replace(where=where, class_weights=class_weights)
-    return _Inputs(whole(logits, names, axis), labels, arrays), static._replace(axis_name=None)
+    class_weights = whole(options.class_weights, names, 0)
+    options = options.replace(where=where, class_weights=class_weights, axis_name=None)
+    return _Inputs(whole(logits, names, axis), labels, options)
 
 
-def _result(inputs: _Inputs, static: Static) -> Any:
-    prepared = _prepare(inputs, static)
-    rows, z_loss = prepared.rows, inputs.arrays.z_loss
-    loss, lse = RULES[static.rule](prepared.x, rows.targets, static.axis_name)
-    z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
-    loss = weighted(loss, lse, rows.weight, z)
-    total = sums(jnp.sum(loss), rows, inputs.arrays, static.batch_axis_name)
-    none = static.reduction == "none"
-    value = loss if none else total.loss / denominator(total, static.reduction)
-    return (value, _metrics(total, lse, prepared, static)) if static.return_metrics else value
+@functools.partial(jax.jit, static_argnames=("with_gradient",), inline=True)
+def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
+    logits, labels, options = inputs
+    check_logits("logits", logits)
+    axes = class_axes(options.axis, logits.ndim)
+    check_rows(labels, options, logits.shape, axes)
+    result = functools.partial(_result, with_gradient=with_gradient)
+    layout = options.layout
+    if layout is not None:
+        out = result_specs(options, layout.of_rows())
+        out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out
+        return layout.run(result, inputs, axes, ndim=logits.ndim, out=out)
+    check_axis_name("axis_name", options.axis_name, "the logits", logits)
+    check_axis_name("batch_axis_name", options.batch_axis_name, "the logits", logits)
+    inputs = _whole(inputs)
+    others = {"labels": inputs.labels, **inputs.options.of_rows()}
+    check_mapped(logits=inputs.logits, **others)
+    check_splits("logits", sharding(inputs.logits), axes, **others)
+    found = result(inputs)
+    if with_gradient and inputs.options.axis_name != options.axis_name:
+        value, gradient = found
+        return value, shard_of(gradient, options.axis_name, axes[0])
+    return found
 
 
-def _result_with_gradient(inputs: _Inputs, static: Static) -> Any:
-    prepared = _prepare(inputs, static)
-    rows, z_loss = prepared.rows, inputs.arrays.z_loss
-    x = prepared.x
-    (loss, lse), state = _row_loss(x, rows.targets, static.axis_name)
-    z = None if z_loss is None else jnp.asarray(z_loss, loss.dtype)
-    loss = weighted(loss, lse, rows.weight, z)
-    total = sums(jnp.sum(loss), rows, inputs.arrays, static.batch_axis_name)
-    g = rows.weight / denominator(total, static.reduction)
-    g_lse = None if z is None else 2 * z * lse * g
-    gradient = _row_gradient(x, rows.targets, state, g, g_lse)  # D7
-    if prepared.class_mask is not None:
-        gradient = jnp.where(prepared.class_mask, gradient, 0)
-    logits = inputs.logits
-    axes = class_axes(static.axis, logits.ndim)
-    gradient = classes_back(gradient.astype(logits.dtype), axes, logits.shape)
-    value = total.loss / denominator(total, static.reduction)
-    if static.return_metrics:
-        return (value, _metrics(total, lse, prepared, static)), gradient
-    return value, gradient
+def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
+    inputs = _Inputs(
+        arguments.array("logits", logits),
+        arguments.array("labels", labels, options.ignore_index),
+        options,
+    )
+    check_jet(inputs, options)
+    return inputs
 
 
-@functools.partial(jax.jit, static_argnames=("static", "with_gradient"), inline=True)
-def _loss(inputs: _Inputs, static: Static, with_gradient: bool = False) -> Any:
-    logits, labels, arrays = inputs
-    _options.check_logits("logits", logits)
-    axes = class_axes(static.axis, logits.ndim)
-    _options.check_rows(labels, arrays, static, logits.shape, axes)
-    result = _result_with_gradient if with_gradient else _result
-    layout = static.layout
-    if layout is None:
-        check_axis_name("axis_name", static.axis_name, "the logits", logits)
-        check_axis_name("batch_axis_name", static.batch_axis_name, "the logits", logits)
-        inputs, static_of_whole = _whole(inputs, static)
-        logits, labels, arrays = inputs
-        others = {
-            "labels": labels,
-            "where": arrays.where,
-            "weights": arrays.weights,
-            "class_weights": arrays.class_weights,
-        }
-        check_mapped(logits=logits, **others)
-        check_splits("logits", sharding(logits), axes, **others)
-        found = result(inputs, static_of_whole)
-        if with_gradient and static_of_whole.axis_name != static.axis_name:
-            value, gradient = found
-            return value, shard_of(gradient, static.axis_name, axes[0])
-        return found
-    out = specs(static, layout.of_rows())
-    out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out
-    return layout.run(result, inputs, static, logits.ndim, axes, out)
+def loss_of_logits(
+    logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
+) -> Any:
+    """``softmax_cross_entropy``, of global arrays on a mesh where there is a layout."""
+    inputs = _inputs(logits, labels, parse(layout=layout, **options))
+    return _call(inputs, with_gradient=False)
 
 
+def loss_and_gradient(
+    logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
+) -> Any:
+    """``softmax_cross_entropy_with_gradient``, likewise."""
+    arguments.one_of("reduction", options["reduction"], ("mean", "sum"))
+    inputs = _inputs(logits, labels, parse(layout=layout, **options))
+    return _call(inputs, with_gradient=True)
+
+
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Array: ...
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Array, Metrics]: ...
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -456,12 +247,12 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     ignore_index: int | None = None,
     axis: int | tuple[int, ...] = -1,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     return_metrics: bool = False,
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
-    rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
-) -> Any:
+    rule: Rule = "vjp",
+) -> Array | tuple[Array, Metrics]:
     """Softmax cross-entropy of logits and labels, with its gradient in closed form.
 
     With targets t_i (from the labels, see below), T_i = sum_k t_ik, q_i = softmax(logits_i):
@@ -535,7 +326,7 @@ def softmax_cross_entropy(
         splits otherwise, or ``jax.experimental.jet`` of a rule other than "autodiff".
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
-    ``sxe._normalizer``.
+    ``sxe._rows.normalizer``.
 
     Example:
       >>> import jax, jax.numpy as jnp, sxe
@@ -546,7 +337,9 @@ def softmax_cross_entropy(
       Array([[-1.03058e-09,  1.03058e-09],
              [ 2.50000e-01, -2.50000e-01]], dtype=float32)
     """
-    arrays, static = _options.parse(
+    return loss_of_logits(
+        logits,
+        labels,
         where=where,
         weights=weights,
         class_weights=class_weights,
@@ -559,14 +352,25 @@ def softmax_cross_entropy(
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
         rule=rule,
-        rules=tuple(RULES),
     )
-    given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
-    inputs = _Inputs(*given, arrays)
-    check_jet(static.rule, inputs)
-    return _loss(inputs, static=static)
 
 
+@overload
+def softmax_cross_entropy_with_gradient(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LogitsGradientOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def softmax_cross_entropy_with_gradient(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LogitsGradientOptions],
+) -> tuple[tuple[Array, Metrics], Array]: ...
 def softmax_cross_entropy_with_gradient(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -582,7 +386,7 @@ def softmax_cross_entropy_with_gradient(
     return_metrics: bool = False,
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
-) -> Any:
+) -> tuple[Array | tuple[Array, Metrics], Array]:
     """The loss and its gradient with respect to the logits, both from the closed form in one pass.
 
     The gradient is line D7, (1/N) (T q - y) for a mean over N rows: what ``jax.grad`` gives for
@@ -605,7 +409,9 @@ def softmax_cross_entropy_with_gradient(
       >>> sxe.softmax_cross_entropy_with_gradient(logits, labels)
       (Array(1.38629, dtype=float32), Array([[ 0.25,  0.25, -0.75,  0.25]], dtype=float32))
     """
-    arrays, static = _options.parse(
+    return loss_and_gradient(
+        logits,
+        labels,
         where=where,
         weights=weights,
         class_weights=class_weights,
@@ -614,14 +420,7 @@ def softmax_cross_entropy_with_gradient(
         ignore_index=ignore_index,
         axis=axis,
         reduction=reduction,
-        reductions=("mean", "sum"),
         return_metrics=return_metrics,
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
-        rule="vjp",
-        rules=tuple(RULES),
     )
-    given = _options.array("logits", logits), _options.array("labels", labels, static.ignore_index)
-    inputs = _Inputs(*given, arrays)
-    check_jet(static.rule, inputs)
-    return _loss(inputs, static=static, with_gradient=True)

@@ -22,7 +22,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 import sxe
-from sxe._axes import Place, place
+from sxe._backend import Backend, backend_of
 
 MIB = 2**20
 N, D, K = 65536, 4096, 128256
@@ -40,7 +40,7 @@ def abstract_mesh(platform, *sizes):
 @pytest.fixture
 def host_of_one(monkeypatch):
     """A process with one device of its own, whose programs loop over blocks of rows."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -51,22 +51,22 @@ def host_of_one(monkeypatch):
 )
 def test_the_mesh_around_a_call_says_where_it_runs(platform, name):
     with jax.sharding.use_abstract_mesh(abstract_mesh(platform, 4, 2)):
-        assert place() == Place(name, is_local=False)
+        assert backend_of() == Backend(name, is_local=False)
         found = sxe.plan(8192, 4096, 128256, "bfloat16")
     if name != "cpu":  # where it depends on how many there are
         assert found == sxe.plan(8192, 4096, 128256, "bfloat16", backend=name)
-    assert place().platform == jax.default_backend()
+    assert backend_of().platform == jax.default_backend()
 
 
 def test_the_types_of_arrays_say_where_they_are(host_of_one):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))
-    places = []
-    jax.jit(lambda x: places.append(place(x * 2)))(x)
+    found = []
+    jax.jit(lambda x: found.append(backend_of(x * 2)))(x)
     jax.jit(
-        jax.shard_map(lambda x: places.append(place(x)), mesh=mesh, in_specs=P(), out_specs=P())
+        jax.shard_map(lambda x: found.append(backend_of(x)), mesh=mesh, in_specs=P(), out_specs=P())
     )(x)
-    assert places == [Place("cpu", is_local=False), Place("cpu", is_local=True)]
+    assert found == [Backend("cpu", is_local=False), Backend("cpu", is_local=True)]
 
 
 def test_a_program_for_an_accelerator_has_nothing_that_serves_a_cpu():

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from oracle import assert_close
 
 import sxe
-from sxe._projection import capped
+from sxe._head.projection import capped
 
 RULES = ["vjp", "jvp", "autodiff"]
 every_rule = pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from oracle import assert_close
 from test_sharding import make_mesh, naming, use_mesh
 
 import sxe
+from sxe._backend import Backend
 
 RULES = ("vjp", "jvp", "autodiff")
 N, D, K = 8, 3, 16
@@ -191,7 +192,8 @@ def test_one_axis_or_several(rows, classes):
 
 def test_blocks_in_shard_map(monkeypatch):
     """Of one row and of 256 classes, of a shard's 300."""
-    monkeypatch.setattr("sxe._tiles.BLOCK_BYTES", 1)
+    monkeypatch.setattr(Backend, "row_block_bytes", 1)
+    monkeypatch.setattr(Backend, "class_block_bytes", 2)
     shape, static = (N, 2, 1200), {"chunk_size": 3}
     calls = [
         (problem(*EVERY, shape=shape), static | {"reduction": "mean"}),

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 import sxe
+from sxe._backend import backend_of
 from sxe._bench.problem import Array, Outcome, Problem
-from sxe._projection import gradient_dtype, product_dtype
 
 PEERS = ("optax", "tokamax", "jax-cce", "torch")
 
@@ -177,9 +177,9 @@ def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant
         write: Callable[..., Any] = lambda x: x + 1  # noqa: E731
         return Contestant("floor", write if gradient else jnp.sum, arguments[0]), 1
     plan = head_plan(problem, gradient)
-    backend = jax.default_backend()
-    forward = product_dtype(problem.dtype, backend)
-    backward = gradient_dtype(problem.dtype, backend)
+    backend = backend_of()
+    forward = backend.product_dtype(problem.dtype)
+    backward = backend.gradient_dtype(problem.dtype)
     hidden, kernel = arguments[0][: plan.chunk_size], arguments[1]
 
     def matmul(a: Any, b: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sxe
-from sxe import _normalizer as nz
+from sxe._backend import backend_of
 from sxe._bench.contestants import (
     Contestant,
     contestants,
@@ -23,6 +23,7 @@ from sxe._bench.contestants import (
     why,
 )
 from sxe._bench.problem import TOLERANCES, Outcome, Problem, errors, truth
+from sxe._rows.cpu import rows_per_block
 
 
 def shortest(backend: str) -> float:
@@ -168,8 +169,8 @@ def _path(problem: Problem, gradient: bool, arguments: list[Any]) -> str:
         return (
             f"{plan.path}, {plan.chunks} chunk{'s' * (plan.chunks > 1)} of {plan.chunk_size} rows"
         )
-    rows = nz.rows_per_block(arguments[0])
-    return "all rows at once" if rows is None else f"blocks of {rows} rows"
+    rows = rows_per_block(arguments[0].shape, backend_of(arguments[0]))
+    return "all rows at once" if 2 * rows > problem.rows else f"blocks of {rows} rows"
 
 
 def machine() -> Machine:
@@ -221,7 +222,7 @@ def calls(rounds: int) -> Iterable[Calls]:
         for gradient in (False, True):
             functions: dict[str, Any] = losses
             if gradient:
-                functions = {name: jax.value_and_grad(f) for name, f in losses.items()}
+                functions = {name: jax.value_and_grad(f) for name, f in functions.items()}
             if not eager:
                 functions = {name: jax.jit(f) for name, f in functions.items()}
             taken: dict[str, list[float]] = {name: [] for name in functions}

@@ -3,13 +3,26 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sxe._axes import AxisName, axis_names, free_axes, sharding, spmd_axes, vmap_axes
+from sxe._arrays import AxisName, axis_names, sharding
+from sxe._call.axes import free_axes, spmd_axes, vmap_axes
+
+
+class Inputs(Protocol):
+    """The arguments of a call: a named tuple of arrays, and of the options."""
+
+    @property
+    def options(self) -> Any: ...
+
+    def _replace(self, *, options: Any) -> Self: ...
+
+
+CallInputs = TypeVar("CallInputs", bound=Inputs)
 
 
 class Layout(NamedTuple):
@@ -84,7 +97,7 @@ class Layout(NamedTuple):
                 )
 
     def specs(self, inputs: Any, ndim: int, class_axes: tuple[int, ...]) -> Any:
-        """Of named tuples of arrays, by their names."""
+        """Of the inputs of a call, by the names of their fields."""
         most = ndim - len(class_axes)
         if len(self.rows) > most:
             raise ValueError(
@@ -92,35 +105,33 @@ class Layout(NamedTuple):
                 f"{PartitionSpec(*self.rows)}; classes names what splits the classes"
             )
 
-        def walk(name: str, x: Any) -> Any:
-            if x is None:
-                return None
-            if isinstance(x, tuple):
-                fields = x._asdict().items()  # type: ignore[attr-defined]
-                return type(x)(*(walk(name, field) for name, field in fields))
-            spec = self._spec(name, x, ndim, class_axes)
-            self._check(name, x, spec)
-            return spec
+        def spec(path: tuple[Any, ...], x: Array) -> PartitionSpec:
+            name = path[-1].name
+            found = self._spec(name, x, ndim, class_axes)
+            self._check(name, x, found)
+            return found
 
-        return walk("", inputs)
+        return jax.tree_util.tree_map_with_path(spec, inputs)
 
     def run(
         self,
-        result: Callable[..., Any],
-        inputs: Any,
-        static: Any,
-        ndim: int,
+        result: Callable[[CallInputs], Any],
+        inputs: CallInputs,
         class_axes: tuple[int, ...],
+        *,
+        ndim: int,
         out: Any,
     ) -> Any:
-        """result(inputs, static) of each device's part of global inputs, in ``jax.shard_map``."""
-        # Inside a jax.shard_map over other mesh axes, static names those, and the axes of this
+        """result(inputs) of each device's part of global inputs, in ``jax.shard_map``."""
+        # Inside a jax.shard_map over other mesh axes, the options name those, and the axes of this
         # layout split what each device of that shard_map has.
-        batch_axis_name = axis_names(static.batch_axis_name)
-        static = static._replace(
-            axis_name=(*axis_names(static.axis_name), *axis_names(self.classes)) or None,
+        options = inputs.options
+        batch_axis_name = axis_names(options.batch_axis_name)
+        options = options.replace(
+            axis_name=(*axis_names(options.axis_name), *axis_names(self.classes)) or None,
             batch_axis_name=(*batch_axis_name, *axis_names(self.batch)) or None,
         )
+        inputs = inputs._replace(options=options)
         specs = self.specs(inputs, ndim, class_axes)
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         names = {name for name, kind in kinds.items() if kind in self.kinds}
@@ -137,7 +148,7 @@ class Layout(NamedTuple):
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
         # No mesh axis is left to divide anything, or by their types no input is split.
         if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
-            return result(inputs, static)
+            return result(inputs)
         if mapped := vmap_axes(batch_axis_name):
             raise ValueError(
                 f"batch_axis_name: expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
@@ -151,9 +162,8 @@ class Layout(NamedTuple):
                 "Explicit mesh axes that do not split what is mapped; leave it out, or jax.reshard "
                 "what is mapped, so that they do"
             )
-        local = functools.partial(result, static=static)
         return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(specs,), out_specs=out, axis_names=names
+            result, mesh=self.mesh, in_specs=(specs,), out_specs=out, axis_names=names
         )(inputs)
 
     def _reshard(self, kinds: dict[str, AxisType], x: Array, spec: PartitionSpec) -> Array:

@@ -1,15 +1,15 @@
-"""Axes: the class axes of an array, and the mesh axes inside ``jax.shard_map``."""
+"""Axes that a caller names: class axes of logits, axes of a mesh, and axes of ``jax.vmap``."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-AxisName = str | tuple[str, ...] | None
+from sxe._arrays import AxisName, axis_names, is_tracked, psum, sharding, varying
 
 
 def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -46,18 +46,10 @@ def classes_back(x: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Arr
     return jnp.moveaxis(x, range(-len(axes), 0), axes)
 
 
-def axis_names(axis_name: AxisName) -> tuple[str, ...]:
-    return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
-
-
 def vmap_axes(axis_name: AxisName) -> tuple[str, ...]:
     """Those of these axes that are not a mesh's, but belong to a ``jax.vmap``."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in axis_names(axis_name) if name not in manual)
-
-
-def psum(x: Any, axis_name: AxisName) -> Any:
-    return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def sum_over(x: Array, axis_name: AxisName) -> Array:
@@ -66,53 +58,6 @@ def sum_over(x: Array, axis_name: AxisName) -> Array:
     for name in mapped:  # on an Explicit mesh JAX can't lower a lax.psum over the axis of a vmap
         x = jnp.sum(lax.all_gather(x, name))
     return psum(x, tuple(name for name in axis_names(axis_name) if name not in mapped) or None)
-
-
-def varying(x: Array) -> frozenset[str]:
-    """The mesh axes along which x differs between devices, as shard_map's types have it."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def is_tracked(axis_name: AxisName) -> bool:
-    """Whether shard_map tracks what varies along these mesh axes, that is, has check_vma on."""
-    names = axis_names(axis_name)
-    return all(name in varying(lax.axis_index(name)) for name in names)
-
-
-def sharding(x: Array) -> tuple[Any, ...]:
-    """The mesh axes that split each axis of x, as an explicit mesh's types have it."""
-    return tuple(jax.typeof(x).sharding.spec)
-
-
-class Place(NamedTuple):
-    """Where a program will run.
-
-    Attributes:
-      platform: "cpu", "gpu" or "tpu".
-      is_local: whether its arrays lie on one device whole.
-    """
-
-    platform: str
-    is_local: bool
-
-
-LOCAL_CPU = Place("cpu", is_local=True)
-
-
-def place(*arrays: Array) -> Place:
-    """Where the program that is traced with these arrays will run.
-
-    That is on the devices of the mesh around the call, or of the arrays' types, which this process
-    may not have: it then compiles for them. Where there is no mesh, it is on JAX's own.
-    """
-    around = jax.sharding.get_abstract_mesh()
-    meshes = [around, *(jax.typeof(x).sharding.mesh for x in arrays)]
-    platforms = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device]
-    platform = platforms[0] if platforms else jax.default_backend()
-    # Of an array without a mesh nobody knows whether several devices split it.
-    alone = jax.device_count() == 1 and all(mesh.size <= 1 for mesh in meshes)
-    manual = not around.empty and set(around.manual_axes) == set(around.axis_names)
-    return Place("gpu" if platform in ("cuda", "rocm") else platform, alone or manual)
 
 
 def is_explicit(*arrays: Array | None) -> bool:
@@ -166,15 +111,6 @@ def mapped_as(x: Array, label: Array | None) -> Array:
     return x + (0 * label).astype(x.dtype)[..., None]
 
 
-def batched_as(loss: Array, x: Any) -> Any:
-    """Arrays x, unchanged, each of which depends on the loss too: [...] as it is, or a number.
-
-    All results of a custom rule have to be batched alike. Where ``jax.vmap`` maps the targets alone
-    it would not batch lse, and so would count lse's cotangent once for each example.
-    """
-    return jax.tree.map(lambda a: jnp.where(loss == 0, a, a), x)
-
-
 def check_mapped(**arrays: Array | None) -> None:
     """Raises where a mesh axis splits both these arrays and what an enclosing ``jax.vmap`` maps."""
     for name, a in arrays.items():
@@ -222,19 +158,6 @@ def check_splits(
             )
 
 
-def reshard(x: Array, spec: Sequence[Any]) -> Array:
-    """x typed as split in that way, along its axes that are longer than 1."""
-    spec = tuple(axis if axis and n > 1 else None for axis, n in zip(spec, x.shape, strict=True))
-    if sharding(x) == spec:
-        return x
-    if jax.sharding.get_abstract_mesh().empty:
-        raise ValueError(
-            "logits: expected a call in the context of the Explicit mesh that splits them, got no "
-            "mesh; use jax.set_mesh(mesh)"
-        )
-    return jax.reshard(x, PartitionSpec(*spec))
-
-
 def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
     """These axes, if all belong to a ``jax.vmap``, and none if all are a mesh's."""
     mapped = vmap_axes(axis_name)
@@ -260,20 +183,6 @@ def shard_of(x: Array, axis_name: AxisName, axis: int) -> Array:
     # By comparison: a slice has no rule for an index that an Explicit mesh splits.
     shard = lax.broadcasted_iota(jnp.int32, x.shape, axis)
     return jnp.sum(jnp.where(shard == lax.axis_index(axis_names(axis_name)), x, 0), axis=axis)
-
-
-def vary(x: Array, names: frozenset[str]) -> Array:
-    """x typed as varying along these mesh axes too, so that its cotangent may vary as well."""
-    missing = tuple(sorted(names - varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def vary_like(rows: Any, x: Array) -> Any:
-    """Arrays of a number a row, typed as varying as x does before they are broadcast against it.
-
-    The transpose of that cast is a sum over devices. After the broadcast it would move [N, K].
-    """
-    return jax.tree.map(lambda a: vary(a, varying(x)), rows)
 
 
 def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:

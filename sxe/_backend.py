@@ -1,0 +1,165 @@
+"""Where a program will run, and every fact about platforms and versions that sxe acts on.
+
+A call makes one ``Backend`` and hands it down. No other module of the losses compares a platform,
+or asks for JAX's version or devices.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, device_count, lax
+from jax.typing import DTypeLike
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+MIB = 2**20
+
+
+class ChunkLimits(NamedTuple):
+    """What bounds the default number of rows in a chunk of the head.
+
+    Attributes:
+      logits_bytes: a chunk has as many rows as have logits of so many bytes.
+      wanted_rows: a matmul needs at least so many rows, because it reads the whole kernel.
+      most_chunks: where ``wanted_rows`` is the larger one, rows are still divided into so many
+        chunks.
+    """
+
+    logits_bytes: int
+    wanted_rows: int
+    most_chunks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where a program will run.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      is_local: whether each array of the program lies on one device whole.
+      jax_version: of the JAX that traces it.
+    """
+
+    platform: str
+    is_local: bool
+    jax_version: tuple[int, ...] = jax.__version_info__
+
+    @property
+    def loops_over_rows(self) -> bool:
+        """Whether rows and classes may be taken in blocks, one after the other.
+
+        Blocks pay on a CPU, where XLA writes out what it can't fuse, and a block stays in a cache.
+        A loop over rows that several devices hold would gather them.
+        """
+        return self.platform == "cpu" and self.is_local
+
+    @property
+    def row_block_bytes(self) -> int:
+        """How large a block of rows is in float32. Its temporaries stay in a CPU's cache."""
+        return 4 * MIB
+
+    @property
+    def class_block_bytes(self) -> int:
+        """How large a block of the kernel's classes is in float32, likewise."""
+        return 8 * MIB
+
+    @property
+    def writes_out_shared_terms(self) -> bool:
+        """Whether XLA writes an array out where two results need it, instead of computing it twice.
+
+        XLA's CPU backend fuses a sum of exponentials into one pass over the logits. Where a second
+        sum or a gradient needs the same exponentials, it writes them all to memory.
+        """
+        return self.platform == "cpu"
+
+    @property
+    def writes_out_comparisons(self) -> bool:
+        """Whether XLA writes a comparison out instead of fusing it into a sum."""
+        return self.platform == "cpu"
+
+    @property
+    def takes_few_classes_one_by_one(self) -> bool:
+        """Whether rows of a few classes are normalized class by class.
+
+        A CPU sums rows of a few classes one row at a time, but takes a class of many rows at once.
+        JAX 0.10 compiles that wrongly in a program for several devices, at the lowest level of
+        optimization.
+        """
+        return self.loops_over_rows and self.jax_version >= (0, 11)
+
+    @property
+    def widens_arrays_in_loops(self) -> bool:
+        """Whether a loop that slices a 16-bit array converts all of the array in each step.
+
+        XLA's CPU backend does that in JAX 0.10. It can't do it for integers of 16 bits.
+        """
+        return self.platform == "cpu" and self.jax_version < (0, 11)
+
+    def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
+
+        It is their own. On a CPU it is float32 for float16, which XLA would widen anyway.
+        """
+        widened = dtype == jnp.float16 and self.platform == "cpu"
+        return jnp.dtype(jnp.float32 if widened else dtype)
+
+    def gradient_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """The dtype in which the logits' gradient is multiplied with hidden states and kernel.
+
+        An accelerator multiplies bfloat16 with bfloat16 only, so that the gradient is rounded to
+        it. A CPU gains little by that. Float16 would lose every probability below 6e-8.
+        """
+        if dtype == jnp.bfloat16 and self.platform != "cpu":
+            return jnp.dtype(jnp.bfloat16)
+        return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+    def chunk_limits(self, dtype: DTypeLike) -> ChunkLimits:
+        """The limits for hidden states and a kernel of that dtype."""
+        if self.platform != "cpu":
+            # Each chunk reads the kernel twice, and reads and writes its gradient, in float32. By
+            # their data sheets an H100 (3.35 TB/s, 989 TFLOP/s) computes the three products of 590
+            # rows in that time in bfloat16, a TPU v6e (1.64 TB/s, 918 TFLOP/s) of 1,120 rows. In
+            # float32 it is 390 rows at most, in TF32. Reading and writing logits comes on top.
+            rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
+            return ChunkLimits(32 * MIB, rows, 8)
+        # With what else is as large, a chunk needs below 64 MiB. For some options XLA makes a copy
+        # of the logits in JAX 0.10.
+        return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
+
+
+def backend_of(*arrays: Array) -> Backend:
+    """The backend of a program that is traced with these arrays.
+
+    It runs on the devices of the mesh around the call, or of the mesh in the arrays' types, which
+    this process may not have: it then compiles for them. Without a mesh it runs on JAX's default
+    backend.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    types = [jax.typeof(x).sharding for x in arrays]
+    meshes = [around, *(of_type.mesh for of_type in types)]
+    platforms = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device]
+    platform = platforms[0] if platforms else jax.default_backend()
+    # Nobody knows whether several devices split an array without a mesh.
+    alone = device_count() == 1 and all(mesh.size <= 1 for mesh in meshes)
+    alone = alone and not any(axes for of_type in types for axes in of_type.spec)
+    manual = not around.empty and set(around.manual_axes) == set(around.axis_names)
+    return Backend("gpu" if platform in ("cuda", "rocm") else platform, alone or manual)
+
+
+def apart(m: Array, after: Array, backend: Backend) -> Array:
+    """m, computed after ``after``, so that XLA doesn't see that the two share terms.
+
+    See ``Backend.writes_out_shared_terms``.
+    """
+    if backend.writes_out_shared_terms:
+        # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
+        m, _ = lax.optimization_barrier((m, lax.stop_gradient(after)))
+    return m
+
+
+def bits_of(x: Array, backend: Backend) -> Array:
+    """x, or its bits as integers where a loop would convert all of x in each step."""
+    if backend.widens_arrays_in_loops and x.dtype.itemsize == 2:
+        return lax.bitcast_convert_type(x, jnp.uint16)
+    return x

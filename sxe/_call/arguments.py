@@ -1,0 +1,199 @@
+"""One argument of a call at a time: from what a caller may pass to a value, or an error.
+
+Each function takes the name of the argument, for its errors, and what was passed.
+"""
+
+import difflib
+import math
+import numbers
+import operator
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from sxe._arrays import AxisName
+
+
+def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
+    advice = ""
+    if isinstance(value, jax.core.Tracer):
+        advice = "; close over a Python value, or name it in the static_argnames of jax.jit"
+    return TypeError(f"{name}: expected {expected}, got {value!r}{advice}")
+
+
+def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
+    try:
+        return jnp.asarray(x if isinstance(x, Array) else _held(x, ignore_index))
+    except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
+        plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
+        got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
+        raise TypeError(f"{name}: expected an array, got {got}{_unpacking(name, x)}") from error
+
+
+def _held(x: Any, ignore_index: int | None) -> Any:
+    """x as JAX can hold it: in this machine's byte order, and without integers that do not fit.
+
+    With x64 off JAX would wrap a label that 32 bits do not hold, and make it another class.
+    """
+    leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
+    leaves = [_native(a) for a in leaves]
+    if all(_is_integer(a) for a in leaves):
+        leaves = [_fit(a, ignore_index) for a in leaves]
+    return jax.tree.unflatten(nesting, leaves)
+
+
+def _native(x: Any) -> Any:
+    if isinstance(x, Array | int | float | complex):
+        return x
+    if hasattr(x, "__jax_array__"):
+        return _native(x.__jax_array__())
+    if hasattr(x, "__cuda_array_interface__"):  # on a GPU, from where NumPy does not take it
+        return x
+    x = x if isinstance(x, np.ndarray) else np.asarray(x)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _is_integer(x: Any) -> bool:
+    if isinstance(x, Array | np.ndarray):
+        return bool(jnp.issubdtype(x.dtype, jnp.integer))
+    return isinstance(x, int)
+
+
+def _fit(x: Any, ignore_index: int | None) -> Any:
+    """x, in which another integer stands for each that JAX does not hold.
+
+    It is the largest that JAX holds, which is no class, or if that is ignored the one below it.
+    """
+    number = isinstance(x, int)
+    if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
+        return x
+    held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int if number else x.dtype))
+    other = held.max - (ignore_index == held.max)
+    if number:
+        return x if held.min <= x <= held.max else other
+    return np.where((x < held.min) | (x > held.max), other, x)
+
+
+def _unpacking(name: str, x: Any) -> str:
+    """What to pass instead of something that holds arrays, or is one that JAX does not take."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "; pass its .filled(0), and what its mask leaves as where"
+    if isinstance(x, np.ndarray):
+        return f"; JAX has no dtype {x.dtype}: cast it"
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return "; for shapes alone call jax.eval_shape"
+    if isinstance(x, jax.Ref):
+        return "; read it, as by ref[...]"
+    if hasattr(x, "unbox"):
+        return "; unbox it, as by nn.meta.unbox(params) of Flax"
+    for held in ("kernel", "embedding.T", "weight.T"):  # by layers of Flax, or Equinox and PyTorch
+        if name == "kernel" and hasattr(x, held.removesuffix(".T")):
+            return f"; pass its .{held}"
+    if hasattr(x, "value"):
+        return "; pass its .value"
+    if isinstance(x, Mapping) and any(hasattr(a, "shape") for a in jax.tree.leaves(x)):
+        return "; pass one of the arrays in it"
+    return ""
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    if not isinstance(value, np.ndarray | np.generic) or value.shape != ():
+        return False
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
+
+
+def number(
+    name: str, value: Any, expected: str, *, fits: Callable[[float], bool], off: float
+) -> Array | float | None:
+    """A number that fits, None for the number ``off``, or a scalar array of JAX.
+
+    The value of such an array is not looked at: it may be traced, or a device may not have computed
+    it yet.
+    """
+    if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+    if _is_numpy_scalar(value):
+        value = float(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        given = float(value)
+        if not fits(given):
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+        return None if given == off else given
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        advice = _unpacking(name, value) if dtype is None else "; cast it to a float dtype"
+        raise TypeError(
+            f"{name}: expected {expected}, or a scalar float array, got {value!r}{advice}"
+        )
+    shape = jnp.shape(value)
+    if shape != ():
+        advice = ""
+        if math.prod(shape) == 1:
+            advice = f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
+        elif name == "logit_scale":
+            advice = "; for a scale for each row multiply hidden by it"
+        raise ValueError(f"{name}: expected a scalar, got shape {shape}{advice}")
+    return value
+
+
+def integer(name: str, value: Any, expected: str = "an int") -> int:
+    """The value as an int, if it is an integer of any kind: of Python, of NumPy, a scalar array."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise _wrong_type(name, expected, value)
+
+
+def integer_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else integer(name, value, "an int or None")
+
+
+def axis(name: str, value: Any) -> int | tuple[int, ...]:
+    expected = "an int or a tuple of ints"
+    if isinstance(value, (tuple, list)):
+        return tuple(integer(name, a, expected) for a in value)
+    return integer(name, value, expected)
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong_type(name, "True or False", value)
+    return bool(value)
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.7)
+        advice = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{advice}"
+        )
+    return value
+
+
+def mesh_axes(name: str, value: Any) -> AxisName:
+    names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if value is None or names == ():
+        return None
+    if not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{name}: expected a mesh axis name or a tuple of them, got {value!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{name}: expected mesh axes named once, got {value!r}")
+    return names
+
+
+def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
+    """The dtype, if it is one that the losses compute with."""
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        raise TypeError(
+            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}{advice}"
+        )
+    return dtype

@@ -1,0 +1,247 @@
+"""Whether the arguments of a call fit together, and errors that say how they would."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import jet
+
+from sxe._call.arguments import check_dtype
+from sxe._call.options import Options
+
+HEAD_ORDER = "hidden, kernel, labels"
+
+
+def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice: str = "") -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        cast = "cast it to a float dtype"
+        if name == "weights":
+            mask = "weights" if x.dtype == jnp.bool_ else "weights != 0"
+            cast = f"for a mask of rows pass where={mask}, else {cast}"
+        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}; {cast}")
+    if x.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape}, one for each {each}, got {x.shape}{advice}"
+        )
+
+
+def _broadcasts(
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
+) -> list[str]:
+    """The ways to broadcast an array of that shape that put elements along all axes ``along``."""
+    ways = []
+    for behind in range(len(expected) - len(shape) + 1):
+        full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
+        elements = {axis for axis, n in enumerate(full) if n != 1}
+        fits = all(full[axis] == expected[axis] for axis in elements)
+        if fits and elements >= set(along):
+            index = ", ".join([":"] * len(shape) + ["None"] * behind)
+            ways.append(f"jnp.broadcast_to({name}{f'[{index}]' if behind else ''}, {expected})")
+        if not elements:
+            break  # with one element all ways are the same
+    return ways
+
+
+def _not_broadcast(ways: list[str]) -> str:
+    """The advice for an array that would have to be broadcast.
+
+    It may have several ways: for rows [T, T] an array [T] may have one element for each of the
+    first axis, or of the second.
+    """
+    return f"; it is not broadcast: pass {' or '.join(ways)}" if ways else ""
+
+
+def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], within: str = "") -> str:
+    """The advice how to give an array of that shape the expected one.
+
+    ``within`` is the advice inside of ``jax.shard_map``, or "".
+    """
+    if shape == (*expected, 1):
+        return f"; take {name}[..., 0]"
+    if within:
+        return within
+    if shape == (1, *expected):
+        return f"; take {name}[0]"
+    if len(shape) == 2 and shape == expected[::-1]:
+        return f"; take {name}.T"
+    if 1 in (len(shape), len(expected)) and math.prod(shape) == math.prod(expected):
+        return f"; take {name}.reshape({expected})"
+    return _not_broadcast(_broadcasts(name, shape, expected))
+
+
+def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
+    """The advice for a language model, where a label is the token that follows, or ""."""
+    if len(labels) != len(rows) or len(rows) < 2 or labels[:-1] != rows[:-1]:
+        return ""
+    if labels[-1] == rows[-1] - 1:
+        return f"; if these are the tokens that follow, pass {name}[..., :-1, :]"
+    if labels[-1] == rows[-1] + 1:
+        return "; if these are all tokens, pass those that follow, labels[..., 1:]"
+    return ""
+
+
+def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
+    """Raises unless hidden states, kernel and its options fit together."""
+    check_logits("hidden", hidden)
+    check_logits("kernel", kernel)
+    size = hidden.shape[-1]
+    if kernel.ndim != 2 or kernel.shape[0] != size:
+        advice = ""
+        if kernel.ndim == 2 and kernel.shape[1] == size:
+            advice = "; of an embedding [K, D] pass its transpose, embedding.T"
+        elif hidden.ndim == 2 and kernel.shape[-1:] == hidden.shape[:1]:
+            advice = f"; the order of arguments is {HEAD_ORDER}"
+        raise ValueError(
+            f"kernel: expected shape [D, K] with D = {size}, the last axis of hidden "
+            f"{hidden.shape}, got {kernel.shape}{advice}"
+        )
+    if kernel.shape[1] == 0:
+        raise ValueError(f"kernel: expected [D, K] with at least one class, got {kernel.shape}")
+    if options.bias is not None:
+        bias, expected = options.bias, kernel.shape[1:]
+        if bias.ndim == 0:
+            raise ValueError(
+                f"bias: expected shape {expected}, one for each class, or None, got a scalar"
+            )
+        _check_float("bias", bias, expected, "class", _fitting("bias", bias.shape, expected))
+
+
+def check_logits(name: str, x: Array) -> None:
+    """Raises unless x has one of the dtypes that the losses compute with, and an axis."""
+    order = "logits, labels" if name == "logits" else HEAD_ORDER
+    advice = "; cast it to one of these"
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        advice = f"; the order of arguments is {order}"
+    check_dtype(name, x.dtype, advice)
+    if x.ndim == 0:
+        raise ValueError(f"{name}: expected at least one axis, got a scalar")
+
+
+def check_rows(
+    labels: Array,
+    options: Options,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    *,
+    head: bool = False,
+) -> None:
+    """Raises unless labels, masks and weights fit logits of that shape with those class axes.
+
+    ``head``: whether the logits come from hidden states and a kernel.
+    """
+    rows = tuple(n for i, n in enumerate(shape) if i not in axes)
+    classes = math.prod(shape[a] for a in axes)
+    if classes == 0:
+        raise ValueError(
+            f"logits: expected at least one class along axis {options.axis}, got shape {shape}"
+        )
+    within = ""
+    if options.axis_name or options.batch_axis_name:
+        within = "; inside jax.shard_map shapes are those of one device: see its in_specs"
+
+    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    one_hot = "; cast one-hot labels to a float dtype"
+    if len(axes) == 1:
+        one_hot += f", or pass jnp.argmax(labels, axis={options.axis})"
+    if not sparse and not jnp.issubdtype(labels.dtype, jnp.floating):
+        advice = one_hot if labels.shape == shape else "; cast them to one of these"
+        raise TypeError(
+            "labels: expected class indices of an integer dtype or dense targets of a float dtype, "
+            f"got {labels.dtype}{advice}"
+        )
+    if labels.shape != (rows if sparse else shape):
+        other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
+        if labels.shape == shape:
+            one_row = "" if rows else f"; logits of shape {shape} are of one row"
+            advice = one_row + one_hot
+        elif labels.shape == rows:
+            advice = "; cast class indices to an integer dtype"
+        elif sparse and other and not head and not within:
+            advice = f"; if the classes are along axis {other[-1]}, pass axis={other[-1]}"
+        else:
+            name = "hidden" if head else "logits"
+            shift = _shift(name, labels.shape, rows) if sparse and not within else ""
+            expected = rows if sparse or labels.shape == (*rows, 1) else shape
+            advice = shift or _fitting("labels", labels.shape, expected, within)
+        raise ValueError(
+            f"labels: expected shape {rows} of integers (class indices) or {shape} of floats "
+            f"(dense targets), got {labels.shape} of {labels.dtype}{advice}"
+        )
+    if not sparse and options.ignore_index is not None:
+        raise ValueError(
+            f"ignore_index: expected None with dense targets, got {options.ignore_index}; "
+            "mask rows with where"
+        )
+    weights, class_weights = options.weights, options.class_weights
+    if options.where is not None:
+        _check_where(options, shape, axes, within=within, head=head)
+    if weights is not None:
+        of_classes = weights.shape == (classes,) and not within
+        advice = "; for a weight for each class pass class_weights" if of_classes else ""
+        advice += _fitting("weights", weights.shape, rows, within)
+        _check_float("weights", weights, rows, "row", advice)
+    if class_weights is not None:
+        of_rows = class_weights.shape == rows and not within
+        advice = "; for a weight for each row pass weights" if of_rows else ""
+        advice += _fitting("class_weights", class_weights.shape, (classes,), within)
+        _check_float("class_weights", class_weights, (classes,), "class", advice)
+
+
+def _check_where(
+    options: Options,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    *,
+    within: str,
+    head: bool,
+) -> None:
+    where = options.where
+    assert where is not None
+    rows = tuple(n for i, n in enumerate(shape) if i not in axes)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"where: expected dtype bool, got {where.dtype}; pass where != 0")
+    if where.shape == rows or (where.shape == shape and not head):
+        return
+    masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
+    advice = _fitting("where", where.shape, rows, within)
+    of_classes = _broadcasts("where", where.shape, shape, axes)
+    if of_classes and not within and not advice.startswith("; take"):
+        if not head:
+            advice = _not_broadcast(_broadcasts("where", where.shape, rows) + of_classes)
+        elif options.softcap is None:
+            advice += (
+                "; to leave classes out of all rows give them a bias of -inf, to leave them out "
+                "of some rows pass logits to sxe.softmax_cross_entropy"
+            )
+        else:
+            advice += (
+                "; the head cannot mask classes under a softcap, which bounds a bias of -inf too: "
+                "leave them out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
+            )
+    raise ValueError(f"where: expected a mask of shape {masks}, got {where.shape}{advice}")
+
+
+def check_jet(inputs: Any, options: Options) -> bool:
+    """Whether ``jax.experimental.jet`` differentiates a call with these inputs.
+
+    Raises where jet would fail with an error that does not say why.
+    """
+    if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
+        return False
+    reason = (
+        "in a call that jax.experimental.jet differentiates, because jet can't differentiate any "
+        "function that has a custom rule"
+    )
+    if options.rule != "autodiff":
+        raise ValueError(
+            f"rule: expected 'autodiff' {reason}, got {options.rule!r}; sxe.softmax_cross_entropy "
+            "and sxe.linear_softmax_cross_entropy take rule='autodiff'"
+        )
+    if options.softcap is not None:
+        raise ValueError(
+            f"softcap: expected None {reason}, got {options.softcap!r}; pass capped logits to "
+            "sxe.softmax_cross_entropy"
+        )
+    return True

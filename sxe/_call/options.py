@@ -1,0 +1,154 @@
+"""The options of a call, each named once."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from sxe._arrays import AxisName, axis_names
+from sxe._call import arguments
+from sxe._call.layout import Layout
+from sxe._rows.rules import RULES
+
+Reduction = Literal["mean", "sum", "none"]
+Rule = Literal["vjp", "jvp", "autodiff"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+# The keyword arguments of the losses, for type checkers: what the result is depends on one of them.
+
+
+class _CommonOptions(TypedDict, total=False):
+    where: ArrayLike | None
+    weights: ArrayLike | None
+    class_weights: ArrayLike | None
+    label_smoothing: ArrayLike
+    z_loss: ArrayLike
+    ignore_index: int | None
+    axis_name: AxisName
+    batch_axis_name: AxisName
+
+
+class LogitsGradientOptions(_CommonOptions, total=False):
+    axis: int | tuple[int, ...]
+    reduction: Literal["mean", "sum"]
+
+
+class LogitsOptions(_CommonOptions, total=False):
+    axis: int | tuple[int, ...]
+    reduction: Reduction
+    rule: Rule
+
+
+class HeadOptions(_CommonOptions, total=False):
+    bias: ArrayLike | None
+    logit_scale: ArrayLike
+    softcap: ArrayLike | None
+    chunk_size: int | None
+    reduction: Reduction
+    rule: Rule
+
+
+def _option(parse: Callable[[str, Any], Any], default: Any = None, *, static: bool = False) -> Any:
+    """A field: how what a caller passes is checked; and whether it chooses a program."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "static": static})
+
+
+def _array(name: str, value: ArrayLike | None) -> Array | None:
+    return None if value is None else arguments.array(name, value)
+
+
+def _label_smoothing(name: str, value: ArrayLike) -> Array | float | None:
+    expected = "a number in [0, 1] (0.0 is off)"
+    return arguments.number(name, value, expected, fits=lambda a: 0 <= a <= 1, off=0)
+
+
+def _z_loss(name: str, value: ArrayLike) -> Array | float | None:
+    expected = "a finite number of at least 0 (0.0 is off)"
+    return arguments.number(name, value, expected, fits=lambda z: 0 <= z < math.inf, off=0)
+
+
+def _logit_scale(name: str, value: ArrayLike) -> Array | float | None:
+    expected = "a finite number (1.0 is off)"
+    return arguments.number(name, value, expected, fits=math.isfinite, off=1)
+
+
+def _softcap(name: str, value: ArrayLike | None) -> Array | float | None:
+    if value is None:
+        return None
+    expected = "a number above 0 (None is off)"
+    return arguments.number(name, value, expected, fits=lambda c: c > 0, off=math.inf)
+
+
+def _reduction(name: str, value: str) -> str:
+    return arguments.one_of(name, value, REDUCTIONS)
+
+
+def _rule(name: str, value: str) -> str:
+    return arguments.one_of(name, value, tuple(RULES))
+
+
+def chunk_size(name: str, value: Any) -> int | None:
+    size = arguments.integer_or_none(name, value)
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: expected at least 1, or None for the default, got {size}")
+    return size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a caller chose. An option of None is off.
+
+    Arrays, and numbers that may be traced, come first. The others are static: they choose a
+    program. Each field has the name of the argument that it comes from, but for ``layout``, which
+    says how a mesh splits global arrays.
+    """
+
+    where: Array | None = _option(_array)
+    weights: Array | None = _option(_array)
+    class_weights: Array | None = _option(_array)
+    label_smoothing: Array | float | None = _option(_label_smoothing)
+    z_loss: Array | float | None = _option(_z_loss)
+    bias: Array | None = _option(_array)
+    logit_scale: Array | float | None = _option(_logit_scale)
+    softcap: Array | float | None = _option(_softcap)
+
+    ignore_index: int | None = _option(arguments.integer_or_none, static=True)
+    axis: int | tuple[int, ...] = _option(arguments.axis, -1, static=True)
+    reduction: Reduction = _option(_reduction, "mean", static=True)
+    return_metrics: bool = _option(arguments.boolean, False, static=True)
+    axis_name: AxisName = _option(arguments.mesh_axes, static=True)
+    batch_axis_name: AxisName = _option(arguments.mesh_axes, static=True)
+    rule: Rule = _option(_rule, "vjp", static=True)
+    chunk_size: int | None = _option(chunk_size, static=True)
+    layout: Layout | None = _option(lambda name, value: value, static=True)
+
+    def of_rows(self) -> dict[str, Array | None]:
+        """The arrays among them that a mesh splits as it splits logits, by their names."""
+        names = ("where", "weights", "class_weights")
+        return {name: getattr(self, name) for name in names}
+
+    def replace(self, **changes: Any) -> "Options":
+        return dataclasses.replace(self, **changes)
+
+
+def parse(**given: Any) -> Options:
+    """The options of one call, each checked as far as that needs no other argument.
+
+    One that is not given is off.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    options = Options(
+        **{name: fields[name].metadata["parse"](name, value) for name, value in given.items()}
+    )
+    both = set(axis_names(options.axis_name)) & set(axis_names(options.batch_axis_name))
+    if both:
+        raise ValueError(
+            f"batch_axis_name: expected other mesh axes than axis_name, got {sorted(both)} in both"
+        )
+    return options

@@ -1,0 +1,178 @@
+"""Labels and options to targets for each class, and which rows count."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from sxe._arrays import AxisName, keep, pmax, psum, reshard, sharding, wide_dtype
+from sxe._backend import Backend
+from sxe._call.axes import is_mapped_split
+from sxe._call.label_check import checked
+from sxe._call.options import Options
+from sxe._rows.targets import Dense, Targets, is_label
+from sxe._rows.twins import dense_targets
+
+
+class Rows(NamedTuple):
+    """The targets of rows, and what each row weighs, [...].
+
+    A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
+
+    Attributes:
+      targets: see there.
+      weight: multiplies the row's loss.
+      norm: the row's part of the denominator of the mean.
+      mask: bool, the rows that count, or None where all of them do.
+    """
+
+    targets: Targets
+    weight: Array
+    norm: Array
+    mask: Array | None
+
+
+class Logits(NamedTuple):
+    """What ``make_rows`` has to know of logits, which may not exist.
+
+    Attributes:
+      shape: [..., K] on this device.
+      dtype: of the logits.
+      finite: bool [...], the rows that have a loss if their label is good; or None, where no row's
+        weight depends on that.
+    """
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    finite: Array | None
+
+
+def any_class(x: Array, axis_name: AxisName) -> Array:
+    """Whether x holds for any class of the row, on any shard: [..., K] to [...]."""
+    # Of jnp.any, jax.experimental.jet has no rule.
+    return pmax(jnp.max(x.astype(jnp.int32), axis=-1), axis_name) > 0
+
+
+def _both(a: Array | None, b: Array) -> Array:
+    return b if a is None else a & b
+
+
+class _Classes(NamedTuple):
+    """The classes at hand among all.
+
+    Attributes:
+      number: of all classes.
+      first: the index of the first at hand.
+      axis_name: the mesh axes that split them.
+      backend: where the program runs.
+    """
+
+    number: int
+    first: Array | int
+    axis_name: AxisName
+    backend: Backend
+
+
+def _classes(at_hand: int, axis_name: AxisName, backend: Backend) -> _Classes:
+    if axis_name is None:
+        return _Classes(at_hand, 0, None, backend)
+    first = lax.axis_index(axis_name) * at_hand
+    return _Classes(at_hand * lax.axis_size(axis_name), first, axis_name, backend)
+
+
+def make_rows(labels: Array, options: Options, logits: Logits, backend: Backend) -> Rows:
+    """Every option about targets and rows ends here.
+
+    Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
+    and weights come out in float32 or, for float64 logits, float64.
+    """
+    dtype = wide_dtype(logits.dtype)
+    classes = _classes(logits.shape[-1], options.axis_name, backend)
+    smoothing, class_weights = options.label_smoothing, options.class_weights
+    a = None if smoothing is None else jnp.asarray(smoothing, dtype)
+    c = None if class_weights is None else class_weights.astype(dtype)
+    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    mask = options.where
+    if sparse:
+        # Narrow integers hold neither K nor, unsigned, a negative ignore_index: compare wide ones.
+        if jnp.iinfo(labels.dtype).bits < 32:
+            labels = labels.astype(jnp.int32)
+        ignored, info = options.ignore_index, jnp.iinfo(labels.dtype)
+        if ignored is not None and info.min <= ignored <= info.max:
+            mask = _both(mask, labels != np.array(ignored, labels.dtype))
+        good = (labels >= 0) & (labels < classes.number)
+    else:
+        labels = labels.astype(dtype)
+        good = jnp.isfinite(psum(jnp.sum(labels, axis=-1), options.axis_name))
+
+    weight = jnp.ones(logits.shape[:-1], dtype)
+    if options.weights is not None:
+        weight = options.weights.astype(dtype)
+        # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
+        mask = _both(mask, (weight != 0) | _both(logits.finite, good))
+    weight = norm = keep(mask, weight)
+    if not sparse:
+        return Rows(_of_dense(keep(mask, labels), a, c, classes), weight, norm, mask)
+
+    bad = ~good if mask is None else mask & ~good
+    labels = checked(labels, bad, classes.number, options.ignore_index)
+    label = jnp.where(good, labels, -1).astype(jnp.int32)
+    label_weight = jnp.ones_like(weight)
+    if c is not None:
+        label_weight = _weight_of(label, c, classes)
+        norm = norm * label_weight
+    targets = _of_labels(label, label_weight, (a, c), classes)
+    # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
+    total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(weight))
+    return Rows(targets._replace(total=total), weight, norm, mask)
+
+
+def _of_dense(p: Array, a: Array | None, c: Array | None, classes: _Classes) -> Targets:
+    """t_k = c_k ((1 - a) p_k + a / K)."""
+    t = p if a is None else (1 - a) * p + a / classes.number
+    t = t if c is None else t * _on_class_axis(c, t.ndim)
+    dense = dense_targets(t, classes.axis_name, classes.backend)
+    return Targets(None, None, dense, dense.largest + dense.rest)
+
+
+def _of_labels(
+    label: Array,
+    label_weight: Array,
+    smoothing_and_weights: tuple[Array | None, Array | None],
+    classes: _Classes,
+) -> Targets:
+    """t_k = c_k ((1 - a) [k = y] + a / K). The second part is the same for all rows."""
+    a, c = smoothing_and_weights
+    index = label - classes.first
+    if a is None:
+        return Targets(index, label_weight, None, label_weight)
+    t = jnp.reshape(a / classes.number, (1,) * (label.ndim + 1))
+    if c is None:
+        dense = Dense(t, t[..., 0], t[..., 0] * (classes.number - 1))
+    else:
+        t = t * _on_class_axis(c, t.ndim)
+        dense = dense_targets(t, classes.axis_name, classes.backend)
+    label_target = (1 - a) * label_weight
+    return Targets(index, label_target, dense, label_target + (dense.largest + dense.rest))
+
+
+def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
+    """The class weight of each label, [...], and 0 for a label that is no class."""
+    index = label - classes.first
+    inside = (index >= 0) & (index < c.size)
+    index = jnp.where(inside, index, 0)
+    # On an Explicit mesh a gather is from a whole table, and its result split as the labels are.
+    # Where a vmap maps a split axis of the labels, their type can't name it, and a sum is taken.
+    c, split = reshard(c, (None,)), sharding(index)
+    if is_mapped_split(index):
+        c = _on_class_axis(c, index.ndim + 1)
+        found = jnp.sum(jnp.where(is_label(index, c.shape[-1]), c, 0), axis=-1)
+    else:
+        found = c.at[index].get(out_sharding=PartitionSpec(*split) if any(split) else None)
+    return psum(jnp.where(inside, found, 0), classes.axis_name)
+
+
+def _on_class_axis(c: Array, ndim: int) -> Array:
+    return c.reshape((1,) * (ndim - 1) + c.shape)

@@ -1,0 +1,445 @@
+"""A function of rows, of hidden states and a kernel, without the [N, K] logits.
+
+Rows are taken in chunks. The logits of one chunk exist at a time, and go through the function of
+rows as any others do. From its gradient the chain rule of ``projection`` leads to hidden states and
+kernel, in one of two ways:
+
+    sums of rows    What each row weighs is known. Where the sum is differentiated, the forward pass
+                    goes on from a chunk's logits to the gradients, and the backward pass only
+                    scales them: 6 N D K FLOPs.
+    single rows     The cotangents are known in the backward pass, which computes the logits of each
+                    chunk again: 8 N D K FLOPs.
+
+Rules other than "vjp" leave all of this to JAX, which differentiates the same chunks one by one.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+
+from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, zeros_like
+from sxe._head.loops import in_row_blocks, over_chunks
+from sxe._head.projection import Products, Transform, transform, transform_bwd
+from sxe._rows.cross_entropy import CrossEntropy, Results
+from sxe._rows.normalizer import Normalizer
+from sxe._rows.predictions import Best, best
+from sxe._rows.rules import RULES, own_targets, results_and_state
+from sxe._rows.targets import Dense, Targets
+
+T = TypeVar("T")
+
+
+class Shared(NamedTuple):
+    """What all rows share. None: the option is off or, of gradients, not wanted.
+
+    Attributes:
+      kernel: [D, K].
+      transform: of u to logits.
+      dense: what label smoothing adds to each row's targets, with t [1, K] or [1, 1].
+      z_loss: a scalar.
+    """
+
+    kernel: Any
+    transform: Transform
+    dense: Dense | None
+    z_loss: Array | None
+
+
+class Rows(NamedTuple):
+    """What each row has.
+
+    Attributes:
+      hidden: [N, D], or None where it is not needed.
+      targets: of [N, ...].
+      weight: [N], multiplies the row's results.
+      mask: bool [N], the rows that count, or None where all do.
+    """
+
+    hidden: Any
+    targets: Targets
+    weight: Any
+    mask: Array | None
+
+
+class Wanted(NamedTuple):
+    """True for each input that is differentiated. No other's gradient is computed."""
+
+    shared: Any
+    rows: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How rows go through the head.
+
+    Attributes:
+      f: the function of rows.
+      products: how hidden states and kernel are multiplied.
+      chunks: how many chunks the rows are divided into.
+      has_weights: whether a row may weigh 0 that has no loss.
+      predicts: whether the class of each row's largest logit is wanted.
+      wanted: the gradients that are, in a rule.
+    """
+
+    f: CrossEntropy
+    products: Products
+    chunks: int
+    has_weights: bool
+    predicts: bool
+    wanted: Wanted = Wanted(None, None)
+
+
+class Outcome(NamedTuple):
+    """What comes out of the head.
+
+    Attributes:
+      value: the sum of the rows' weighted results, or None where single rows are wanted.
+      results: of f, for each row, [N]. Beside a sum they have no gradient.
+      best: of each row, without gradient, among this shard's classes; or None.
+    """
+
+    value: Array | None
+    results: Results
+    best: Best | None
+
+
+# One chunk, or one block of its rows.
+
+
+class Tile(NamedTuple):
+    """Some rows on the way through the head, [C, ...].
+
+    Attributes:
+      x: the logits.
+      u: what they come from, 0 in rows that do not count.
+      targets: of each row and each class.
+      mask: the rows that count, or None where all do.
+      best: of logits in all rows, or None where it is not wanted.
+    """
+
+    x: Array
+    u: Array
+    targets: Targets
+    mask: Array | None
+    best: Best | None
+
+
+def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
+    """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
+    mask = rows.mask
+    if head.has_weights:
+        largest = jnp.max(lax.stop_gradient(transform(u, shared.transform)), axis=-1)
+        mask = _with_loss(head, rows, pmax(largest, head.f.axis_name))
+    kept = keep(mask, u)
+    x, found = transform(kept, shared.transform), None
+    if head.predicts:
+        found = best(x if mask is None else transform(u, shared.transform))
+    targets = rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
+    return Tile(x, kept, targets, mask, found)
+
+
+def _with_loss(head: Head, rows: Rows, m: Array) -> Array | None:
+    """Of the rows that count, those that weigh something or whose largest logit m is finite.
+
+    Hidden states that are finite may still have logits that are not.
+    """
+    if not head.has_weights:
+        return rows.mask
+    with_loss = (rows.weight != 0) | jnp.isfinite(m)
+    return with_loss if rows.mask is None else rows.mask & with_loss
+
+
+class Start(NamedTuple):
+    """What the gradient of rows starts from: their state, and the cotangents of their results."""
+
+    state: Normalizer
+    g: Results
+
+
+class Sums(NamedTuple):
+    """What is summed over all rows. None: not wanted.
+
+    Attributes:
+      value: of the weighted results.
+      d_shared: the gradients of what rows share, but for the kernel.
+      d_kernel: [D, K], float32 or float64.
+    """
+
+    value: Array
+    d_shared: Shared
+    d_kernel: Array | None
+
+
+class Outputs(NamedTuple):
+    """What each row has of its own when it went through the head, [C, ...]."""
+
+    mask: Array | None
+    results: Results | None
+    best: Best | None
+    d_rows: Rows
+
+
+def _chunk_fwd(head: Head, shared: Shared, sums: Sums, rows: Rows) -> tuple[Sums, Outputs]:
+    """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
+    u = head.products.u(rows.hidden, shared.kernel)  # H0
+
+    def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Outputs]:
+        tile = _tile(head, shared, u, rows)  # H1, H2
+        results, state = results_and_state(head.f, tile.x, tile.targets)  # D0
+        results = _keep(tile.mask, results)
+        weighed = head.f.weigh(results, rows.weight, shared.z_loss)
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, Start(state, weighed.g))
+        d_shared = d_shared._replace(z_loss=None if weighed.d_z is None else jnp.sum(weighed.d_z))
+        d_rows = _only(head.wanted.rows, Rows(None, d_targets, weighed.d_weight, None))
+        sums = sums._replace(
+            value=sums.value + jnp.sum(weighed.value), d_shared=_add(sums.d_shared, d_shared)
+        )
+        return sums, d_u, Outputs(tile.mask, results, tile.best, d_rows)
+
+    sums, d_u, outputs = in_row_blocks(block, sums, u, _but_hidden(rows), backend=head.f.backend)
+    return _products_bwd(head, shared, (sums, rows, outputs), d_u)
+
+
+def _chunk_bwd(
+    head: Head, shared: Shared, sums: Sums, rows_and_start: tuple[Rows, Start]
+) -> tuple[Sums, Outputs]:
+    """The logits of a chunk again, and the gradients from where their rows' start."""
+    rows, start = rows_and_start
+    u = head.products.u(rows.hidden, shared.kernel)  # H0
+
+    def block(
+        sums: Sums, u: Array, rows_and_start: tuple[Rows, Start]
+    ) -> tuple[Sums, Array, Outputs]:
+        rows, start = rows_and_start
+        tile = _tile(head, shared, u, rows)  # H1, H2
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, start)
+        d_targets = own_targets(d_targets, tile.x, head.f.axis_name)
+        d_rows = _only(head.wanted.rows, Rows(None, d_targets, None, None))
+        sums = sums._replace(d_shared=_add(sums.d_shared, d_shared))
+        return sums, d_u, Outputs(tile.mask, None, None, d_rows)
+
+    block_rows = _but_hidden(rows), start
+    sums, d_u, outputs = in_row_blocks(block, sums, u, block_rows, backend=head.f.backend)
+    return _products_bwd(head, shared, (sums, rows, outputs), d_u)
+
+
+def _tile_bwd(
+    head: Head, shared: Shared, tile: Tile, start: Start
+) -> tuple[Array, Shared, Targets]:
+    """d u, and the gradients of what rows share and of each row's targets."""
+    d_x = head.f.gradient(tile.x, tile.targets, *start)  # D7
+    d_targets = head.f.target_gradient(tile.x, tile.targets, *start)
+    d_u, d_transform = transform_bwd(d_x, tile.u, shared.transform)  # H3 to H5
+    d_shared = Shared(None, d_transform, None, None)
+    if shared.dense is not None:
+        d_shared = d_shared._replace(dense=d_targets.dense)
+        d_targets = d_targets._replace(dense=None)
+    return d_u, d_shared, d_targets
+
+
+def _products_bwd(
+    head: Head, shared: Shared, at: tuple[Sums, Rows, Outputs], d_u: Array
+) -> tuple[Sums, Outputs]:
+    """The sums with the gradient of the kernel, and the outputs with that of the hidden states."""
+    sums, rows, outputs = at
+    if sums.d_kernel is not None:
+        hidden = keep(outputs.mask, rows.hidden)  # a NaN there times a d u of 0 is a NaN
+        d_kernel = head.products.add_d_kernel(sums.d_kernel, hidden, d_u)  # H7
+        sums = sums._replace(d_kernel=d_kernel)
+    if head.wanted.rows.hidden:
+        d_hidden = keep(outputs.mask, head.products.d_hidden(d_u, shared.kernel))  # H6
+        outputs = outputs._replace(d_rows=outputs.d_rows._replace(hidden=d_hidden))
+    return sums, outputs
+
+
+def _but_hidden(rows: Rows) -> Rows:
+    return rows._replace(hidden=None)
+
+
+def _keep(mask: Array | None, results: T) -> T:
+    return jax.tree.map(lambda a: keep(mask, a), results)
+
+
+def _add(sums: T, more: T) -> T:
+    """sums + more. None in sums is not wanted, and None in more adds nothing."""
+
+    def add(a: Array | None, b: Any) -> Array | None:
+        return a if a is None or b is None else a + b
+
+    return jax.tree.map(add, sums, more, is_leaf=lambda a: a is None)
+
+
+# All chunks.
+
+
+def _narrow(head: Head, shared: Shared, rows: Rows) -> tuple[Shared, Rows]:
+    """Hidden states and kernel in the dtype of their product.
+
+    They come in float32, so that their gradients leave in it.
+    """
+    dtype = head.products.dtype
+    kernel, hidden = shared.kernel.astype(dtype), rows.hidden.astype(dtype)
+    return shared._replace(kernel=kernel), rows._replace(hidden=hidden)
+
+
+def _results(head: Head, shared: Shared, rows: Rows) -> tuple[Outcome, Normalizer, Array | None]:
+    """The results, the state that a backward pass starts from, and which rows count.
+
+    Shards of the classes meet behind the loop, once for all rows.
+    """
+    of_all = dataclasses.replace(head, has_weights=False)
+
+    def chunk(carry: tuple[()], rows: Rows) -> tuple[tuple[()], Any]:
+        u = head.products.u(rows.hidden, shared.kernel)
+
+        def block(carry: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
+            tile = _tile(of_all, shared, u, rows)
+            return carry, None, (head.f.tile(tile.x, tile.targets), tile.best)
+
+        carry, _, outputs = in_row_blocks(
+            block, carry, u, _but_hidden(rows), backend=head.f.backend
+        )
+        return carry, outputs
+
+    _, (parts, found) = over_chunks(chunk, (), rows, head.chunks)
+    results, state = head.f.merge(parts, rows.targets)
+    mask = _with_loss(head, rows, state.m)
+    return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
+
+
+def results_by(rule: str, head: Head, shared: Shared, rows: Rows) -> Outcome:
+    """The results of single rows by one of the rules for logits, differentiated by JAX."""
+
+    def chunk(carry: tuple[()], rows: Rows) -> tuple[tuple[()], Outcome]:
+        hidden = keep(rows.mask, rows.hidden)  # a NaN there times a d u of 0 is a NaN
+        tile = _tile(head, shared, head.products.u(hidden, shared.kernel), rows)
+        found = tile.best
+        if head.predicts and rows.mask is not None:
+            constants, all_rows = lax.stop_gradient((shared, rows))
+            u = head.products.u(all_rows.hidden, constants.kernel)
+            found = _tile(head, constants, u, all_rows).best
+        results = RULES[rule](head.f, tile.x, tile.targets)
+        return carry, Outcome(None, _keep(tile.mask, results), found)
+
+    # The products are of operands in float32, which holds those of narrower ones: JAX would round
+    # the kernel's gradient to the operands' dtype in every chunk.
+    products = dataclasses.replace(head.products, dtype=shared.kernel.dtype)
+    head = dataclasses.replace(head, products=products)
+    return over_chunks(chunk, (), rows, head.chunks)[1]
+
+
+def _primals(inputs: Any) -> tuple[Any, Any]:
+    """The values, and whether each is differentiated, of what a forward rule is given."""
+    leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
+    values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))
+    return jax.tree.unflatten(tree, values), jax.tree.unflatten(tree, perturbed)
+
+
+def _only(wanted: Any, gradients: T) -> T:
+    """The gradients that are wanted, and None for all others."""
+    return jax.tree.map(
+        lambda w, d: d if w else None, wanted, gradients, is_leaf=lambda a: a is None
+    )
+
+
+def _zero_sums(wanted: Shared, shared: Shared, weight: Array) -> Sums:
+    zeros = _only(wanted, jax.tree.map(lambda a: zeros_like(a, a.shape), shared))
+    return Sums(zeros_like(weight, ()), zeros._replace(kernel=None), zeros.kernel)
+
+
+def _instantiate(g: Any) -> Array:
+    return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
+
+
+# Sums of rows: the gradient in the forward pass.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def weighted_sum(head: Head, shared: Shared, rows: Rows) -> Outcome:
+    """The sum of the rows' weighted results and, without gradient, the results."""
+    shared, rows = _narrow(head, shared, rows)
+    outcome, _, _ = _results(head, shared, rows)
+    weighed = head.f.weigh(outcome.results, rows.weight, shared.z_loss)
+    return outcome._replace(value=jnp.sum(weighed.value))
+
+
+def _weighted_sum_fwd(
+    head: Head, shared_primals: Shared, rows_primals: Rows
+) -> tuple[Outcome, tuple[Shared, Rows]]:
+    (shared, rows), flags = _primals((shared_primals, rows_primals))
+    head = dataclasses.replace(head, wanted=Wanted(*flags))
+    shared, rows = _narrow(head, shared, rows)
+    sums = _zero_sums(head.wanted.shared, shared, rows.weight)
+    chunk = functools.partial(_chunk_fwd, head, shared)
+    sums, outputs = over_chunks(chunk, sums, rows, head.chunks)
+    d_shared = sums.d_shared._replace(kernel=sums.d_kernel)
+    # JAX may take the structure of the residuals from another call of the same function, in which
+    # other inputs were differentiated. So there is one structure, and empty arrays for the rest.
+    res = jax.tree.map(
+        lambda w, d: d if w else jnp.zeros((0,)),
+        flags,
+        (d_shared, outputs.d_rows),
+        is_leaf=lambda a: a is None,
+    )
+    return Outcome(sums.value, outputs.results, outputs.best), res
+
+
+def _weighted_sum_bwd(head: Head, res: tuple[Shared, Rows], g: Outcome) -> tuple[Shared, Rows]:
+    axis_name = head.f.axis_name
+    d_shared, d_rows = jax.tree.map(lambda d: None if d.shape == (0,) else d, res)
+    g_sum = sum_of_shares(_instantiate(g.value), axis_name)
+    g_own = equal_shares(g_sum, axis_name)
+
+    def times(g: Array, d: T) -> T:
+        return jax.tree.map(lambda a: g * a, d)
+
+    d_z = d_shared.z_loss  # a sum of lse^2, which may be infinite where the loss is finite
+    d_z = None if d_z is None else jnp.where(g_own == 0, 0, g_own * d_z)
+    d_targets = times(g_own, d_rows.targets)
+    d_targets = d_targets._replace(dense=times(g_sum, d_rows.targets.dense))
+    d_hidden = times(g_sum, d_rows.hidden)
+    d_rows = times(g_own, d_rows)._replace(hidden=d_hidden, targets=d_targets)
+    return times(g_sum, d_shared)._replace(z_loss=d_z), d_rows
+
+
+weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
+
+
+# Single rows: the logits again in the backward pass.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def single_rows(head: Head, shared: Shared, rows: Rows) -> Outcome:
+    """The results of each row."""
+    return _results(head, *_narrow(head, shared, rows))[0]
+
+
+def _single_rows_fwd(head: Head, shared_primals: Shared, rows_primals: Rows) -> tuple[Outcome, Any]:
+    (shared, rows), flags = _primals((shared_primals, rows_primals))
+    shared, rows = _narrow(head, shared, rows)
+    outcome, state, mask = _results(head, shared, rows)
+    # Arrays, because residuals may not be Python values.
+    wanted = jax.tree.map(lambda w: jnp.zeros((int(w),)), flags)
+    return outcome, (shared, rows._replace(mask=mask), state, wanted)
+
+
+def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Rows]:
+    shared, rows, state, flags = res
+    wanted = Wanted(*jax.tree.map(lambda w: w.size > 0, flags))
+    # The mask says already which rows have a loss.
+    head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
+    first, *others = g.results
+    others = [None if isinstance(a, SymbolicZero) else a for a in others]
+    g_results = sum_of_shares(type(g.results)(_instantiate(first), *others), head.f.axis_name)
+    sums = _zero_sums(wanted.shared, shared, rows.weight)
+    chunk = functools.partial(_chunk_bwd, head, shared)
+    sums, outputs = over_chunks(chunk, sums, (rows, Start(state, g_results)), head.chunks)
+    return sums.d_shared._replace(kernel=sums.d_kernel), outputs.d_rows
+
+
+single_rows.defvjp(_single_rows_fwd, _single_rows_bwd, symbolic_zeros=True)

@@ -1,0 +1,202 @@
+"""How the head divides its work, N rows by K classes: the sizes of the parts, and loops over them.
+
+chunks of rows      whose logits exist at a time: one product forward, two backward
+blocks of rows      of a chunk, on a CPU: for the functions of rows
+blocks of classes   of a chunk, on a CPU: for the products
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import max_dim, min_dim
+from jax.typing import DTypeLike
+
+from sxe._arrays import are_known
+from sxe._backend import Backend, bits_of
+from sxe._rows.cpu import part_of, rows_per_block
+
+Carry = TypeVar("Carry")
+Sums = TypeVar("Sums")
+
+
+class Tiling(NamedTuple):
+    """How rows are divided into chunks: their number, the rows of each, and those that are added.
+
+    In a program that ``jax.export`` lowers for any number of rows, all three may be expressions of
+    that number.
+    """
+
+    chunks: int
+    size: int
+    padding: int
+
+
+def tiling(
+    rows: int, classes: int, *, chunk_size: int | None, dtype: DTypeLike, backend: Backend
+) -> Tiling:
+    """``chunk_size`` is the most rows that a chunk may have, None for the default."""
+    most = chunk_size or _rows_per_chunk(rows, classes, dtype, backend)
+    chunks = _number_of_chunks(rows, most, backend)
+    size = max_dim(1, -(-rows // chunks))
+    return Tiling(chunks, size, size * chunks - rows)
+
+
+def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend) -> int:
+    """The default of ``chunk_size``.
+
+    Logits of a fixed number of bytes need the same memory whatever the number of rows. Where so
+    many classes leave fewer rows than a matmul wants, a chunk has as many as it wants, but not more
+    than a share of all rows: on a CPU, chunks then need a tenth of the memory of all logits.
+    """
+    itemsize = 8 if dtype == jnp.float64 else 4
+    limits = backend.chunk_limits(dtype)
+    wanted = min_dim(limits.wanted_rows, rows // limits.most_chunks)
+    return max_dim(max_dim(limits.logits_bytes // (itemsize * classes), wanted), 1)
+
+
+def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
+    """How many chunks of one size, which is at most chunk_size, the last one padded if need be.
+
+    Padding copies the hidden states and, where devices split the rows, moves them. Half as many
+    chunks more than necessary are better, or there twice as many, if they divide the rows.
+    """
+    fewest = max_dim(1, -(-rows // chunk_size))
+    if not are_known(fewest):
+        return fewest
+    most = fewest * 3 // 2 if backend.is_local else fewest * 2
+    return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
+
+
+def over_chunks(
+    body: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, rows: Any, chunks: int
+) -> tuple[Carry, Any]:
+    """``lax.scan`` of body over chunks of arrays [N, ...], and of its outputs to [N, ...].
+
+    A chunk takes every n-th row of n chunks, so that where devices split the rows, each has some of
+    them. If JAX differentiates the loop, it computes a chunk again and keeps nothing of its size.
+    """
+    if chunks == 1:
+        return body(carry, rows)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: Carry, i: Array) -> tuple[Carry, Any]:
+        def take(x: Array) -> Array:
+            x = x.reshape(-1, chunks, *x.shape[1:])
+            return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+
+        return body(carry, jax.tree.map(take, rows))
+
+    carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
+    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
+
+
+def in_row_blocks(
+    body: Callable[[Sums, Array, Any], tuple[Sums, Array | None, Any]],
+    sums: Sums,
+    tile: Array,
+    rows: Any,
+    *,
+    backend: Backend,
+) -> tuple[Sums, Array, Any]:
+    """sums, tile, outputs = body(sums, tile, rows), a block of the rows of a tile [C, K] at a time.
+
+    A part of the tile that comes back replaces the one that went in, in place; None leaves it. On
+    an accelerator, and for a small tile, there is one block.
+    """
+    size = rows_per_block(tile.shape, backend)
+    if size == tile.shape[0]:
+        sums, part, outputs = body(sums, tile, rows)
+        return sums, tile if part is None else part, outputs
+    blocks, left = divmod(tile.shape[0], size)
+
+    def block(first: Array | int, size: int, sums: Sums, tile: Array) -> tuple[Sums, Array, Any]:
+        def take(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, first, size)
+
+        # Without the barrier XLA's CPU backend reads the part after it was replaced, from a copy of
+        # all of the tile.
+        part = lax.optimization_barrier(take(tile))
+        sums, new, outputs = body(sums, part, jax.tree.map(take, rows))
+        if new is not None:
+            tile = lax.dynamic_update_slice_in_dim(tile, new, first, axis=0)
+        return sums, tile, outputs
+
+    def step(state: tuple[Sums, Array], i: Array) -> tuple[tuple[Sums, Array], Any]:
+        sums, tile, outputs = block(i * size, size, *state)
+        return (sums, tile), outputs
+
+    (sums, tile), outputs = lax.scan(step, (sums, tile), jnp.arange(blocks))
+    outputs = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs)
+    if left:
+        sums, tile, last = block(blocks * size, left, sums, tile)
+        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+    return sums, tile, outputs
+
+
+class Columns(NamedTuple):
+    """Some of the columns of arrays [..., K], from the first on, or all where size is None."""
+
+    first: Array | int
+    size: int | None
+    backend: Backend
+
+    def take(self, x: Array) -> Array:
+        """These columns of x."""
+        if self.size is None:
+            return x
+        return _columns(x, self.first, self.size, self.backend)
+
+    def put(self, x: Array, part: Array) -> Array:
+        """x with these columns replaced, in place."""
+        if self.size is None:
+            return part
+        return lax.dynamic_update_slice_in_dim(x, part, self.first, axis=1)
+
+
+def classes_per_block(hidden_size: int, classes: int, backend: Backend) -> int:
+    """How many classes of the kernel are multiplied at a time.
+
+    XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
+    operands that are narrower than float32 before it multiplies them. Products of 1024 columns take
+    a fifth more time than those of 2048, and wider ones take no less. Where sizes are symbols, a
+    block has all classes.
+    """
+    if not backend.loops_over_rows or not are_known(hidden_size, classes):
+        return classes
+    columns = backend.class_block_bytes // (4 * max(1, hidden_size)) // 64 * 64
+    return part_of(classes, min(2048, max(256, columns)))
+
+
+def over_class_blocks(
+    body: Callable[[Carry, Columns], Carry], carry: Carry, kernel: Array, backend: Backend
+) -> Carry:
+    """carry = body(carry, columns) for blocks of the columns of a kernel [D, K]."""
+    hidden_size, classes = kernel.shape
+    size = classes_per_block(hidden_size, classes, backend)
+    if size == classes:
+        return body(carry, Columns(0, None, backend))
+    blocks, left = divmod(classes, size)
+    carry = lax.fori_loop(
+        0, blocks, lambda i, carry: body(carry, Columns(i * size, size, backend)), carry
+    )
+    return body(carry, Columns(blocks * size, left, backend)) if left else carry
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _columns(x: Array, first: Array | int, size: int, backend: Backend) -> Array:
+    """x[:, first : first + size]."""
+    bits = lax.dynamic_slice_in_dim(bits_of(x, backend), first, size, axis=1)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_columns.defjvp
+def _columns_jvp(
+    size: int, backend: Backend, primals: tuple[Array, Any], tangents: tuple[Array, Any]
+) -> tuple[Array, Array]:
+    (x, first), (x_dot, _) = primals, tangents
+    x_dot = lax.dynamic_slice_in_dim(x_dot, first, size, axis=1)
+    return _columns(x, first, size, backend), x_dot

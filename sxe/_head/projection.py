@@ -1,0 +1,219 @@
+"""From hidden states and a kernel to logits, and back from the logits' gradient.
+
+H0  u = hidden @ kernel
+H1  z = logit_scale u + bias
+H2  x = softcap tanh(z / softcap)           or z, without softcap
+
+H3  d z = (1 - tanh(z / softcap)^2) d x
+H4  d u = logit_scale d z       d logit_scale = sum u d z       d bias = sum_rows d z
+H5  d softcap = sum (tanh(y) - y (1 - tanh(y)^2)) d x           with y = z / softcap
+H6  d hidden = d u kernel^T
+H7  d kernel = hidden^T d u
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+
+from sxe._arrays import AxisName, vary, wide_dtype, zeros_like
+from sxe._backend import Backend
+from sxe._head.loops import Columns, over_class_blocks
+
+
+class Transform(NamedTuple):
+    """The parameters of H1 and H2: what makes logits of u. None: that part is off.
+
+    Attributes:
+      bias: [K].
+      logit_scale, softcap: scalars.
+    """
+
+    bias: Array | None
+    logit_scale: Array | None
+    softcap: Array | None
+
+
+def transform(u: Array, by: Transform) -> Array:
+    """H1 and H2: the logits [C, K], from u [C, K]."""
+    z = _scaled(u, by)
+    return z if by.softcap is None else capped(z, by.softcap)
+
+
+def transform_bwd(d_x: Array, u: Array, by: Transform) -> tuple[Array, Transform]:
+    """H3 to H5: d u, and the gradients for the parameters."""
+    d_bias = d_scale = d_softcap = None
+    d_z = d_x
+    if by.softcap is not None:
+        y = _ratio(_scaled(u, by), by.softcap)
+        d_z = _slope(y) * d_x  # H3
+        d_softcap = jnp.sum(_derivative_by_cap(y) * d_x)  # H5
+    if by.bias is not None:
+        d_bias = jnp.sum(d_z, axis=0)  # H4
+    d_u = d_z
+    if by.logit_scale is not None:
+        d_scale = jnp.sum(u * d_z)
+        d_u = by.logit_scale * d_z
+    return d_u, Transform(d_bias, d_scale, d_softcap)
+
+
+def _scaled(u: Array, by: Transform) -> Array:
+    """H1."""
+    z = u if by.logit_scale is None else by.logit_scale * u
+    return z if by.bias is None else z + by.bias[None, :]
+
+
+@jax.custom_jvp
+def capped(z: Array, c: Array) -> Array:
+    """c tanh(z / c) for a scalar c, and z for c = inf.
+
+    It is z as well where the two differ by less than rounding, so that z / c may underflow.
+    """
+    y = _ratio(z, c)
+    near = jnp.abs(y) < (jnp.finfo(z.dtype).eps / 2) ** 0.5  # 1 - tanh(y) / y is about y^2 / 3
+    return jnp.where(near, z, jnp.where(jnp.isinf(c), 1, c) * jnp.tanh(y))
+
+
+def _ratio(z: Array, c: Array) -> Array:
+    """z / c, and 0 where c is infinite, whatever z is."""
+    off = jnp.isinf(c)
+    # XLA multiplies by the reciprocal of a scalar, which for the largest ones is rounded to 0. So
+    # both are made smaller, with a clip of no effect that keeps XLA from merging the factors.
+    smaller = jnp.where(c > 1, 1 / 16, jnp.ones_like(c))
+    most = jnp.finfo(z.dtype).max
+    part = jnp.clip(z * smaller, -most, most)
+    return jnp.where(off, 0, part / jnp.where(off, 1, c * smaller))
+
+
+def _slope(y: Array) -> Array:
+    """1 - tanh(y)^2, without its cancellation."""
+    s = jnp.exp(-2 * jnp.abs(y))
+    return 4 * s / (1 + s) ** 2
+
+
+def _derivative_by_cap(y: Array) -> Array:
+    """tanh(y) - y slope, which is slope (sinh(2 y) / 2 - y): from the series where it cancels."""
+    slope = _slope(y)
+    small = jnp.abs(y) < 0.5
+    near = jnp.where(small, y, 0)
+    coefficients = [4.0**n / math.factorial(2 * n + 1) for n in range(9, 0, -1)]
+    series = jnp.polyval(jnp.array(coefficients, y.dtype), near**2) * near**2 * near
+    # From 1000 on, slope is 0 and y may be infinite.
+    return jnp.where(small, slope * series, jnp.tanh(y) - jnp.clip(y, -1000, 1000) * slope)
+
+
+def _capped_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (z, c), (z_dot, c_dot) = primals, tangents
+    y = _ratio(z, c)
+    x_dot = jnp.zeros_like(z)
+    if not isinstance(z_dot, SymbolicZero):
+        x_dot = x_dot + _slope(y) * z_dot  # H3
+    if not isinstance(c_dot, SymbolicZero):
+        x_dot = x_dot + _derivative_by_cap(y) * c_dot  # H5
+    return capped(z, c), x_dot
+
+
+capped.defjvp(_capped_jvp, symbolic_zeros=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How the three products of a chunk are computed: H0, H6 and H7.
+
+    Attributes:
+      dtype: of hidden states and kernel.
+      precision: of the products.
+      backend: where they run.
+    """
+
+    dtype: jnp.dtype
+    precision: Any
+    backend: Backend
+
+    def u(self, hidden: Array, kernel: Array) -> Array:
+        """H0, [C, K]."""
+        dtype = self.backend.product_dtype(self.dtype)
+        if dtype == self.dtype:
+            return self._product(hidden, kernel, (1, 0))
+        hidden = hidden.astype(dtype)
+
+        def block(u: Array, at: Columns) -> Array:
+            return at.put(u, self._product(hidden, at.take(kernel).astype(dtype), (1, 0)))
+
+        u = zeros_like(hidden, (len(hidden), kernel.shape[1]))
+        return over_class_blocks(block, u, kernel, self.backend)
+
+    def d_hidden(self, d_u: Array, kernel: Array) -> Array:
+        """H6, [C, D]."""
+        dtype = self.backend.gradient_dtype(self.dtype)
+        d_u = d_u.astype(dtype)
+        if dtype == self.dtype:
+            return self._product(d_u, kernel, (1, 1))
+
+        def block(d_hidden: Array, at: Columns) -> Array:
+            return d_hidden + self._product(at.take(d_u), at.take(kernel).astype(dtype), (1, 1))
+
+        d_hidden = zeros_like(d_u, (len(d_u), len(kernel)))
+        return over_class_blocks(block, d_hidden, kernel, self.backend)
+
+    def add_d_kernel(self, d_kernel: Array, hidden: Array, d_u: Array) -> Array:
+        """d_kernel [D, K] with H7 of a chunk added, in place."""
+        dtype = self.backend.gradient_dtype(self.dtype)
+        hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
+
+        def block(d_kernel: Array, at: Columns) -> Array:
+            return at.put(d_kernel, at.take(d_kernel) + self._product(hidden, at.take(d_u), (0, 0)))
+
+        return over_class_blocks(block, d_kernel, d_kernel, self.backend)
+
+    def _product(self, a: Array, b: Array, over: tuple[int, int]) -> Array:
+        """The matrix product over one axis of each, accumulated in float32 or float64."""
+        dimensions = (((over[0],), (over[1],)), ((), ()))
+        return lax.dot_general(a, b, dimensions, self.precision, wide_dtype(a.dtype))
+
+
+def product_precision(dtype: DTypeLike) -> Any:
+    """The precision of all products, for inputs of that dtype: the caller's, or one that keeps it.
+
+    JAX's default multiplies float32 in TF32 on a GPU, with 10 of its 23 bits, and in bfloat16 on a
+    TPU. Neither rounds bfloat16. TF32 and the three bfloat16s that HIGH stands for hold float16.
+    """
+    chosen = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
+    if chosen is not None:
+        return chosen
+    return {
+        jnp.dtype(jnp.float32): lax.Precision.HIGHEST,
+        jnp.dtype(jnp.float16): lax.Precision.HIGH,
+    }.get(jnp.dtype(dtype), lax.Precision.DEFAULT)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def gather_rows(
+    kernel: Array, axis_name: AxisName, names: frozenset[str], dtype: DTypeLike
+) -> Array:
+    """The rows of the kernel from all devices along these mesh axes, in a wider dtype.
+
+    It varies along the mesh axes named besides. The transpose sums over them in that dtype, the
+    scattered rows last, and rounds once.
+    """
+    return lax.all_gather(vary(kernel, names), axis_name, axis=0, tiled=True).astype(dtype)
+
+
+@gather_rows.defjvp
+def _gather_rows_jvp(
+    axis_name: AxisName,
+    names: frozenset[str],
+    dtype: DTypeLike,
+    primals: tuple[Array],
+    tangents: tuple[Array],
+) -> tuple[Array, Array]:
+    (kernel,), (kernel_dot,) = primals, tangents
+    wide_dot = vary(kernel_dot.astype(dtype), names)
+    wide_dot = lax.all_gather(wide_dot, axis_name, axis=0, tiled=True)
+    return gather_rows(kernel, axis_name, names, dtype), wide_dot

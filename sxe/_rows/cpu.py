@@ -1,0 +1,138 @@
+"""The fast twins of row functions for a CPU.
+
+Each has the arguments and the results of its plain twin, and no derivative. Arithmetic costs more
+than memory on a CPU, and a condition costs less than either. XLA writes out what it doesn't fuse
+there: comparisons, and terms that two sums share.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sxe._arrays import are_known, wide
+from sxe._backend import Backend, apart, bits_of
+from sxe._rows import targets
+from sxe._rows.normalizer import SCALE, Normalizer, exp_difference, finite_shift
+
+FEW_CLASSES = 16
+
+
+def part_of(size: int, most: int) -> int:
+    """How long the parts of an axis are that may have so many elements at most.
+
+    If possible it divides the axis: a remainder is a second program to compile.
+    """
+    most = min(size, most)
+    return next((n for n in range(most, most // 2, -1) if size % n == 0), most)
+
+
+def rows_per_block(shape: tuple[int, ...], backend: Backend) -> int:
+    """How many rows of an array [N, K] are taken at a time."""
+    rows, classes = shape
+    if not backend.loops_over_rows or not are_known(rows, classes):
+        return rows
+    return part_of(rows, max(1, backend.row_block_bytes // (4 * classes)))
+
+
+def normalize_tile(x: Array, backend: Backend) -> Normalizer:
+    """In blocks of rows where rows may be looped over."""
+    if not backend.loops_over_rows:
+        return _normalize_all(x, backend)
+    if not are_known(*x.shape):
+        return _normalize_block(x, backend)
+    if backend.takes_few_classes_one_by_one and 2 <= x.shape[-1] <= FEW_CLASSES:
+        return _normalize_few(x)
+    flat = x.reshape(-1, x.shape[-1])
+    rows = rows_per_block(flat.shape, backend)
+    if len(flat) < 2 * rows:
+        return _normalize_block(x, backend)
+    bits = bits_of(flat, backend)
+
+    def block(first: Array) -> Normalizer:
+        part = lax.dynamic_slice_in_dim(bits, first, rows)
+        return _normalize_block(lax.bitcast_convert_type(part, flat.dtype), backend)
+
+    # The last block may have rows of the one before it.
+    blocks, last = -(-len(flat) // rows), len(flat) - rows
+    parts = lax.map(block, jnp.minimum(jnp.arange(blocks) * rows, last))
+    twice = blocks * rows - len(flat)
+
+    def join(a: Array) -> Array:
+        if twice:
+            a = jnp.concatenate([a[:-1].ravel(), a[-1, twice:]])
+        return a.reshape(x.shape[:-1])
+
+    return jax.tree.map(join, parts)
+
+
+def _normalize_block(x: Array, backend: Backend) -> Normalizer:
+    x = wide(x)
+    m = jnp.max(x, axis=-1)
+    shift = finite_shift(m)
+    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    # Below a sum of 1.5 the maximum is alone and every other term below 1/2. From 1.5 on,
+    # subtracting 1 costs no digits.
+    confident = total < 1.5
+    shift = apart(shift, total, backend)
+
+    def rest() -> Array:
+        # The others are measured from the largest of them. No difference that matters is then large
+        # enough to be rounded much, but that of the two largest logits.
+        others = jnp.where(x < shift[..., None], x, -jnp.inf)
+        second = jnp.max(others, axis=-1)
+        sum_of_others = jnp.sum(jnp.exp(others - finite_shift(second)[..., None]), axis=-1)
+        return exp_difference(second, shift, SCALE) * sum_of_others / SCALE
+
+    rest_of_confident = lax.cond(jnp.any(confident), rest, lambda: jnp.zeros_like(m))
+    r = jnp.where(confident, rest_of_confident, total - 1)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+
+
+def _normalize_all(x: Array, backend: Backend) -> Normalizer:
+    """The state of rows that several devices may hold, where no condition may look at all rows."""
+    x = wide(x)
+    m = jnp.max(x, axis=-1)
+    shift = finite_shift(m)
+    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    e = exp_difference(x, apart(shift, total, backend)[..., None], SCALE)
+    # Of a maximal element nothing is left, and of all others all.
+    rest = jnp.sum(e - SCALE * jnp.floor(e / SCALE), axis=-1) / SCALE
+    r = jnp.where(total < 1.5, rest, total - 1)
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+
+
+def _normalize_few(x: Array) -> Normalizer:
+    """The state of rows of few classes, class by class.
+
+    Of two logits the larger one is the maximum so far, and the smaller one is left behind. In the
+    end those left behind are all but one maximal element.
+    """
+    m, *others = (wide(x[..., k]) for k in range(x.shape[-1]))
+    left = []
+    for other in others:
+        left.append(jnp.minimum(m, other))
+        m = jnp.maximum(m, other)
+    second = functools.reduce(jnp.maximum, left)
+    sum_of_left = sum(jnp.exp(smaller - finite_shift(second)) for smaller in left)
+    r = exp_difference(second, finite_shift(m), SCALE) * sum_of_left / SCALE
+    # Behind a barrier, or the gradient would have it all computed once more for each result.
+    return Normalizer(*lax.optimization_barrier((m, jnp.where(m == -jnp.inf, -1, r))))
+
+
+def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
+    """Without a comparison or a clamp, for which XLA would write out an array as large as x."""
+    x, most = x.astype(m.dtype), jnp.finfo(m.dtype).max
+    impossible = jnp.minimum(jnp.maximum(x, -most) - x, most)  # where x = -inf, and else 0
+    half = jnp.minimum((m / 2)[..., None] - x / 2, most)  # m - x may overflow
+    return 2 * jnp.sum(t * half * (1 + impossible), axis=-1)
+
+
+def sum_without_largest(t: Array, largest: Array, total: Array, backend: Backend) -> Array:
+    """By the difference, unless it cancels in some row: two more sums take time."""
+
+    def from_terms() -> Array:
+        return targets.sum_without_largest(t, largest, total, backend)
+
+    return lax.cond(jnp.any(total < 1.5 * largest), from_terms, lambda: total - largest)

@@ -1,0 +1,103 @@
+"""The softmax normalizer of a row as a state (m, r), and how states merge.
+
+For logits x_1 .. x_K of one row
+
+    m   = max_k x_k                     e_k = exp(x_k - m)
+    r   = sum_k e_k with one maximal element left out, so that 1 + r = sum_k e_k
+    lse = m + log1p(r)                  q_k = e_k / (1 + r)
+
+The 1 of the maximum is never added to the rest, so that it absorbs nothing: the loss and the
+gradient of a confident row, where r is 1e-20, keep their digits. States form a monoid under
+``merge``. So one state serves a whole row, a tile of its classes, and a shard of them on a mesh.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sxe._arrays import AxisName, pmax, psum, wide
+from sxe._backend import Backend
+
+
+class Normalizer(NamedTuple):
+    """The state (m, r) of rows of logits, each of shape [...]. The identity is (-inf, -1)."""
+
+    m: Array
+    r: Array
+
+    @property
+    def log1p_r(self) -> Array:
+        """lse - m, shape [...]."""
+        return jnp.log1p(self.r)
+
+    @property
+    def lse(self) -> Array:
+        """log sum_k exp(x_k), shape [...]."""
+        return self.m + self.log1p_r
+
+
+# Exponentials below the smallest normal number would each be 0, but add up where they are scaled.
+SCALE = 2.0**64
+
+
+def exp_difference(x: Array, m: Array, scale: float = 1) -> Array:
+    """scale exp(x - m) for x <= m, of the exact difference.
+
+    A difference of 80 that is rounded to float32 would make a relative error of 4e-6.
+    """
+    # What the rounding lost is known from Knuth's two-sum. Halves are taken because x - m may
+    # overflow.
+    a, b = jnp.maximum(x, jnp.finfo(x.dtype).min) / 2, m / 2
+    s = a - b
+    back = s - a
+    lost = (a - (s - back)) - (b + back)
+    e = jnp.exp(s)
+    return (scale * e) * e * (1 + lax.stop_gradient(2 * lost))
+
+
+def finite_shift(m: Array) -> Array:
+    """m, and 0 for a row whose logits are all -inf: x - m would be NaN there."""
+    return jnp.where(m == -jnp.inf, 0, m)
+
+
+def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Normalizer:
+    """The state of a tile of logits, [..., K] to [...]. The plain twin.
+
+    With a scale of 1, JAX may differentiate it as it stands. m is a constant then, because no
+    result depends on the choice of the shift, and r carries all of the derivative of lse: every
+    class has the derivative e_k, a maximal one too.
+    """
+    x = wide(x)
+    m = lax.stop_gradient(jnp.max(x, axis=-1))
+    shift = finite_shift(m)[..., None]
+    e = exp_difference(x, shift, scale)
+    maximal = x == shift
+    rest = jnp.sum(e - jnp.where(maximal, lax.stop_gradient(e), 0), axis=-1) / scale
+    # An accelerator takes both sums in one read of x: they share x, and no exponential.
+    count = jnp.sum(maximal, axis=-1, dtype=rest.dtype)
+    return Normalizer(m, rest + (count - 1))
+
+
+def _rest(state: Normalizer, m: Array) -> tuple[Array, Array]:
+    """The terms of a state, measured from m >= state.m, without those that equal 1; and how many
+    states of 0 or 1 have such a term left out."""
+    top = state.m == m
+    rest = jnp.where(top, state.r, (1 + state.r) * exp_difference(state.m, finite_shift(m)))
+    return rest, top.astype(rest.dtype)
+
+
+def merge(a: Normalizer, b: Normalizer) -> Normalizer:
+    """The state of all classes, from the states of two parts of them."""
+    m = jnp.maximum(a.m, b.m)
+    (rest_a, top_a), (rest_b, top_b) = _rest(a, m), _rest(b, m)
+    return Normalizer(m, rest_a + rest_b + (top_a + top_b - 1))
+
+
+def merge_over(state: Normalizer, axis_name: AxisName) -> Normalizer:
+    """``merge`` of the states of all shards: one max and one sum over a mesh."""
+    if axis_name is None:
+        return state
+    m = pmax(lax.stop_gradient(state.m), axis_name)  # pmax has no derivative, and m needs none
+    rest, tops = psum(_rest(state, m), axis_name)
+    return Normalizer(m, rest + (tops - 1))

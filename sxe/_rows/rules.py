@@ -1,0 +1,155 @@
+"""How a function of rows becomes differentiable: the rules "vjp", "jvp" and "autodiff"."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from sxe._arrays import AxisName, equal_shares, psum, sum_of_shares, vary_like, wide
+from sxe._backend import Backend
+from sxe._rows import twins
+from sxe._rows.normalizer import Normalizer, merge_over, normalize_tile
+
+
+class RowFunction(Protocol):
+    """A function of rows of logits that is read off their softmax, with its derivatives.
+
+    Logits x are a tile [..., K]: all classes of the rows, or one shard of them. Results, and what a
+    merge and a gradient need of each row, are named tuples of arrays [...]. The mathematics of a
+    function stands in its methods alone; the rules, the head and the mesh are the same for all.
+    """
+
+    @property
+    def axis_name(self) -> AxisName:
+        """The mesh axes that split the classes."""
+
+    @property
+    def backend(self) -> Backend:
+        """Where it runs."""
+
+    def tile(self, x: Array, targets: Any, /) -> Any:
+        """What the classes of a tile contribute to their rows."""
+
+    def merge(self, part: Any, targets: Any, /) -> tuple[Any, Any]:
+        """From the parts of all shards, the results, and the state that a gradient starts from."""
+
+    def gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Array:
+        """The gradient for a tile from the cotangents g of the results, float32 or float64."""
+
+    def target_gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Any:
+        """The gradients for the targets, likewise."""
+
+    def target_tangent(self, x: Array, targets: Any, state: Any, t_dot: Any, /) -> Any:
+        """The tangents of the results, from those of the targets, some of which are symbolic."""
+
+    def primal(self, x: Array, origin: Array, targets: Any, state: Normalizer, /) -> Any:
+        """The results of whole rows, for JAX to differentiate, from what ``move_confident`` gives.
+
+        They may not use a function that has a custom rule.
+        """
+
+
+def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]:
+    return f.merge(f.tile(x, targets), targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rows_vjp(f: RowFunction, x: Array, targets: Any) -> Any:
+    """The results of rows, with their gradient in closed form. For reverse mode."""
+    return results_and_state(f, x, targets)[0]
+
+
+def _rows_fwd(f: RowFunction, x: Array, targets: Any) -> tuple[Any, tuple[Array, Any, Any]]:
+    results, state = results_and_state(f, x, targets)
+    return results, (x, targets, state)
+
+
+def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Array, Any]:
+    x, targets, state = res
+    g = sum_of_shares(g, f.axis_name)
+    d_x = f.gradient(x, targets, state, g).astype(x.dtype)
+    d_targets = f.target_gradient(x, targets, state, g)
+    return d_x, own_targets(d_targets, x, f.axis_name)
+
+
+def own_targets(d_targets: Any, x: Array, axis_name: AxisName) -> Any:
+    """What a shard of the classes gives of the gradients for the targets of a tile.
+
+    Targets [..., K] are a shard's own. All shards have the same of those that are [...].
+    """
+    return jax.tree.map(lambda d: d if d.ndim == x.ndim else equal_shares(d, axis_name), d_targets)
+
+
+rows_vjp.defvjp(_rows_fwd, _rows_bwd)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def rows_jvp(f: RowFunction, x: Array, targets: Any) -> Any:
+    """The results of rows, with their derivative in closed form. For forward mode too."""
+    return results_and_state(f, x, targets)[0]
+
+
+def _rows_jvp_rule(
+    f: RowFunction, primals: tuple[Array, Any], tangents: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    (x, targets), (x_dot, targets_dot) = primals, tangents
+    results, state = results_and_state(f, x, targets)
+    results_dot = f.target_tangent(x, targets, state, targets_dot)
+    if isinstance(x_dot, SymbolicZero):
+        return results, results_dot
+    x_dot = wide(x_dot)  # once, so that its transpose rounds once
+    dots = []
+    for i, dot in enumerate(results_dot):
+        one = (jnp.ones_like(r) if k == i else jnp.zeros_like(r) for k, r in enumerate(results))
+        d = f.gradient(x, targets, state, type(results)(*one))
+        dots.append(dot + psum(jnp.sum(d * x_dot, axis=-1), f.axis_name))
+    return results, type(results)(*dots)
+
+
+rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
+
+
+def rows_autodiff(f: RowFunction, x: Array, targets: Any) -> Any:
+    """The results of rows, arranged so that JAX's own derivative keeps its digits."""
+    moved = move_confident(x, f.axis_name, f.backend)
+    return f.primal(moved.x, moved.origin, targets, moved.state)
+
+
+class Moved(NamedTuple):
+    """Logits [..., K] less an origin [...] of their row; and the row's state, from there."""
+
+    x: Array
+    origin: Array
+    state: Normalizer
+
+
+def move_confident(x: Array, axis_name: AxisName, backend: Backend) -> Moved:
+    """Logits measured from the maximum of their row, where it holds over half of the probability.
+
+    As logits stand, the gradient at a confident label is the difference of two numbers that are
+    rounded. Here the maximum is a constant 0, and its gradient is the sum of all others'. No part
+    of this has a custom rule, or ``jax.experimental.jet`` could not differentiate it.
+    """
+    x = wide(x)
+    constant = lax.stop_gradient(x)
+    state = merge_over(twins.normalize_constant(constant, backend), axis_name)
+    # 0, or NaN in a row without a distribution: it is NaN then in every shard's derivative, too.
+    nothing = (state.m - state.m) + (state.r - state.r)
+    x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
+    confident = (state.r < 1) & (state.m > -jnp.inf)
+    top = (x == state.m[..., None]) & confident[..., None]
+    largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
+    origin = jnp.where(confident, largest, state.m)
+    x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
+    moved = merge_over(normalize_tile(x, backend, scale=1), axis_name)
+    # The move rounded x. r has the value from before it, and the derivative from after it.
+    r = state.r + (moved.r - lax.stop_gradient(moved.r))
+    return Moved(x, origin, Normalizer(moved.m, r))
+
+
+Rule = Callable[[RowFunction, Array, Any], Any]
+RULES: dict[str, Rule] = {"vjp": rows_vjp, "jvp": rows_jvp, "autodiff": rows_autodiff}

@@ -1,0 +1,82 @@
+"""The functions of a tile of rows that have a fast twin for a CPU, and which of both is taken.
+
+The twins give the same results. A derivative is always that of the plain one.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from sxe._arrays import AxisName, psum, wide
+from sxe._backend import Backend, apart
+from sxe._rows import cpu, normalizer, targets
+from sxe._rows.normalizer import Normalizer, finite_shift
+from sxe._rows.targets import Dense
+
+
+def normalize_constant(x: Array, backend: Backend) -> Normalizer:
+    """The state of rows of logits that are constants, [..., K] to [...]."""
+    twin = cpu if backend.writes_out_comparisons else normalizer
+    return twin.normalize_tile(x, backend)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalize(x: Array, backend: Backend) -> Normalizer:
+    """The state of rows of logits, [..., K] to [...]."""
+    return normalize_constant(x, backend)
+
+
+@normalize.defjvp
+def _normalize_jvp(
+    backend: Backend, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Normalizer, Normalizer]:
+    (x,), (x_dot,) = primals, tangents
+    state = normalize(x, backend)
+    shift = apart(finite_shift(state.m), state.r, backend)
+    e = jnp.exp(wide(x) - shift[..., None])
+    r_dot = jnp.sum(e * wide(x_dot), axis=-1)  # dr/dx_k = e_k, and m is a constant
+    return state, Normalizer(jnp.zeros_like(state.m), r_dot)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array, backend: Backend) -> Array:
+    """sum_k t_k (m - x_k), [..., K] to [...]: inf where t > 0 meets x = -inf, and 0 log 0 = 0."""
+    twin = cpu if backend.writes_out_comparisons else targets
+    return twin.dense_cost(t, x, m, log1p_r)
+
+
+def _dense_cost_jvp(
+    backend: Backend, primals: tuple[Array, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    # A tangent that is zero must not meet an infinite gap, so that only others are multiplied.
+    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+    def plain(*some: Array) -> Array:
+        t, x, m, log1p_r = (dict(enumerate(primals)) | dict(zip(moved, some, strict=True))).values()
+        return targets.dense_cost(t, x, m, log1p_r)
+
+    _, cost_dot = jax.jvp(plain, [primals[i] for i in moved], [tangents[i] for i in moved])
+    return dense_cost(*primals, backend), cost_dot
+
+
+dense_cost.defjvp(_dense_cost_jvp, symbolic_zeros=True)
+
+
+def dense_targets(t: Array, axis_name: AxisName, backend: Backend) -> Dense:
+    """The targets of all classes, or of a shard of them, with the parts of the sum over all."""
+    twin = cpu if backend.loops_over_rows else targets
+    largest, total = lax.stop_gradient(jnp.max(t, axis=-1)), jnp.sum(t, axis=-1)
+    rest = twin.sum_without_largest(*lax.stop_gradient((t, largest, total)), backend)
+    dense = targets.merge_dense(Dense(t, largest, rest), axis_name)
+    total = psum(total, axis_name)
+    rest = lax.stop_gradient(dense.rest) + (total - lax.stop_gradient(total))
+    return dense._replace(rest=rest)
+
+
+def put_label(d: Array, label: Array, at_label: Array, backend: Backend) -> Array:
+    """d [..., K] with at_label [...] at the label, where the tile holds it."""
+    return targets.put_label(d, label, at_label)

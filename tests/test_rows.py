@@ -1,0 +1,303 @@
+"""Functions of rows, one by one: the state and its merge, D0 and D7, and twins beside each other."""
+
+import itertools
+
+import fresh
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sxe._backend import Backend
+from sxe._rows import cpu, normalizer, targets, twins
+from sxe._rows.cross_entropy import CrossEntropy, Results
+from sxe._rows.normalizer import Normalizer, merge
+from sxe._rows.rules import RULES, results_and_state
+from sxe._rows.targets import Targets
+
+LOCAL_CPU = Backend("cpu", is_local=True)
+BACKENDS = {
+    "one CPU": LOCAL_CPU,
+    "CPUs": Backend("cpu", is_local=False),
+    "accelerator": Backend("gpu", is_local=True),
+}
+IDENTITY = Normalizer(np.float32(-np.inf), np.float32(-1))
+DTYPES = ("float32", "float64")
+
+
+@pytest.fixture
+def x64(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+def some_logits():
+    x = np.random.default_rng(0).normal(size=(11, 3, 5)).astype(np.float32) * 20
+    x[0] = 1e8
+    x[1, 0] = [0, 40, 0, -np.inf, 0]
+    x[2, 1] = -np.inf
+    x[3, 2, 1] = np.nan
+    x[4, 0, 1] = np.inf
+    return x
+
+
+def true_state(x):
+    """(m, r) of a row in float64."""
+    x = np.sort(np.asarray(x, np.float64))[::-1]
+    m = x[0]
+    return m, -1.0 if m == -np.inf else np.sum(np.exp(x[1:] - m))
+
+
+def log_softmax(x):
+    """In float64, where no row is confident to more than its digits."""
+    return np.stack(
+        [(row - m) - np.log1p(r) for row in x.astype(float) for m, r in [true_state(row)]]
+    )
+
+
+# The state.
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("lead", [0, 1, 17, 80, 88])
+def test_the_state_of_a_row_is_exact(backend, lead):
+    rng = np.random.default_rng(lead)
+    rows = np.float32(rng.normal(size=(7, 300)))
+    rows[:, 11] = rows.max(1) + lead
+    rows[1, 12] = rows[1, 11]
+    for x in (rows, np.float32(1e4) + rows):
+        m, r = twins.normalize(jnp.asarray(x), backend)
+        expected = [true_state(row) for row in x]
+        np.testing.assert_array_equal(m, [m for m, _ in expected])
+        np.testing.assert_allclose(r, [r for _, r in expected], rtol=5e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_twins_of_the_normalizer_are_equal(backend, dtype, classes):
+    x = jnp.asarray(some_logits(), dtype)[..., :classes]
+    plain = normalizer.normalize_tile(x, backend)
+    for a, b in zip(twins.normalize(x, backend), plain, strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 11, 33])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
+    monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: rows)
+    monkeypatch.setattr(cpu, "FEW_CLASSES", 0)
+    x = jnp.asarray(some_logits(), dtype)
+    blocks = cpu.normalize_tile(x, LOCAL_CPU)
+    for a, b in zip(blocks, normalizer.normalize_tile(x, LOCAL_CPU), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_parts_divide_where_they_can():
+    assert [cpu.part_of(n, 8) for n in (1, 7, 8, 12, 13, 14, 40)] == [1, 7, 8, 6, 8, 7, 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_derivatives_of_the_state_are_those_of_the_plain_twin(monkeypatch, backend):
+    monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: 2)
+    x = jnp.asarray(some_logits()[5:] / 20)
+    x = x.at[0, 0, 1].set(x[0, 0, 0]).at[1, 1, 2].set(-jnp.inf)
+    rng = np.random.default_rng(1)
+    x_dot = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    g = jnp.asarray(rng.normal(size=x.shape[:-1]), jnp.float32)
+
+    def f(x):
+        return jnp.sum(g * twins.normalize(x, backend).log1p_r)
+
+    def plain(x):
+        return jnp.sum(g * normalizer.normalize_tile(x, backend, scale=1).log1p_r)
+
+    for derivative in (
+        lambda f: jax.jvp(f, (x,), (x_dot,))[1],
+        lambda f: jax.grad(f)(x),
+        lambda f: jax.jvp(jax.grad(f), (x,), (x_dot,))[1],
+        lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) * x_dot))(x),
+    ):
+        np.testing.assert_allclose(derivative(f), derivative(plain), rtol=1e-5, atol=1e-6)
+
+
+# Its merge.
+
+
+def states(dtype):
+    """States of logits as they come: equal maxima, no finite logit, and any lead."""
+    width = np.dtype(dtype).itemsize * 8
+    m = st.floats(-1e4, 1e4, width=width) | st.sampled_from([0.0, 1.0, -np.inf])
+    r = st.floats(0, 1e6, width=width) | st.sampled_from([0.0, 1.0, 1e-20])
+
+    def state(m, r):
+        return Normalizer(np.dtype(dtype).type(m), np.dtype(dtype).type(-1 if m == -np.inf else r))
+
+    return st.builds(state, m, r)
+
+
+def assert_same_state(a, b, dtype):
+    # A term is exp(m2 - m1) (1 + r), and each of up to two merges rounds twice.
+    rtol = 16 * np.finfo(dtype).eps
+    assert a.m == b.m
+    np.testing.assert_allclose(a.r, b.r, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(data=st.data())
+def test_states_are_a_commutative_monoid(dtype, data):
+    with jax.enable_x64(dtype == "float64"):
+        a, b, c = (data.draw(states(dtype)) for _ in range(3))
+        identity = Normalizer(*(np.asarray(x, dtype) for x in IDENTITY))
+        assert merge(a, identity) == merge(identity, a) == a
+        ab = merge(a, b)
+        assert ab.r.dtype == dtype
+        assert ab == merge(b, a)
+        assert_same_state(merge(ab, c), merge(a, merge(b, c)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_is_the_state_of_all_classes(dtype, x64):
+    x = np.random.default_rng(0).normal(size=(6, 40)).astype(dtype) * 30
+    x[0, :20], x[1], x[2, 5], x[2, 30] = -np.inf, -np.inf, 200, 200
+    for split in (1, 17, 39):
+        parts = (jnp.asarray(part) for part in (x[:, :split], x[:, split:]))
+        state = merge(*(normalizer.normalize_tile(part, LOCAL_CPU) for part in parts))
+        expected = [true_state(row) for row in x]
+        np.testing.assert_array_equal(state.m, [m for m, _ in expected])
+        rtol = 1e-6 if dtype == "float32" else 1e-14
+        np.testing.assert_allclose(state.r, [r for _, r in expected], rtol=rtol)
+
+
+# Cross-entropy.
+
+
+def some_targets(kind, rng, rows, classes, backend=LOCAL_CPU):
+    """Targets, and the same dense in float64."""
+    label = rng.integers(0, classes, rows)
+    one_hot = np.eye(classes)[label]
+    if kind == "labels":
+        t = np.float32(rng.uniform(0.5, 2, rows))
+        return Targets(jnp.asarray(label), jnp.asarray(t), None, jnp.asarray(t)), t[
+            :, None
+        ] * one_hot
+    p = np.float32(rng.exponential(size=(rows, classes)))
+    p[0, 1:], p[1] = 0, 0
+    if kind == "dense":
+        dense = twins.dense_targets(jnp.asarray(p), None, backend)
+        return Targets(None, None, dense, dense.largest + dense.rest), p.astype(np.float64)
+    dense = twins.dense_targets(jnp.full((1, 1), np.float32(0.01)), None, backend)
+    dense = dense._replace(rest=dense.largest * (classes - 1))
+    t = np.full(rows, np.float32(0.9))
+    total = jnp.asarray(t) + dense.largest + dense.rest
+    both = t[:, None].astype(np.float64) * one_hot + np.float32(0.01)
+    return Targets(jnp.asarray(label), jnp.asarray(t), dense, total), both
+
+
+KINDS = ("labels", "dense", "smoothed")
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_d0_and_d7_of_a_row(backend, kind):
+    rng = np.random.default_rng(3)
+    x = np.float32(rng.normal(size=(13, 37)) * rng.choice([1, 30], size=(13, 1)))
+    t, dense = some_targets(kind, rng, *x.shape, backend)
+    g = Results(*(jnp.asarray(rng.normal(size=13), jnp.float32) for _ in range(2)))
+    f = CrossEntropy(None, backend)
+    results, state = results_and_state(f, jnp.asarray(x), t)
+    log_q = log_softmax(x)
+    np.testing.assert_allclose(results.loss, -np.sum(dense * log_q, -1), rtol=2e-6)
+    q, total = np.exp(log_q), dense.sum(-1, keepdims=True)
+    g_loss, g_lse = (np.asarray(a, np.float64)[:, None] for a in g)
+    expected = g_loss * (total * q - dense) + g_lse * q
+    gradient = f.gradient(jnp.asarray(x), t, state, g)
+    unit = np.abs(g_loss) * (q * (total - dense) + dense * (1 - q)) + np.abs(g_lse) * q
+    assert np.max(np.abs(gradient - expected) / unit) < 2e-5
+    without_lse = f.gradient(jnp.asarray(x), t, state, g._replace(lse=None))
+    zero = f.gradient(jnp.asarray(x), t, state, g._replace(lse=jnp.zeros(13)))
+    np.testing.assert_allclose(without_lse, zero, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_row_is_its_transposed_tangent(kind):
+    """Each rule gives the derivative of the primal, with respect to logits and targets."""
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
+    t, _ = some_targets(kind, rng, *x.shape)
+    f = CrossEntropy(None, LOCAL_CPU)
+    g = Results(*(jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(2)))
+
+    def gradient(rule):
+        def of_floats(x, label_target, dense):
+            d = None if dense is None else t.dense._replace(t=dense)
+            return RULES[rule](f, x, t._replace(label_target=label_target, dense=d))
+
+        dense = None if t.dense is None else t.dense.t
+        results, vjp = jax.vjp(of_floats, x, t.label_target, dense)
+        return jax.tree.leaves((results, vjp(type(results)(*g))))
+
+    for rule in ("jvp", "autodiff"):
+        for a, b in zip(gradient("vjp"), gradient(rule), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_twins_of_the_cost_are_equal():
+    rng = np.random.default_rng(5)
+    x = np.float32(rng.normal(size=(9, 11)))
+    t = np.float32(rng.exponential(size=(9, 11)))
+    x[0, 3], t[0, 3] = -np.inf, 0  # 0 log 0
+    x[1, 3] = -np.inf  # an impossible class with a target
+    m, log1p_r = x.max(-1), np.float32(rng.exponential(size=9))
+    arrays = [jnp.asarray(a) for a in (t, x, m, log1p_r)]
+    plain, fast = targets.dense_cost(*arrays), cpu.dense_cost(*arrays)
+    assert np.isinf(plain[1])
+    # The plain twin counts -log1p(r) for 0 log 0, times a target of 0.
+    np.testing.assert_allclose(fast, plain, rtol=1e-6)
+
+
+def test_twins_of_the_sum_without_the_largest_are_equal():
+    rng = np.random.default_rng(6)
+    t = np.float32(rng.exponential(size=(9, 11)))
+    t[0, 4], t[1, 2], t[2], t[3, :2] = 1e4, 1e9, 0, 1e5
+    largest, total = t.max(-1), t.sum(-1)
+    expected = np.sort(t.astype(np.float64), -1)[:, :-1].sum(-1)
+    for twin, rows in itertools.product((cpu, targets), (slice(None), slice(4, None))):
+        arrays = (jnp.asarray(a) for a in (t[rows], largest[rows], total[rows]))
+        rest = twin.sum_without_largest(*arrays, LOCAL_CPU)
+        np.testing.assert_allclose(rest, expected[rows], rtol=1e-6)
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np, sxe
+from sxe._backend import backend_of
+from sxe._rows.cpu import rows_per_block
+assert jax.device_count() == 1
+n, k = 257, 50257
+for dtype in (jnp.float32, jnp.bfloat16):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(n, k)), dtype)
+    assert 1 < rows_per_block(x.shape, backend_of(x)) < n
+    labels = jnp.arange(n)
+    f = lambda x: sxe.softmax_cross_entropy(x, labels)
+    compiled = jax.jit(jax.value_and_grad(f)).lower(x).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert temporaries < 16 * 2**20 < n * k * 4, (dtype, temporaries)
+    value, gradient = jax.value_and_grad(f)(x)
+    x = np.asarray(x, np.float64)
+    q = np.exp(x - x.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    np.testing.assert_allclose(value, -np.log(q[np.arange(n), labels]).mean(), rtol=1e-6)
+    q[np.arange(n), labels] -= 1
+    rtol = 2e-5 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), q / n, rtol=rtol)
+"""
+
+
+def test_one_cpu_device_takes_blocks_of_rows():
+    """In a process of its own: here the tests see several devices, and blocks are ruled out."""
+    fresh.run("-c", ONE_DEVICE)
