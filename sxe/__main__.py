@@ -19,7 +19,6 @@ from sxe import _check, _page, _plan
 from sxe._backend import PLATFORMS
 from sxe._call.options import REDUCTIONS
 from sxe._rows.rules import RULES
-from sxe.derivation import Line
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -341,12 +340,12 @@ def _text(report: _check.Report) -> Iterator[str]:
     yield f"The lines in {report.dtype}: largest errors against autodiff and central differences"
     form = "{:2}  {:52}  {:15}  {:14}  {:>8}  {:>11}  {}"
     yield form.format("", "formula", "compared with", "assumption", "autodiff", "differences", "")
-    for line in report.lines:
-        errors = (line.autodiff_error, line.differences_error)
+    for measured in report.lines:
+        line, errors = measured.line, (measured.autodiff_error, measured.differences_error)
         yield form.format(
             *(line.name, line.formula, line.compared_with, line.assumption),
-            *(f"{error:.1e}" if line.shown else "-" for error in errors),
-            _result(line) if line.shown else "n/a",  # one row or one class: no such entries
+            *(f"{error:.1e}" if measured.shown else "-" for error in errors),
+            _result(measured) if measured.shown else "n/a",
         )
     bounds = _check.TOLERANCES[report.dtype]
     yield form.format("", "", "", "at most", *(f"{bound:.0e}" for bound in bounds[:2]), "")
@@ -375,7 +374,7 @@ def _text(report: _check.Report) -> Iterator[str]:
     yield from ("", f"verdict: {verdict}")
 
 
-def _result(measured: Line | _check.Comparison | _check.Precision) -> str:
+def _result(measured: _check.MeasuredLine | _check.Comparison | _check.Precision) -> str:
     return "pass" if measured.passed else "FAIL"
 
 

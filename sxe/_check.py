@@ -68,6 +68,24 @@ SWEEPS = {  # by magnitude a, and the row of logits with it; the label is class 
 EXAMPLE = 3, 4  # rows and classes
 
 
+class MeasuredLine(NamedTuple):
+    """A line of the derivation, and how far it is from autodiff and from central differences.
+
+    Attributes:
+      shown: whether there were entries to compare: one row or one class leaves D1 or D3 none.
+    """
+
+    line: Line
+    shown: bool
+    autodiff_error: float
+    differences_error: float
+    passed: bool
+
+    @property
+    def name(self) -> str:
+        return self.line.name
+
+
 class Comparison(NamedTuple):
     """An error, and what it is expected to be."""
 
@@ -136,7 +154,7 @@ class Report(NamedTuple):
     classes: int
     seed: int
     dtype: str
-    lines: tuple[Line, ...]
+    lines: tuple[MeasuredLine, ...]
     row_sums: tuple[Comparison, ...]
     rules: tuple[Comparison, ...]
     precision: tuple[Precision, ...]
@@ -260,14 +278,15 @@ def _line_errors(
     return autodiff, differences, jnp.any(kept)
 
 
-def _check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[Line, ...]:
+def _check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[MeasuredLine, ...]:
     tolerance = TOLERANCES[x.dtype.name]
     x64, y64 = x.astype(jnp.float64), y.astype(jnp.float64)
     references = _references(softmax_cross_entropy, x64, y64)
 
-    def measured(line: Line) -> Line:
+    def measured(line: Line) -> MeasuredLine:
         autodiff, differences, shown = map(float, _line_errors(line, x, y, references))
-        return line._replace(
+        return MeasuredLine(
+            line,
             shown=bool(shown),
             autodiff_error=autodiff,
             differences_error=differences,

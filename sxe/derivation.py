@@ -5,25 +5,23 @@ with S = sum_h exp(x_ih), and q in R^{N x K} for all its values. [i=j] is 1 wher
 
 Each of `d0` ... `d9` is one line: its docstring is the formula, its body the same formula (of D2
 and D3 the first form; D4 runs the second), and nothing more. So the lines overflow where exp does,
-from logits of 88 in float32; `sxe.softmax_cross_entropy` has the arithmetic that does not. `LINES`
-says what each line is compared with and what it assumes; `python -m sxe check` measures them all.
-Where x and y are not both [N, K] a line raises ValueError: NumPy would broadcast labels [N].
+from logits of 88 in float32. `sxe.softmax_cross_entropy` has the arithmetic that does not, and
+`jax.grad(sxe.softmax_cross_entropy)(x, y).T` is D9 at every magnitude. `LINES` says what each line
+is compared with and what it assumes; `python -m sxe check` measures them all. A line raises
+ValueError where x and y are not both [N, K], because NumPy would broadcast labels [N].
 
+>>> import jax
 >>> x, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([[0.0, 1.0, 0.0]])
 >>> bool(jnp.allclose(d9(x, y), jax.grad(d0)(x, y).T))
 True
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-
-from sxe._softmax_cross_entropy import softmax_cross_entropy
 
 ClosedForm = Callable[[Array, Array], Array]
 
@@ -131,43 +129,26 @@ def d9(x: Array, y: Array) -> Array:
     return (1 / N) * (q - y).T
 
 
-def gradient(x: Array, y: Array) -> Array:
-    """D9 at every magnitude: dL/dx in numerator layout [K, N], where `jax.grad` gives [N, K].
-
-    Args:
-      x: logits [N, K].
-      y: targets [N, K] or integer labels [N]. Rows that do not sum to one are right too: D7.
-
-    Returns:
-      The gradient of `sxe.softmax_cross_entropy`, the mean, as [K, N] in the dtype of x.
-
-    Raises:
-      TypeError, ValueError: as `sxe.softmax_cross_entropy` does, for x and y that do not fit.
-
-    >>> x = jnp.array([[1e8, 1e8, 0.0], [0.0, 0.0, -jnp.inf]])
-    >>> print(gradient(x, jnp.array([0, 1])))
-    [[-0.25  0.25]
-     [ 0.25 -0.25]
-     [ 0.    0.  ]]
-    """
-    dL_dx: Array = jax.grad(softmax_cross_entropy)(jnp.asarray(x), y)
-    return dL_dx.T
-
-
 class Line(NamedTuple):
-    """A line of the derivation: what must give the same numbers, where, and how far off it was."""
+    """A line of the derivation, what it is compared with, and where they are equal.
+
+    Attributes:
+      name: "D0" to "D9".
+      formula: the line as text.
+      closed_form: the line as a function of x and y.
+      compared_with: the reference that has to give the same numbers, as text.
+      assumption: what the line needs to be true, as text.
+      entries: einsum subscripts, from the indices of the reference to those of the line.
+      kept: a function of x that gives a mask of the entries which the assumption keeps; None: all.
+    """
 
     name: str
     formula: str
     closed_form: ClosedForm
     compared_with: str
     assumption: str
-    entries: str  # einsum subscripts: the entries of the reference that the line gives, as laid out
-    kept: Callable[[Array], Array] | None = None  # those among them that the assumption keeps
-    shown: bool = False  # whether any were left to compare
-    autodiff_error: float = math.nan
-    differences_error: float = math.nan
-    passed: bool = False
+    entries: str
+    kept: Callable[[Array], Array] | None = None
 
 
 def _line(closed_form: ClosedForm, compared_with: str, assumption: str, entries: str) -> Line:

@@ -159,10 +159,13 @@ def test_the_mathml_says_what_the_docstrings_say():
 
 
 def test_a_line_without_mathml_is_an_error(report):
-    new = report.lines[3]._replace(formula="-s_l s_k")
+    def changed(measured, **fields):
+        return measured._replace(line=measured.line._replace(**fields))
+
+    new = changed(report.lines[3], formula="-s_l s_k")
     with pytest.raises(LookupError, match="no MathML for '-s_l s_k': add it to FORMULAS in"):
         _page.page(report._replace(lines=(*report.lines[:3], new)))
-    eleventh = report.lines[9]._replace(name="D10")
+    eleventh = changed(report.lines[9], name="D10")
     with pytest.raises(LookupError, match="nothing is told about D10: add it to STEPS in"):
         _page.page(report._replace(lines=(*report.lines, eleventh)))
 
@@ -175,8 +178,9 @@ def test_what_is_not_a_number_is_shown_as_such(report):
 
 
 def test_text_is_escaped(report):
-    line = report.lines[0]._replace(compared_with="<b>a & b</b>")
-    page = _page.page(report._replace(lines=(line, *report.lines[1:])))
+    first = report.lines[0]
+    line = first.line._replace(compared_with="<b>a & b</b>")
+    page = _page.page(report._replace(lines=(first._replace(line=line), *report.lines[1:])))
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
     assert "<b>" not in page
 

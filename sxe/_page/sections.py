@@ -3,7 +3,7 @@
 import math
 from xml.etree.ElementTree import Element
 
-from sxe._check import PRECISION, TOLERANCES, Comparison, Precision, Report
+from sxe._check import PRECISION, TOLERANCES, Comparison, MeasuredLine, Precision, Report
 from sxe._page.elements import (
     MARKS,
     MINUS,
@@ -19,10 +19,9 @@ from sxe._page.elements import (
 )
 from sxe._page.formulas import math as formula
 from sxe._page.formulas import step
-from sxe.derivation import Line
 
 
-def _word(measured: Line | Comparison | Precision) -> str:
+def _word(measured: MeasuredLine | Comparison | Precision) -> str:
     return "pass" if measured.passed else "FAIL"
 
 
@@ -34,7 +33,7 @@ def verdict(report: Report) -> Element:
 
 def hero(report: Report) -> Element:
     """From the first line to the last."""
-    first, last = (formula(report.lines[n].formula, display="block") for n in (0, -1))
+    first, last = (formula(report.lines[n].line.formula, display="block") for n in (0, -1))
     arrow = e("span", "\N{RIGHTWARDS DOUBLE ARROW}", class_="arrow", aria_hidden="true")
     return scroll("From the loss to its gradient", first, arrow, last, class_="hero")
 
@@ -67,8 +66,9 @@ def derivation(report: Report) -> Element:
     return e("ol", *(_line(line, report.dtype) for line in report.lines), class_="lines")
 
 
-def _line(line: Line, dtype: str) -> Element:
-    told, word = step(line.name), _word(line) if line.shown else "n/a"
+def _line(measured: MeasuredLine, dtype: str) -> Element:
+    line = measured.line
+    told, word = step(line.name), _word(measured) if measured.shown else "n/a"
     limits = TOLERANCES[dtype]
     facts = [
         (
@@ -77,10 +77,10 @@ def _line(line: Line, dtype: str) -> Element:
         ),
         ("assumes", [formula(line.assumption)]),
     ]
-    if line.shown:
+    if measured.shown:
         facts += [
-            ("autodiff", _measured(line.autodiff_error, limits.autodiff)),
-            ("differences", _measured(line.differences_error, limits.differences)),
+            ("autodiff", _measured(measured.autodiff_error, limits.autodiff)),
+            ("differences", _measured(measured.differences_error, limits.differences)),
         ]
     else:
         facts.append(("errors", [e("span", "none: one row or one class has no such entries")]))
@@ -102,7 +102,7 @@ def _line(line: Line, dtype: str) -> Element:
 
 def row_sums(report: Report) -> Element:
     """The two lines for targets that are no distribution. The second is to fail."""
-    formulas = {line.name: line.formula for line in report.lines}
+    formulas = {measured.name: measured.line.formula for measured in report.lines}
     limit = TOLERANCES["float64"].autodiff
     return e("div", *(_variant(c, formulas, limit) for c in report.row_sums), class_="variants")
 
