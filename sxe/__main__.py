@@ -18,6 +18,7 @@ import jax
 from sxe import _check, _page, _plan
 from sxe._backend import PLATFORMS
 from sxe._call.options import REDUCTIONS
+from sxe._errors import ArgumentError
 from sxe._rows.rules import RULES
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -120,9 +121,9 @@ def _run_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
         )
     try:
         p = _plan.plan(**call, memory_bytes=arguments.memory)
-    except ValueError as error:
-        name, _, message = str(error).partition(":")
-        parser.error(f"--{name.removesuffix('_bytes').replace('_', '-')}:{message}")
+    except ArgumentError as error:
+        option = {"memory_bytes": "memory"}.get(error.argument, error.argument)
+        parser.error(f"--{option.replace('_', '-')}: {error.message}")
 
     def size(n: float) -> str:
         return f"{n / 2**20:,.1f} MiB" if n >= 2**17 else f"{n:,} bytes"

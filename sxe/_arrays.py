@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 
 AxisName = str | tuple[str, ...] | None
 SplitAxes = tuple[AxisName, ...]  # the mesh axes that split each axis of an array
-T = TypeVar("T")
+T = TypeVar("T")from sxe._errors import ArgumentValueError
+
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -98,8 +99,8 @@ def reshard(x: Array, spec: Sequence[AxisName]) -> Array:
     if sharding(x) == spec:
         return x
     if jax.sharding.get_abstract_mesh().empty:
-        raise ValueError(
-            "logits: expected a call in the context of the Explicit mesh that splits them, got no "
+        raise ArgumentValueError(
+            "logits", "expected a call in the context of the Explicit mesh that splits them, got no "
             "mesh; use jax.set_mesh(mesh)"
         )
     return jax.reshard(x, PartitionSpec(*spec))

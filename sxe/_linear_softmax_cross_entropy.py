@@ -37,6 +37,7 @@ from sxe._call.options import HeadOptions, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics, denominator, metrics, result_specs, sum_rows
 from sxe._call.rows import Logits, make_rows
 from sxe._call.rows import Rows as RowsOfCall
+from sxe._errors import ArgumentValueError
 from sxe._head.chunked import Head, Outcome, Rows, Shared, results_by, single_rows, weighted_sum
 from sxe._head.loops import tiling
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
@@ -239,10 +240,11 @@ def loss_of_hidden(
     except KeyError as error:  # from jet, of a primitive for which it has no rule
         if not jet_traces or str(error) not in ("scan", "while"):
             raise
-        raise ValueError(
-            "hidden: expected as many rows as one chunk has in a call that jax.experimental.jet "
+        raise ArgumentValueError(
+            "hidden",
+            "expected as many rows as one chunk has in a call that jax.experimental.jet "
             f"differentiates, because jet can't differentiate a loop, got {inputs.hidden.shape}; "
-            "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy"
+            "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy",
         ) from error
 
 

@@ -16,6 +16,7 @@ from sxe import _softmax_cross_entropy as of_logits
 from sxe._arrays import AxisName, axis_names
 from sxe._call.arguments import mesh_axes
 from sxe._call.layout import Layout
+from sxe._errors import ArgumentTypeError, ArgumentValueError
 
 # Each loss, and the function behind it, which takes a layout too.
 LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -38,18 +39,20 @@ class _OverMesh:
     def __call__(self, *args: Any, **options: Any) -> Any:
         for option in ("axis_name", "batch_axis_name"):
             if option in options:
-                raise TypeError(
-                    f"{option}: expected none with over_mesh, where batch and classes name the "
-                    f"mesh axes, got {options[option]!r}"
+                raise ArgumentTypeError(
+                    option,
+                    f"expected none with over_mesh, where batch and classes name the "
+                    f"mesh axes, got {options[option]!r}",
                 )
         around = jax.sharding.get_abstract_mesh()
         manual = {*self._layout.mesh.manual_axes, *around.manual_axes}
         for argument, axes in _named(self._layout):
             if taken := manual & set(axis_names(axes)):
-                raise ValueError(
-                    f"{argument}: expected Auto or Explicit mesh axes, got {sorted(taken)}, which "
+                raise ArgumentValueError(
+                    argument,
+                    f"expected Auto or Explicit mesh axes, got {sorted(taken)}, which "
                     "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
-                    "batch_axis_name"
+                    "batch_axis_name",
                 )
         # The signature raises for an argument that the loss has not.
         given = inspect.signature(self._loss).bind(*args, **options)
@@ -86,9 +89,10 @@ def _over_devices(
     """What was pickled, over this process's devices with these ids."""
     found = {device.id: device for device in jax.devices(platform)}
     if missing := sorted(set(ids) - set(found)):
-        raise ValueError(
-            f"mesh: expected {platform} devices with the ids that were pickled, got none with "
-            f"{missing}; pickle a loss over an AbstractMesh, which has no devices"
+        raise ArgumentValueError(
+            "mesh",
+            f"expected {platform} devices with the ids that were pickled, got none with "
+            f"{missing}; pickle a loss over an AbstractMesh, which has no devices",
         )
     mesh = layout.mesh
     devices = np.array([found[i] for i in ids], dtype=object).reshape(mesh.axis_sizes)
@@ -161,12 +165,15 @@ def over_mesh(
     """
     if loss not in LOSSES:
         names = ", ".join(f"sxe.{f.__name__}" for f in LOSSES)
-        raise TypeError(
-            f"loss: expected one of {names}, got {loss!r}; options and jax.jit go with what "
-            "over_mesh returns"
+        raise ArgumentTypeError(
+            "loss",
+            f"expected one of {names}, got {loss!r}; options and jax.jit go with what "
+            "over_mesh returns",
         )
     if not isinstance(mesh, Mesh | AbstractMesh):
-        raise TypeError(f"mesh: expected a jax.sharding.Mesh or AbstractMesh, got {mesh!r}")
+        raise ArgumentTypeError(
+            "mesh", f"expected a jax.sharding.Mesh or AbstractMesh, got {mesh!r}"
+        )
     rows = tuple(batch) if isinstance(batch, PartitionSpec) else (batch,)
     rows = tuple(mesh_axes("batch", axes) for axes in rows)
     while rows and rows[-1] is None:
@@ -178,18 +185,22 @@ def over_mesh(
     for argument, axes in _named(layout):
         for name in axis_names(axes):
             if name not in known:
-                raise ValueError(f"{argument}: expected axes of the mesh, {known}, got {name!r}")
+                raise ArgumentValueError(
+                    argument, f"expected axes of the mesh, {known}, got {name!r}"
+                )
             if name in seen:
-                raise ValueError(f"{argument}: expected mesh axes named once, got {name!r} again")
+                raise ArgumentValueError(
+                    argument, f"expected mesh axes named once, got {name!r} again"
+                )
             seen.add(name)
     if fsdp is not None and loss is not of_hidden.linear_softmax_cross_entropy:
-        raise ValueError(
-            f"fsdp: expected None for {loss.__name__}, which has no kernel, got {fsdp!r}"
+        raise ArgumentValueError(
+            "fsdp", f"expected None for {loss.__name__}, which has no kernel, got {fsdp!r}"
         )
     for name in axis_names(layout.fsdp):
         if name not in axis_names(layout.batch):
-            raise ValueError(
-                f"fsdp: expected axes of batch, {axis_names(layout.batch)}, got {name!r}"
+            raise ArgumentValueError(
+                "fsdp", f"expected axes of batch, {axis_names(layout.batch)}, got {name!r}"
             )
 
     return _OverMesh(loss, layout)

@@ -16,6 +16,7 @@ from sxe._backend import PLATFORMS, Backend, backend_of
 from sxe._call import arguments
 from sxe._call.options import REDUCTIONS
 from sxe._call.options import chunk_size as parse_chunk_size
+from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._head.loops import classes_per_block, tiling
 from sxe._rows.cpu import rows_per_block
 from sxe._rows.rules import RULES
@@ -113,7 +114,7 @@ class Plan(NamedTuple):
             ("link_bytes_per_second", link_bytes_per_second),
         ):
             if not rate > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {rate!r}")
+                raise ArgumentValueError(name, f"expected a number above 0, got {rate!r}")
         return Floor(
             self.flops / flops_per_second,
             self.traffic_bytes / bytes_per_second,
@@ -180,7 +181,7 @@ def plan(
     classes = arguments.integer("classes", classes)
     for name, size, least in (("rows", rows, 0), ("hidden", hidden, 1), ("classes", classes, 1)):
         if size < least:
-            raise ValueError(f"{name}: expected at least {least}, got {size}")
+            raise ArgumentValueError(name, f"expected at least {least}, got {size}")
     arguments.one_of("reduction", reduction, REDUCTIONS)
     arguments.one_of("rule", rule, tuple(RULES))
     for argument, names, known in (
@@ -188,8 +189,8 @@ def plan(
         ("options", options, TILE_OPTIONS),
     ):
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise TypeError(
-                f"{argument}: expected a sequence of names among {known}, got {names!r}"
+            raise ArgumentTypeError(
+                argument, f"expected a sequence of names among {known}, got {names!r}"
             )
         for name in names:
             arguments.one_of(argument, name, known)
@@ -199,9 +200,10 @@ def plan(
         arguments.one_of("backend", backend, PLATFORMS)
 
     if mesh is not None and not isinstance(mesh, Mapping):
-        raise TypeError(
-            "mesh: expected the devices along each mesh axis, as {'data': 64, 'model': 8}, got "
-            f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape"
+        raise ArgumentTypeError(
+            "mesh",
+            "expected the devices along each mesh axis, as {'data': 64, 'model': 8}, got "
+            f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape",
         )
     sizes = {
         name: arguments.integer("mesh", devices, f"an int of at least 1 for {name!r}")
@@ -228,7 +230,7 @@ def plan(
         backend=Backend(backend or here.platform, here.is_local or bool(sizes)),
     )
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
-        raise TypeError(f"memory_bytes: expected a number or None, got {memory_bytes!r}")
+        raise ArgumentTypeError("memory_bytes", f"expected a number or None, got {memory_bytes!r}")
     if memory_bytes is None:
         return _plan(call, sizes, **axes)
     return _smallest_class_split(call, sizes, memory_bytes, **axes)
@@ -259,22 +261,25 @@ class _Call(NamedTuple):
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
     for name, devices in sizes.items():
         if devices < 1:
-            raise ValueError(f"mesh: expected an int of at least 1 for {name!r}, got {devices!r}")
+            raise ArgumentValueError(
+                "mesh", f"expected an int of at least 1 for {name!r}, got {devices!r}"
+            )
     seen: set[str] = set()
     for argument, names in axes.items():
         for name in axis_names(names):
             if name not in sizes:
-                raise ValueError(
-                    f"{argument}: expected axes of mesh, {tuple(sizes)}, got {name!r}"
-                    + ("" if sizes else "; pass mesh={" + f"{name!r}: ..." + "}")
+                raise ArgumentValueError(
+                    argument,
+                    f"expected axes of mesh, {tuple(sizes)}, got {name!r}"
+                    + ("" if sizes else "; pass mesh={" + f"{name!r}: ..." + "}"),
                 )
             if argument == "fsdp" and name not in axis_names(axes["batch_axis_name"]):
-                raise ValueError(f"fsdp: expected axes of batch_axis_name, got {name!r}")
+                raise ArgumentValueError("fsdp", f"expected axes of batch_axis_name, got {name!r}")
             if argument != "fsdp" and name in seen:
-                raise ValueError(f"{argument}: expected axes named once, got {name!r} again")
+                raise ArgumentValueError(argument, f"expected axes named once, got {name!r} again")
             seen.add(name)
     if sizes and rule != "vjp":
-        raise ValueError(f"rule: expected 'vjp' with a mesh, got {rule!r}")
+        raise ArgumentValueError("rule", f"expected 'vjp' with a mesh, got {rule!r}")
 
 
 def _smallest_class_split(
@@ -282,9 +287,10 @@ def _smallest_class_split(
 ) -> Plan:
     for argument in ("axis_name", "batch_axis_name"):
         if len(axis_names(axes[argument])) != 1:
-            raise ValueError(
-                f"{argument}: expected one axis of mesh, whose size memory_bytes decides, got "
-                f"{axes[argument]!r}"
+            raise ArgumentValueError(
+                argument,
+                f"expected one axis of mesh, whose size memory_bytes decides, got "
+                f"{axes[argument]!r}",
             )
     (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
     devices = sizes[model] * sizes[data]
@@ -300,13 +306,14 @@ def _smallest_class_split(
             return found
         least = min(least, found.peak_bytes)
     if least == math.inf:
-        raise ValueError(
-            f"mesh: expected {devices} devices that divide {call.rows} rows and {call.classes} "
-            f"classes in some way, got {sizes}; pad rows or classes"
+        raise ArgumentValueError(
+            "mesh",
+            f"expected {devices} devices that divide {call.rows} rows and {call.classes} "
+            f"classes in some way, got {sizes}; pad rows or classes",
         )
-    raise ValueError(
-        f"memory_bytes: expected at least {least:.3g} for the head on {devices} devices, got "
-        f"{memory_bytes:.3g}"
+    raise ArgumentValueError(
+        "memory_bytes",
+        f"expected at least {least:.3g} for the head on {devices} devices, got {memory_bytes:.3g}",
     )
 
 
@@ -329,8 +336,8 @@ def _plan(
         ("hidden", call.hidden, gathered, fsdp),
     ):
         if size % parts:
-            raise ValueError(
-                f"{argument}: expected a multiple of {parts}, the devices along {axes}, got {size}"
+            raise ArgumentValueError(
+                argument, f"expected a multiple of {parts}, the devices along {axes}, got {size}"
             )
     rows, hidden, classes = call.rows // groups, call.hidden, call.classes // shards
     if not sizes:

@@ -1,6 +1,7 @@
 """What a new user would do wrong, and what the error says: the argument, what was expected, what
 came and, where that is not plain from these, what to do."""
 
+import pickle
 import re
 import sys
 
@@ -1016,8 +1017,12 @@ NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
     ]
 )
 def test_plan(argument, given, error, message):
-    with says(argument, error, message):
+    with says(argument, error, message) as raised:
         sxe.plan(**{"rows": 8, "hidden": 4, "classes": 16, **given})
+    for an_error in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert isinstance(an_error, error)
+        assert an_error.argument == argument
+        assert str(an_error) == an_error.args[0] == f"{argument}: {an_error.message}"
 
 
 @pytest.mark.parametrize("argument", ["flops", "bytes", "link_bytes"])

@@ -18,13 +18,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sxe._arrays import AxisName
+from sxe._errors import ArgumentTypeError, ArgumentValueError
 
 
 def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
     advice = ""
     if isinstance(value, jax.core.Tracer):
         advice = "; close over a Python value, or name it in the static_argnames of jax.jit"
-    return TypeError(f"{name}: expected {expected}, got {value!r}{advice}")
+    return ArgumentTypeError(name, f"expected {expected}, got {value!r}{advice}")
 
 
 def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
@@ -33,7 +34,9 @@ def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
     except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
         plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
         got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
-        raise TypeError(f"{name}: expected an array, got {got}{_unpacking(name, x)}") from error
+        raise ArgumentTypeError(
+            name, f"expected an array, got {got}{_unpacking(name, x)}"
+        ) from error
 
 
 def _held(x: Any, ignore_index: int | None) -> Any:
@@ -123,13 +126,13 @@ def number(
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         given = float(value)
         if not fits(given):
-            raise ValueError(f"{name}: expected {expected}, got {value}")
+            raise ArgumentValueError(name, f"expected {expected}, got {value}")
         return None if given == off else given
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         advice = _unpacking(name, value) if dtype is None else "; cast it to a float dtype"
-        raise TypeError(
-            f"{name}: expected {expected}, or a scalar float array, got {value!r}{advice}"
+        raise ArgumentTypeError(
+            name, f"expected {expected}, or a scalar float array, got {value!r}{advice}"
         )
     shape = jnp.shape(value)
     if shape != ():
@@ -138,7 +141,7 @@ def number(
             advice = f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
         elif name == "logit_scale":
             advice = "; for a scale for each row multiply hidden by it"
-        raise ValueError(f"{name}: expected a scalar, got shape {shape}{advice}")
+        raise ArgumentValueError(name, f"expected a scalar, got shape {shape}{advice}")
     return value
 
 
@@ -173,8 +176,8 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         close = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.7)
         advice = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{advice}"
+        raise ArgumentValueError(
+            name, f"expected one of {', '.join(map(repr, choices))}, got {value!r}{advice}"
         )
     return value
 
@@ -184,16 +187,18 @@ def mesh_axes(name: str, value: Any) -> AxisName:
     if value is None or names == ():
         return None
     if not all(isinstance(n, str) for n in names):
-        raise TypeError(f"{name}: expected a mesh axis name or a tuple of them, got {value!r}")
+        raise ArgumentTypeError(
+            name, f"expected a mesh axis name or a tuple of them, got {value!r}"
+        )
     if len(set(names)) != len(names):
-        raise ValueError(f"{name}: expected mesh axes named once, got {value!r}")
+        raise ArgumentValueError(name, f"expected mesh axes named once, got {value!r}")
     return names
 
 
 def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
     """The dtype, if it is one that the losses compute with."""
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
-        raise TypeError(
-            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}{advice}"
+        raise ArgumentTypeError(
+            name, f"expected dtype bfloat16, float16, float32 or float64, got {dtype}{advice}"
         )
     return dtype

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from sxe._arrays import AxisName, axis_names, is_tracked, psum, sharding, varying
+from sxe._errors import ArgumentValueError
 
 
 def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -17,15 +18,17 @@ def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
     axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
         if not -ndim <= a < ndim:
-            raise ValueError(
-                f"axis: expected axes in [{-ndim}, {ndim}) for logits with {ndim} dimensions, "
-                f"got {axis!r}"
+            raise ArgumentValueError(
+                "axis",
+                f"expected axes in [{-ndim}, {ndim}) for logits with {ndim} dimensions, "
+                f"got {axis!r}",
             )
     normalized = tuple(a % ndim for a in axes)
     if not axes or len(set(normalized)) != len(axes):
-        raise ValueError(
-            f"axis: expected one axis or several different ones, got {axis!r} for logits with "
-            f"{ndim} dimensions"
+        raise ArgumentValueError(
+            "axis",
+            f"expected one axis or several different ones, got {axis!r} for logits with "
+            f"{ndim} dimensions",
         )
     return normalized
 
@@ -121,10 +124,11 @@ def check_mapped(**arrays: Array | None) -> None:
         if taken:
             left = (tuple(n for n in axis_names(axes) if n in free) for axes in sharding(a))
             spec = PartitionSpec(*(axes or None for axes in left))
-            raise ValueError(
-                f"{name}: expected to be split along other mesh axes than {sorted(taken)}, which "
+            raise ArgumentValueError(
+                name,
+                f"expected to be split along other mesh axes than {sorted(taken)}, which "
                 f"split the axis that an enclosing jax.vmap maps, got {jax.typeof(a)}; use "
-                f"jax.reshard({name}, {spec}), or map it as well"
+                f"jax.reshard({name}, {spec}), or map it as well",
             )
 
 
@@ -152,9 +156,10 @@ def check_splits(
                 found[i] = axes, name
                 continue
             spec = PartitionSpec(*(found[k][0] for k in own))
-            raise ValueError(
-                f"{name}: expected to be split as {source}, {spec}, or not at all, got "
-                f"{PartitionSpec(*sharding(a))} ({jax.typeof(a)}); use jax.reshard({name}, {spec})"
+            raise ArgumentValueError(
+                name,
+                f"expected to be split as {source}, {spec}, or not at all, got "
+                f"{PartitionSpec(*sharding(a))} ({jax.typeof(a)}); use jax.reshard({name}, {spec})",
             )
 
 
@@ -162,9 +167,10 @@ def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
     """These axes, if all belong to a ``jax.vmap``, and none if all are a mesh's."""
     mapped = vmap_axes(axis_name)
     if mapped and mapped != axis_names(axis_name):
-        raise ValueError(
-            "axis_name: expected axes of jax.shard_map alone, or of jax.vmap alone, got "
-            f"{axis_name!r}, of which jax.vmap has {mapped}; split the classes along one kind"
+        raise ArgumentValueError(
+            "axis_name",
+            "expected axes of jax.shard_map alone, or of jax.vmap alone, got "
+            f"{axis_name!r}, of which jax.vmap has {mapped}; split the classes along one kind",
         )
     return mapped
 
@@ -192,19 +198,22 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
         try:
             lax.axis_size(name)
         except NameError:
-            raise ValueError(
-                f"{argument}: expected a mesh axis of an enclosing jax.shard_map, got {name!r}; "
-                "for global arrays use sxe.over_mesh"
+            raise ArgumentValueError(
+                argument,
+                f"expected a mesh axis of an enclosing jax.shard_map, got {name!r}; "
+                "for global arrays use sxe.over_mesh",
             ) from None
         if vmap_axes(name) and any(map(is_tracked, manual)):
-            raise ValueError(
-                f"{argument}: expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
+            raise ArgumentValueError(
+                argument,
+                f"expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
                 "a jax.vmap, along which JAX has no lax.psum there; pass check_vma=False to "
-                "jax.shard_map"
+                "jax.shard_map",
             )
         if is_tracked(name) and name not in varying(x):
-            raise ValueError(
-                f"{argument}: expected a mesh axis that splits {name_of_x}, got {name!r}, "
+            raise ArgumentValueError(
+                argument,
+                f"expected a mesh axis that splits {name_of_x}, got {name!r}, "
                 f"along which every device has the same ({jax.typeof(x)}); split it in in_specs, "
-                "or leave the axis out"
+                "or leave the axis out",
             )

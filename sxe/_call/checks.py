@@ -10,6 +10,7 @@ from jax.experimental import jet
 
 from sxe._call.arguments import check_dtype
 from sxe._call.options import Options
+from sxe._errors import ArgumentTypeError, ArgumentValueError
 
 HEAD_ORDER = "hidden, kernel, labels"
 
@@ -20,10 +21,10 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice:
         if name == "weights":
             mask = "weights" if x.dtype == jnp.bool_ else "weights != 0"
             cast = f"for a mask of rows pass where={mask}, else {cast}"
-        raise TypeError(f"{name}: expected a float dtype, got {x.dtype}; {cast}")
+        raise ArgumentTypeError(name, f"expected a float dtype, got {x.dtype}; {cast}")
     if x.shape != shape:
-        raise ValueError(
-            f"{name}: expected shape {shape}, one for each {each}, got {x.shape}{advice}"
+        raise ArgumentValueError(
+            name, f"expected shape {shape}, one for each {each}, got {x.shape}{advice}"
         )
 
 
@@ -93,17 +94,20 @@ def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
             advice = "; of an embedding [K, D] pass its transpose, embedding.T"
         elif hidden.ndim == 2 and kernel.shape[-1:] == hidden.shape[:1]:
             advice = f"; the order of arguments is {HEAD_ORDER}"
-        raise ValueError(
-            f"kernel: expected shape [D, K] with D = {size}, the last axis of hidden "
-            f"{hidden.shape}, got {kernel.shape}{advice}"
+        raise ArgumentValueError(
+            "kernel",
+            f"expected shape [D, K] with D = {size}, the last axis of hidden "
+            f"{hidden.shape}, got {kernel.shape}{advice}",
         )
     if kernel.shape[1] == 0:
-        raise ValueError(f"kernel: expected [D, K] with at least one class, got {kernel.shape}")
+        raise ArgumentValueError(
+            "kernel", f"expected [D, K] with at least one class, got {kernel.shape}"
+        )
     if options.bias is not None:
         bias, expected = options.bias, kernel.shape[1:]
         if bias.ndim == 0:
-            raise ValueError(
-                f"bias: expected shape {expected}, one for each class, or None, got a scalar"
+            raise ArgumentValueError(
+                "bias", f"expected shape {expected}, one for each class, or None, got a scalar"
             )
         _check_float("bias", bias, expected, "class", _fitting("bias", bias.shape, expected))
 
@@ -116,7 +120,7 @@ def check_logits(name: str, x: Array) -> None:
         advice = f"; the order of arguments is {order}"
     check_dtype(name, x.dtype, advice)
     if x.ndim == 0:
-        raise ValueError(f"{name}: expected at least one axis, got a scalar")
+        raise ArgumentValueError(name, "expected at least one axis, got a scalar")
 
 
 def check_rows(
@@ -134,8 +138,8 @@ def check_rows(
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     classes = math.prod(shape[a] for a in axes)
     if classes == 0:
-        raise ValueError(
-            f"logits: expected at least one class along axis {options.axis}, got shape {shape}"
+        raise ArgumentValueError(
+            "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
         )
     within = ""
     if options.axis_name or options.batch_axis_name:
@@ -147,9 +151,10 @@ def check_rows(
         one_hot += f", or pass jnp.argmax(labels, axis={options.axis})"
     if not sparse and not jnp.issubdtype(labels.dtype, jnp.floating):
         advice = one_hot if labels.shape == shape else "; cast them to one of these"
-        raise TypeError(
-            "labels: expected class indices of an integer dtype or dense targets of a float dtype, "
-            f"got {labels.dtype}{advice}"
+        raise ArgumentTypeError(
+            "labels",
+            "expected class indices of an integer dtype or dense targets of a float dtype, "
+            f"got {labels.dtype}{advice}",
         )
     if labels.shape != (rows if sparse else shape):
         other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
@@ -165,14 +170,15 @@ def check_rows(
             shift = _shift(name, labels.shape, rows) if sparse and not within else ""
             expected = rows if sparse or labels.shape == (*rows, 1) else shape
             advice = shift or _fitting("labels", labels.shape, expected, within)
-        raise ValueError(
-            f"labels: expected shape {rows} of integers (class indices) or {shape} of floats "
-            f"(dense targets), got {labels.shape} of {labels.dtype}{advice}"
+        raise ArgumentValueError(
+            "labels",
+            f"expected shape {rows} of integers (class indices) or {shape} of floats "
+            f"(dense targets), got {labels.shape} of {labels.dtype}{advice}",
         )
     if not sparse and options.ignore_index is not None:
-        raise ValueError(
-            f"ignore_index: expected None with dense targets, got {options.ignore_index}; "
-            "mask rows with where"
+        raise ArgumentValueError(
+            "ignore_index",
+            f"expected None with dense targets, got {options.ignore_index}; mask rows with where",
         )
     weights, class_weights = options.weights, options.class_weights
     if options.where is not None:
@@ -201,7 +207,7 @@ def _check_where(
     assert where is not None
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     if where.dtype != jnp.bool_:
-        raise TypeError(f"where: expected dtype bool, got {where.dtype}; pass where != 0")
+        raise ArgumentTypeError("where", f"expected dtype bool, got {where.dtype}; pass where != 0")
     if where.shape == rows or (where.shape == shape and not head):
         return
     masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
@@ -220,7 +226,9 @@ def _check_where(
                 "; the head cannot mask classes under a softcap, which bounds a bias of -inf too: "
                 "leave them out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
             )
-    raise ValueError(f"where: expected a mask of shape {masks}, got {where.shape}{advice}")
+    raise ArgumentValueError(
+        "where", f"expected a mask of shape {masks}, got {where.shape}{advice}"
+    )
 
 
 def check_jet(inputs: Any, options: Options) -> bool:
@@ -235,13 +243,15 @@ def check_jet(inputs: Any, options: Options) -> bool:
         "function that has a custom rule"
     )
     if options.rule != "autodiff":
-        raise ValueError(
-            f"rule: expected 'autodiff' {reason}, got {options.rule!r}; sxe.softmax_cross_entropy "
-            "and sxe.linear_softmax_cross_entropy take rule='autodiff'"
+        raise ArgumentValueError(
+            "rule",
+            f"expected 'autodiff' {reason}, got {options.rule!r}; sxe.softmax_cross_entropy "
+            "and sxe.linear_softmax_cross_entropy take rule='autodiff'",
         )
     if options.softcap is not None:
-        raise ValueError(
-            f"softcap: expected None {reason}, got {options.softcap!r}; pass capped logits to "
-            "sxe.softmax_cross_entropy"
+        raise ArgumentValueError(
+            "softcap",
+            f"expected None {reason}, got {options.softcap!r}; pass capped logits to "
+            "sxe.softmax_cross_entropy",
         )
     return True

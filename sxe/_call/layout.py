@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sxe._arrays import AxisName, axis_names, sharding
 from sxe._call.axes import free_axes, spmd_axes, vmap_axes
+from sxe._errors import ArgumentValueError
 
 
 class Inputs(Protocol):
@@ -91,18 +92,20 @@ class Layout(NamedTuple):
                     )
                 elif name == "kernel":
                     advice = "split it along other axes or none"
-                raise ValueError(
-                    f"{name}: expected a size along axis {axis} that is a multiple of {devices}, "
-                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; {advice}"
+                raise ArgumentValueError(
+                    name,
+                    f"expected a size along axis {axis} that is a multiple of {devices}, "
+                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; {advice}",
                 )
 
     def specs(self, inputs: Any, ndim: int, class_axes: tuple[int, ...]) -> Any:
         """Of the inputs of a call, by the names of their fields."""
         most = ndim - len(class_axes)
         if len(self.rows) > most:
-            raise ValueError(
-                f"batch: expected entries for at most {most} axes, those of the rows, got "
-                f"{PartitionSpec(*self.rows)}; classes names what splits the classes"
+            raise ArgumentValueError(
+                "batch",
+                f"expected entries for at most {most} axes, those of the rows, got "
+                f"{PartitionSpec(*self.rows)}; classes names what splits the classes",
             )
 
         def spec(path: tuple[Any, ...], x: Array) -> PartitionSpec:
@@ -150,17 +153,19 @@ class Layout(NamedTuple):
         if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
             return result(inputs)
         if mapped := vmap_axes(batch_axis_name):
-            raise ValueError(
-                f"batch_axis_name: expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
+            raise ArgumentValueError(
+                "batch_axis_name",
+                f"expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
                 "Explicit mesh splits hidden or kernel: JAX has no lax.psum along it there; use "
-                "return_metrics=True, and sum loss_sum and weight_sum"
+                "return_metrics=True, and sum loss_sum and weight_sum",
             )
         spmd = spmd_axes(self.mesh) if explicit else None
         if spmd:
-            raise ValueError(
-                f"spmd_axis_name: expected none from jax.vmap, got {sorted(spmd)}, which are "
+            raise ArgumentValueError(
+                "spmd_axis_name",
+                f"expected none from jax.vmap, got {sorted(spmd)}, which are "
                 "Explicit mesh axes that do not split what is mapped; leave it out, or jax.reshard "
-                "what is mapped, so that they do"
+                "what is mapped, so that they do",
             )
         return jax.shard_map(
             result, mesh=self.mesh, in_specs=(specs,), out_specs=out, axis_names=names
@@ -183,15 +188,17 @@ def layout_of(hidden: Array, kernel: Array) -> Layout:
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
     layout = Layout(mesh, tuple(rows), classes, kinds=(AxisType.Explicit,))
     if hidden_axis is not None:
-        raise ValueError(
-            "hidden: expected a last axis that no mesh axis splits, got "
-            f"{jax.typeof(hidden)}; jax.reshard it"
+        raise ArgumentValueError(
+            "hidden",
+            "expected a last axis that no mesh axis splits, got "
+            f"{jax.typeof(hidden)}; jax.reshard it",
         )
     both = set(axis_names(layout.batch)) & set(axis_names(classes))
     if both:
-        raise ValueError(
-            f"kernel: expected classes split along other mesh axes than the rows, got {both} for "
-            f"both ({jax.typeof(hidden)}, {jax.typeof(kernel)}); jax.reshard one of them"
+        raise ArgumentValueError(
+            "kernel",
+            f"expected classes split along other mesh axes than the rows, got {both} for "
+            f"both ({jax.typeof(hidden)}, {jax.typeof(kernel)}); jax.reshard one of them",
         )
     if set(axis_names(kernel_rows)) <= set(axis_names(layout.batch)):
         layout = layout._replace(fsdp=kernel_rows)

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from sxe._arrays import AxisName, axis_names
 from sxe._call import arguments
 from sxe._call.layout import Layout
+from sxe._errors import ArgumentValueError
 from sxe._rows.rules import RULES
 
 Reduction = Literal["mean", "sum", "none"]
@@ -95,7 +96,7 @@ def _rule(name: str, value: str) -> str:
 def chunk_size(name: str, value: Any) -> int | None:
     size = arguments.integer_or_none(name, value)
     if size is not None and size < 1:
-        raise ValueError(f"{name}: expected at least 1, or None for the default, got {size}")
+        raise ArgumentValueError(name, f"expected at least 1, or None for the default, got {size}")
     return size
 
 
@@ -148,7 +149,8 @@ def parse(**given: Any) -> Options:
     )
     both = set(axis_names(options.axis_name)) & set(axis_names(options.batch_axis_name))
     if both:
-        raise ValueError(
-            f"batch_axis_name: expected other mesh axes than axis_name, got {sorted(both)} in both"
+        raise ArgumentValueError(
+            "batch_axis_name",
+            f"expected other mesh axes than axis_name, got {sorted(both)} in both",
         )
     return options
