@@ -10,10 +10,11 @@ from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from sxe._errors import ArgumentValueError
+
 AxisName = str | tuple[str, ...] | None
 SplitAxes = tuple[AxisName, ...]  # the mesh axes that split each axis of an array
-T = TypeVar("T")from sxe._errors import ArgumentValueError
-
+T = TypeVar("T")
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -100,8 +101,9 @@ def reshard(x: Array, spec: Sequence[AxisName]) -> Array:
         return x
     if jax.sharding.get_abstract_mesh().empty:
         raise ArgumentValueError(
-            "logits", "expected a call in the context of the Explicit mesh that splits them, got no "
-            "mesh; use jax.set_mesh(mesh)"
+            "logits",
+            "expected a call in the context of the Explicit mesh that splits them, got no "
+            "mesh; use jax.set_mesh(mesh)",
         )
     return jax.reshard(x, PartitionSpec(*spec))
 

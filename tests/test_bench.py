@@ -12,9 +12,9 @@ import pytest
 
 import sxe
 from sxe.__main__ import main
-from sxe._bench import contestants, report
-from sxe._bench.measure import Measurement, Timing, measure
-from sxe._bench.problem import Problem, errors, truth
+from sxe._tools.bench import contestants, report
+from sxe._tools.bench.measure import Measurement, Timing, measure
+from sxe._tools.bench.problem import Problem, errors, truth
 
 PROBLEMS = [
     Problem(7, 11),
@@ -84,7 +84,7 @@ def peers(monkeypatch):
 
 
 def test_a_wrong_peer_and_one_that_fails_are_named(peers):
-    found = measure(Problem(8, 11), True, peers, 2, 60.0)
+    found = measure(Problem(8, 11), peers, gradient=True, rounds=2, seconds=60.0)
     assert found.path == "all rows at once"
     timings = {t.name: t for t in found.timings}
     assert list(timings) == ["sxe", "optax", "wrong", "floor", "fails", "fails late"]
@@ -155,7 +155,13 @@ def test_all_multiply_float32_alike(dtype, chosen, expected, monkeypatch):
 
     monkeypatch.setattr(contestants, "losses", watched)
     with jax.default_matmul_precision(chosen):
-        measure(Problem(8, 11, hidden=5, dtype=dtype), True, ("optax",), 1, 60.0)
+        measure(
+            Problem(8, 11, hidden=5, dtype=dtype),
+            ("optax",),
+            gradient=True,
+            rounds=1,
+            seconds=60.0,
+        )
     assert seen
     assert set(seen) == {expected}
 
@@ -223,7 +229,8 @@ def test_calls(capsys):
 )
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_torch_in_its_own_process(problem):
-    found = {t.name: t for t in measure(problem, True, ("torch",), 2, 60.0).timings}
+    measured = measure(problem, ("torch",), gradient=True, rounds=2, seconds=60.0)
+    found = {t.name: t for t in measured.timings}
     names = ["torch"] if problem.hidden is None else ["torch", "torch chunked"]
     for name in names:
         assert found[name].failed is None

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import sxe
-from sxe import _check, derivation
+from sxe import derivation
 from sxe.__main__ import main
+from sxe._tools.check import check
+from sxe._tools.check.results import TOLERANCES
 
 CHECK = ["check", "--rows", "4", "--classes", "4"]
 
@@ -55,12 +57,12 @@ def test_check_is_repeatable(capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("dtype", _check.TOLERANCES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
 def test_check_in_a_dtype(capsys, dtype):
     assert main([*CHECK, "--dtype", dtype]) == 0
     text = capsys.readouterr().out
     assert f"The lines in {dtype}:" in text
-    bounds = [f"{bound:.0e}" for bound in _check.TOLERANCES[dtype][:2]]
+    bounds = [f"{bound:.0e}" for bound in TOLERANCES[dtype][:2]]
     assert ["at", "most", *bounds] in [row.split() for row in text.splitlines()]
 
 
@@ -95,7 +97,7 @@ def test_check_writes_a_page_and_says_where(capsys, tmp_path):
 )
 def test_a_page_that_cannot_be_written_is_an_error(capsys, monkeypatch, tmp_path, name, reason):
     (tmp_path / "file").touch()
-    monkeypatch.delattr(_check, "check")  # nothing is measured
+    monkeypatch.delattr(check, "check")  # nothing is measured
     file = tmp_path / name
     with pytest.raises(SystemExit) as exit_:
         main([*CHECK, "--html", str(file)])
@@ -105,14 +107,14 @@ def test_a_page_that_cannot_be_written_is_an_error(capsys, monkeypatch, tmp_path
 
 
 def test_a_page_that_can_no_longer_be_written_is_an_error(capsys, monkeypatch, tmp_path):
-    file, check = tmp_path / "page.html", _check.check
+    file, right = tmp_path / "page.html", check.check
 
     def check_and_take_the_file_away(*arguments):
         file.unlink()
         file.mkdir()
-        return check(*arguments)
+        return right(*arguments)
 
-    monkeypatch.setattr(_check, "check", check_and_take_the_file_away)
+    monkeypatch.setattr(check, "check", check_and_take_the_file_away)
     with pytest.raises(SystemExit) as exit_:
         main([*CHECK, "--html", str(file)])
     assert exit_.value.code == 2

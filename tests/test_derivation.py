@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import sxe
-from sxe import _check, derivation
+from sxe import derivation
+from sxe._tools.check import against_autodiff, precision
+from sxe._tools.check.check import check
 
 NAMES = [f"D{n}" for n in range(10)]
 
@@ -31,7 +33,7 @@ slow = pytest.mark.slow  # a new size compiles anew
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (-8, 2**70))])
 def test_every_line_holds_for_random_sizes(seed):
-    report = _check.check(seed=seed)
+    report = check(seed=seed)
     assert report.failures == ()
     assert 2 <= report.rows <= 7
     assert 2 <= report.classes <= 11
@@ -43,7 +45,7 @@ def test_every_line_holds_for_random_sizes(seed):
 
 @pytest.mark.parametrize("dtype", ["float64", jnp.float32, jnp.bfloat16])
 def test_every_line_holds_in_every_dtype(dtype):
-    report = _check.check(rows=4, classes=4, seed=11, dtype=dtype)
+    report = check(rows=4, classes=4, seed=11, dtype=dtype)
     assert report.failures == ()
     assert report.dtype == jnp.dtype(dtype).name
 
@@ -57,17 +59,17 @@ def test_every_line_holds_in_every_dtype(dtype):
     ],
 )
 def test_one_row_and_one_class(rows, classes, empty):
-    report = _check.check(rows, classes)
+    report = check(rows, classes)
     assert report.failures == ()
     assert [line.name for line in report.lines if not line.shown] == empty
 
 
 def test_a_seed_repeats_and_the_configuration_stays(x64):
-    first = _check.check(4, 4, seed=5)
+    first = check(4, 4, seed=5)
     assert jax.config.jax_enable_x64 == x64
     with jax.enable_x64(not x64):
-        assert _check.check(4, 4, seed=5) == first
-    assert _check.check(4, 4, seed=6) != first
+        assert check(4, 4, seed=5) == first
+    assert check(4, 4, seed=6) != first
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_a_seed_repeats_and_the_configuration_stays(x64):
 )
 def test_what_cannot_be_checked_is_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
-        _check.check(**arguments)
+        check(**arguments)
 
 
 def test_lines_take_lists():
@@ -141,7 +143,7 @@ def test_the_gradient_needs_neither_moderate_logits_nor_targets_that_sum_to_one(
 def test_central_differences(problem):
     x, _ = problem
     expected = np.einsum("ik,ij,kl->ikjl", 3 * np.asarray(x) ** 2, np.eye(3), np.eye(5))
-    slopes = _check.central_differences(lambda x: x**3, x)
+    slopes = against_autodiff.central_differences(lambda x: x**3, x)
     np.testing.assert_allclose(slopes, expected, atol=1e-8)
 
 
@@ -151,7 +153,7 @@ def test_d8_fails_where_targets_do_not_sum_to_one_and_d7_holds(problem):
     gradient = jax.grad(derivation.d0)(x, t)
     np.testing.assert_allclose(derivation.d7(x, t), gradient, rtol=1e-12)
     assert jnp.max(jnp.abs(derivation.d8(x, t) - gradient)) > 0.1
-    d7, d8 = _check.check(4, 4).row_sums
+    d7, d8 = check(4, 4).row_sums
     assert (d7.name, d7.passed) == ("D7 where sum_k y_jk != 1", True)
     assert (d8.name, d8.passed) == ("D8 where sum_k y_jk != 1", True)
     assert d7.error < 1e-13 < 0.1 < d8.error
@@ -166,7 +168,7 @@ def replaced(monkeypatch, name, closed_form):
         for line in derivation.LINES
     )
     monkeypatch.setattr(derivation, "LINES", tuple(lines))
-    return _check.check(4, 4, seed=7)
+    return check(4, 4, seed=7)
 
 
 MISTAKES = {
@@ -253,9 +255,10 @@ def test_a_wrong_rule_is_found(monkeypatch):
         moved = jnp.sum(slope * (logits - jax.lax.stop_gradient(logits)).astype(loss.dtype))
         return loss + moved / loss.size
 
-    monkeypatch.setattr(_check, "softmax_cross_entropy", one_cotangent_for_all_rows)
-    monkeypatch.setattr(_check, "TOLERANCES", {"float64": _check.TOLERANCES["float64"]})
-    assert _check.check(4, 4).failures == (
+    monkeypatch.setattr(against_autodiff, "softmax_cross_entropy", one_cotangent_for_all_rows)
+    tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
+    monkeypatch.setattr(against_autodiff, "TOLERANCES", tolerances)
+    assert check(4, 4).failures == (
         "jvp, integer labels, float64",
         "jvp, dense targets, float64",
     )
@@ -273,8 +276,8 @@ def test_a_loss_that_rounds_away_is_found(monkeypatch):
         return jnp.mean(jnp.sum(labels, axis=1) * lse - jnp.sum(labels * logits, axis=1))
 
     # Not the whole check: its other parts would only compile anew, for another loss.
-    monkeypatch.setattr(_check, "softmax_cross_entropy", textbook)
-    assert tuple(row.name for row in _check._check_precision() if not row.passed) == (
+    monkeypatch.setattr(precision, "softmax_cross_entropy", textbook)
+    assert tuple(row.name for row in precision.check_precision() if not row.passed) == (
         "1e8, 1e8: loss",
         "20, 0: loss",
         "20, 0: label gradient",
@@ -303,22 +306,22 @@ def test_a_gradient_that_loses_a_small_target_is_found(monkeypatch):
         slope = (e * (t.sum(1, keepdims=True) - t) - t * ((1 - e) + r)) / (1 + r)
         return right(x, labels, **options) + jnp.sum(slope * (logits - x))
 
-    monkeypatch.setattr(_check, "softmax_cross_entropy", difference)
-    assert tuple(row.name for row in _check._check_precision() if not row.passed) == (
+    monkeypatch.setattr(precision, "softmax_cross_entropy", difference)
+    assert tuple(row.name for row in precision.check_precision() if not row.passed) == (
         "20, 0, targets 1, 1e-9: label gradient",
         "40, 0, 0, smoothing 1e-6: label gradient",
     )
 
 
 def test_sixty_digits():
-    equal, confident = (_check.sixty_digits(_check.Row(x)) for x in ((1e8, 1e8), (40.0, 0.0)))
+    equal, confident = (precision.sixty_digits(precision.Row(x)) for x in ((1e8, 1e8), (40.0, 0.0)))
     assert equal == (math.log(2), -0.5, 0.5)
     q = 1 / (1 + math.exp(40))
     np.testing.assert_allclose(confident, (math.log1p(math.exp(-40)), -q, q), rtol=1e-15)
 
 
 def test_sixty_digits_of_soft_targets():
-    learned = _check.sixty_digits(_check.Row((1.0, 1.0), targets=(0.5, 0.5)))
+    learned = precision.sixty_digits(precision.Row((1.0, 1.0), targets=(0.5, 0.5)))
     assert learned == (math.log(2), 0, 0.5)
-    smoothed = _check.sixty_digits(_check.Row((40.0, 0.0, 0.0), label_smoothing=0.25))
+    smoothed = precision.sixty_digits(precision.Row((40.0, 0.0, 0.0), label_smoothing=0.25))
     np.testing.assert_allclose(smoothed, (40 / 6, 1 / 6, 1 / 6), rtol=1e-15)

@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sxe import _check, _page, derivation
+from sxe import derivation
 from sxe.__main__ import main
-from sxe._page import formulas
+from sxe._tools.check import page as _page
+from sxe._tools.check import precision
+from sxe._tools.check.check import check
+from sxe._tools.check.page import formulas
 
 NAMES = [line.name for line in derivation.LINES]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -27,7 +30,7 @@ def broken(monkeypatch):
 
 @pytest.fixture(scope="module")
 def report():
-    return _check.check(4, 4, seed=2)
+    return check(4, 4, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +211,8 @@ def test_the_sweeps_and_the_example(report):
 
 
 def test_a_loss_that_rounds_away_fails_its_sweeps(monkeypatch):
-    monkeypatch.setattr(_check, "softmax_cross_entropy", _check._optax)
-    failed = [sweep.name for sweep in _check._check_sweeps() if not sweep.passed]
+    monkeypatch.setattr(precision, "softmax_cross_entropy", precision._optax)
+    failed = [sweep.name for sweep in precision.check_sweeps() if not sweep.passed]
     assert failed == [
         "lead 0 to 80: loss",
         "lead 0 to 80: label gradient",

@@ -15,13 +15,14 @@ OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 
 # A neighbour that keeps the cores busy makes one measurement slow, and a lost fusion all three.
 GUARD = """
-from sxe._bench.measure import measure
-from sxe._bench.problem import Problem
+from sxe._tools.bench.measure import measure
+from sxe._tools.bench.problem import Problem
 
 for hidden, rows, classes in ((None, 1024, 32768), (None, 32768, 1000), (256, 2048, 9001)):
     for dtype, most in (("float32", 2.5), ("bfloat16", 2.0)):
         for attempt in range(3):
-            found = measure(Problem(rows, classes, hidden, dtype), True, ("optax",), 9, 120.0)
+            problem = Problem(rows, classes, hidden, dtype)
+            found = measure(problem, ("optax",), gradient=True, rounds=9, seconds=120.0)
             ours, theirs = found.timings[:2]
             ratio = ours.over(theirs)[0]
             if ratio < most:

@@ -1,4 +1,4 @@
-"""Functions of rows, one by one: the state and its merge, D0 and D7, and twins beside each other."""
+"""Functions of rows, one by one: the state and its merge, D0 and D7, and twins of both."""
 
 import itertools
 

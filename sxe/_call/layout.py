@@ -95,7 +95,8 @@ class Layout(NamedTuple):
                 raise ArgumentValueError(
                     name,
                     f"expected a size along axis {axis} that is a multiple of {devices}, "
-                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; {advice}",
+                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; "
+                    f"{advice}",
                 )
 
     def specs(self, inputs: Any, ndim: int, class_axes: tuple[int, ...]) -> Any:
@@ -142,10 +143,11 @@ class Layout(NamedTuple):
         if explicit:
             names &= free_axes(self.mesh)
             if taken := self._used - names:
-                raise ValueError(
-                    f"batch, classes: expected mesh axes other than {sorted(taken)}, which split "
+                raise ArgumentValueError(
+                    "batch, classes",
+                    f"expected mesh axes other than {sorted(taken)}, which split "
                     "the axis that an enclosing jax.vmap maps; name others, or jax.reshard what "
-                    "is mapped"
+                    "is mapped",
                 )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)

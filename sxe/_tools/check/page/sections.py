@@ -3,8 +3,7 @@
 import math
 from xml.etree.ElementTree import Element
 
-from sxe._check import PRECISION, TOLERANCES, Comparison, MeasuredLine, Precision, Report
-from sxe._page.elements import (
+from sxe._tools.check.page.elements import (
     MARKS,
     MINUS,
     bound,
@@ -17,8 +16,16 @@ from sxe._page.elements import (
     scroll,
     table,
 )
-from sxe._page.formulas import math as formula
-from sxe._page.formulas import step
+from sxe._tools.check.page.formulas import math as formula
+from sxe._tools.check.page.formulas import step
+from sxe._tools.check.results import (
+    PRECISION,
+    TOLERANCES,
+    Comparison,
+    MeasuredLine,
+    Precision,
+    Report,
+)
 
 
 def _word(measured: MeasuredLine | Comparison | Precision) -> str:

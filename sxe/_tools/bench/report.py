@@ -7,8 +7,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from sxe._bench.measure import Calls, Machine, Measurement, Timing
-from sxe._bench.problem import Problem
+from sxe._tools.bench.measure import Calls, Machine, Measurement, Timing
+from sxe._tools.bench.problem import Problem
 
 
 def heading(machine: Machine) -> str:
@@ -120,23 +120,10 @@ def to_json(machine: Machine, measurements: Sequence[Measurement], calls: Sequen
     return json.dumps(report, indent=1)
 
 
-def varied(problems: Sequence[Problem]) -> str:
-    """The one size that varies, for a plot over it.
-
-    Raises:
-      ValueError: if none varies, or several do.
-    """
-    found = [
-        name
-        for name in ("rows", "hidden", "classes")
-        if len({getattr(p, name) for p in problems}) > 1
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            "--plot: expected one of --rows, --hidden and --classes with several sizes, the others "
-            f"with one, got several for {' and '.join(found) or 'none'}"
-        )
-    return found[0]
+def varied(problems: Sequence[Problem]) -> list[str]:
+    """The sizes that differ among the problems. A plot is over one of them."""
+    sizes = ("rows", "hidden", "classes")
+    return [name for name in sizes if len({getattr(p, name) for p in problems}) > 1]
 
 
 def plot(measurements: Sequence[Measurement], file: str) -> None:
@@ -144,7 +131,7 @@ def plot(measurements: Sequence[Measurement], file: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
-    name = varied([m.problem for m in measurements])
+    (name,) = varied([m.problem for m in measurements])
     figure = Figure(figsize=(10, 4), layout="constrained")
     of_time, of_memory = figure.subplots(1, 2)
     lines: dict[str, list[tuple[int, Timing]]] = {}

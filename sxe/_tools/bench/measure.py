@@ -14,7 +14,8 @@ import optax
 
 import sxe
 from sxe._backend import backend_of
-from sxe._bench.contestants import (
+from sxe._rows.cpu import rows_per_block
+from sxe._tools.bench.contestants import (
     Contestant,
     contestants,
     floor,
@@ -22,8 +23,7 @@ from sxe._bench.contestants import (
     installed,
     why,
 )
-from sxe._bench.problem import TOLERANCES, Outcome, Problem, errors, truth
-from sxe._rows.cpu import rows_per_block
+from sxe._tools.bench.problem import TOLERANCES, Outcome, Problem, errors, truth
 
 
 def shortest(backend: str) -> float:
@@ -113,8 +113,9 @@ class Machine(NamedTuple):
 
 def measure(
     problem: Problem,
-    gradient: bool,
     peers: tuple[str, ...],
+    *,
+    gradient: bool,
     rounds: int,
     seconds: float,
     on_round: Callable[[], object] = lambda: None,
@@ -222,7 +223,7 @@ def calls(rounds: int) -> Iterable[Calls]:
         for gradient in (False, True):
             functions: dict[str, Any] = losses
             if gradient:
-                functions = {name: jax.value_and_grad(f) for name, f in functions.items()}
+                functions = {name: jax.value_and_grad(f) for name, f in losses.items()}
             if not eager:
                 functions = {name: jax.jit(f) for name, f in functions.items()}
             taken: dict[str, list[float]] = {name: [] for name in functions}

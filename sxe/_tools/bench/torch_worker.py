@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sxe._bench.problem import Problem
+from sxe._tools.bench.problem import Problem
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import optax
 
 import sxe
 from sxe._backend import backend_of
-from sxe._bench.problem import Array, Outcome, Problem
+from sxe._tools.bench.problem import Array, Outcome, Problem
 
 PEERS = ("optax", "tokamax", "jax-cce", "torch")
 
@@ -112,7 +112,7 @@ class Torch:
 def torch_process() -> Iterator[Any]:
     """PyTorch's threads sleep while they wait, so that they take nothing from the others."""
     with subprocess.Popen(
-        [sys.executable, "-m", "sxe._bench.torch_worker"],
+        [sys.executable, "-m", "sxe._tools.bench.torch_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},

@@ -6,9 +6,9 @@ from string import Template
 import jax
 import optax
 
-from sxe._check import Report
-from sxe._page import pictures, sections
-from sxe._page.elements import markup
+from sxe._tools.check.page import pictures, sections
+from sxe._tools.check.page.elements import markup
+from sxe._tools.check.results import Report
 
 
 def page(report: Report) -> str:

@@ -8,7 +8,7 @@ import copy
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
-from sxe._page.elements import MINUS, e
+from sxe._tools.check.page.elements import MINUS, e
 
 Part = Element | str
 APPLY = "\N{FUNCTION APPLICATION}"
@@ -203,7 +203,9 @@ def math(
 ) -> Element:
     """The MathML of a formula or assumption, and what stands to its left."""
     if text not in FORMULAS:
-        raise LookupError(f"no MathML for {text!r}: add it to FORMULAS in sxe/_page/formulas.py")
+        raise LookupError(
+            f"no MathML for {text!r}: add it to FORMULAS in sxe/_tools/check/page/formulas.py"
+        )
     body = [copy.deepcopy(FORMULAS[text])]
     if left is not None:
         body.insert(0, row(copy.deepcopy(left), relation, class_="left"))
@@ -212,5 +214,7 @@ def math(
 
 def step(name: str) -> Step:
     if name not in STEPS:
-        raise LookupError(f"nothing is told about {name}: add it to STEPS in sxe/_page/formulas.py")
+        raise LookupError(
+            f"nothing is told about {name}: add it to STEPS in sxe/_tools/check/page/formulas.py"
+        )
     return STEPS[name]

@@ -6,8 +6,17 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from xml.etree.ElementTree import Element
 
-from sxe._check import PRECISION, Example, Matrix, Sweep
-from sxe._page.elements import MINUS, bound, e, number, plain, result, superscript, table
+from sxe._tools.check.page.elements import (
+    MINUS,
+    bound,
+    e,
+    number,
+    plain,
+    result,
+    superscript,
+    table,
+)
+from sxe._tools.check.results import PRECISION, Example, Matrix, Sweep
 
 
 def _entry(value: float, largest: float, kind: str, places: int) -> Element:

@@ -1,0 +1,1 @@
+"""``python -m sxe check``, ``plan`` and ``bench``. No other module of sxe imports from here."""

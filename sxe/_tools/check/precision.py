@@ -1,0 +1,147 @@
+"""Loss and label gradient in float32, against 60 digits, for rows that float32 rounds away."""
+
+import decimal
+import math
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sxe import derivation, softmax_cross_entropy
+from sxe._tools.check.results import PRECISION, Precision, Sweep
+
+
+class Row(NamedTuple):
+    """Logits, exact in float32, and a target for each class, or None: then the label is class 0."""
+
+    logits: Sequence[float]
+    targets: Sequence[float] | None = None
+    label_smoothing: float | None = None
+
+
+ROUNDED_AWAY = {
+    "1e8, 1e8": Row((1e8, 1e8)),
+    "20, 0": Row((20.0, 0.0)),
+    "40, 0, 0": Row((40.0, 0.0, 0.0)),
+    "2048 times 1e7": Row((1e7,) * 2048),
+    "20, 0, targets 1, 1e-9": Row((20.0, 0.0), targets=(1.0, 1e-9)),
+    "40, 0, 0, smoothing 1e-6": Row((40.0, 0.0, 0.0), label_smoothing=1e-6),
+}
+SWEEPS = {  # by what grows: its magnitudes a, the logits as text and of a; the label is class 0
+    # To where exp(-a) is about to leave float32's normal numbers.
+    "lead": ([float(n) for n in range(81)], "a, 0, -1", lambda a: (a, 0, -1)),
+    "offset": ([10 ** (n / 8) for n in range(65)], "a, a + 1, a - 2", lambda a: (a, a + 1, a - 2)),
+}
+
+
+class Truth(NamedTuple):
+    """A row's loss, and its gradient at class 0: s_0 (T - t_0) - t_0 (1 - s_0).
+
+    An error of the loss is measured in units of the loss, one of the gradient in units of the sum
+    of its two terms. For a label that sum is the gradient's magnitude. For targets that a model has
+    learned the gradient is 0, and the sum is not.
+    """
+
+    loss: float
+    gradient: float
+    terms: float
+
+
+def sixty_digits(row: Row) -> Truth:
+    """L of one row (D0) and dL/dx_0 (D7), in 60-digit arithmetic, of what float32 holds."""
+    K, (a, *targets) = len(row.logits), _float32(row.label_smoothing or 0.0, *(row.targets or ()))
+    with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
+        exp_x = [Decimal(x_k).exp() for x_k in row.logits]
+        s = [exp_x_k / sum(exp_x) for exp_x_k in exp_x]
+        t = targets or [(1 - a) * (k == 0) + a / K for k in range(K)]
+        loss = -sum(t_k * s_k.ln() for t_k, s_k in zip(t, s, strict=True) if t_k)
+        # s_0 T and t_0, each less s_0 t_0, which cancels in their difference
+        terms = s[0] * sum(t[1:]), t[0] * sum(s[1:])
+        return Truth(float(loss), float(terms[0] - terms[1]), float(terms[0] + terms[1]))
+
+
+def _float32(*values: float) -> list[Decimal]:
+    return [Decimal(float(jnp.float32(value))) for value in values]
+
+
+def _error_in_units(value: float, truth: Truth, n: int) -> float:
+    """The error of the loss, n = 0, or of the gradient, n = 1; inf if the value is not finite."""
+    unit = (truth.loss, truth.terms)[n]
+    return abs(value - truth[n]) / unit if math.isfinite(value) else math.inf
+
+
+def _optax(x: Array, y: Array, label_smoothing: Array | None = None) -> Array:
+    if label_smoothing is not None:
+        y = optax.smooth_labels(jax.nn.one_hot(y, x.shape[1], dtype=x.dtype), label_smoothing)
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        return jnp.mean(optax.softmax_cross_entropy(x, y))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, y))
+
+
+Arguments = tuple[Array, Array, dict[str, Array]]  # logits, labels or targets, options
+
+
+def _arguments(row: Row) -> Arguments:
+    label, a = jnp.zeros(1, jnp.int32), row.label_smoothing
+    targets = label if row.targets is None else jnp.array([row.targets], jnp.float32)
+    options = {} if a is None else {"label_smoothing": jnp.float32(a)}
+    return jnp.array([row.logits], jnp.float32), targets, options
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_and_gradients(loss: Callable[..., Array], rows: list[Arguments]) -> Array:
+    results = (jax.value_and_grad(loss)(x, y, **options) for x, y, options in rows)
+    return jnp.stack([jnp.stack([value, dL_dx[0, 0]]) for value, dL_dx in results])
+
+
+def check_precision() -> tuple[Precision, ...]:
+    """Loss and label gradient of the rows in ROUNDED_AWAY, by sxe and by optax."""
+    rows = list(map(_arguments, ROUNDED_AWAY.values()))
+    ours = _losses_and_gradients(softmax_cross_entropy, rows).tolist()
+    theirs = _losses_and_gradients(_optax, rows).tolist()
+    results = []
+    for (name, row), *found in zip(ROUNDED_AWAY.items(), ours, theirs, strict=True):
+        truth = sixty_digits(row)
+        for n, (quantity, most) in enumerate(PRECISION.items()):
+            a, b = (numbers[n] for numbers in found)
+            errors = _error_in_units(a, truth, n), _error_in_units(b, truth, n)
+            passed = errors[0] <= most
+            results.append(Precision(f"{name}: {quantity}", truth[n], a, b, *errors, passed))
+    return tuple(results)
+
+
+def _textbook(x: Array, labels: Array) -> Array:
+    """D0 as it is written, for autodiff."""
+    return derivation.d0(x, jax.nn.one_hot(labels, x.shape[1], dtype=x.dtype))
+
+
+@partial(jax.jit, static_argnums=0)
+def _sweep(loss: Callable[..., Array], rows: Array) -> tuple[Array, Array]:
+    """The loss of each row, with label 0, and its gradient there."""
+    label = jnp.zeros(1, jnp.int32)
+    values, gradients = jax.vmap(lambda x: jax.value_and_grad(loss)(x[None], label))(rows)
+    return values, gradients[:, 0, 0]
+
+
+def check_sweeps() -> tuple[Sweep, ...]:
+    """Loss and label gradient by sxe, optax and autodiff of D0, at each magnitude in SWEEPS."""
+    losses = {"sxe": softmax_cross_entropy, "optax": _optax, "autodiff of D0": _textbook}
+    results = []
+    for magnitude, (at, row, logits) in SWEEPS.items():
+        rows = jnp.array([logits(a) for a in at], jnp.float32)
+        truths = [sixty_digits(Row(logits)) for logits in rows.tolist()]  # of what float32 holds
+        found = {who: _sweep(loss, rows) for who, loss in losses.items()}
+        for n, (quantity, most) in enumerate(PRECISION.items()):
+            errors = {
+                who: tuple(map(partial(_error_in_units, n=n), numbers[n].tolist(), truths))
+                for who, numbers in found.items()
+            }
+            passed = max(errors["sxe"]) <= most
+            name = f"{magnitude} {at[0]:.0f} to {at[-1]:.3g}: {quantity}"
+            results.append(Sweep(name, magnitude, row, quantity, tuple(at), errors, passed))
+    return tuple(results)
