@@ -14,7 +14,7 @@ import sxe
 from sxe.__main__ import main
 from sxe._tools.bench import contestants, report
 from sxe._tools.bench.measure import Measurement, Timing, measure
-from sxe._tools.bench.problem import Problem, errors, truth
+from sxe._tools.bench.problem import Problem, errors, standard_problems, truth
 
 PROBLEMS = [
     Problem(7, 11),
@@ -43,10 +43,31 @@ def test_the_truth_is_that_of_the_oracle(problem):
     assert len(true.gradients) == len(gradients)
 
 
-def test_confident_rows_are_confident():
-    losses = sxe.softmax_cross_entropy(*Problem(8, 11, confident=0.5).data(), reduction="none")
+@pytest.mark.parametrize(
+    "problem",
+    [Problem(8, 11, confident=0.5), Problem(8, 11, hidden=64, confident=0.5)],
+    ids=lambda p: p.name,
+)
+def test_confident_rows_are_confident(problem):
+    loss = sxe.softmax_cross_entropy if problem.hidden is None else sxe.linear_softmax_cross_entropy
+    losses = loss(*problem.data(), reduction="none")
     assert np.all(losses[:4] < 1e-5)
     assert np.all(losses[4:] > 1e-3)
+
+
+def test_logits_and_targets_of_confident_dense_rows_agree():
+    logits, targets = Problem(8, 11, dense=True, confident=0.5).data()
+    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
+    at_lead = targets[np.arange(8), logits.argmax(axis=1)]
+    assert np.all(at_lead[:4] >= 0.9)
+    assert np.all(at_lead[4:] < 0.5)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_share_of_the_rows_of_all_standard_problems_is_confident(quick):
+    problems = standard_problems(quick, confident=0.25)
+    assert {p.confident for p in problems} == {0.25}
+    assert len(set(problems)) == len(problems) > 5
 
 
 def test_errors_are_relative():
@@ -105,8 +126,9 @@ def test_a_wrong_peer_is_marked_in_the_table(peers, monkeypatch, capsys):
     )
     text = capsys.readouterr().out
     assert ") !" in text
-    assert "! wrong is wrong at 8 x 11, float32, value: error of loss 1.0e-03" in text
-    assert "fails failed at 8 x 11, float32, value: NotImplementedError: not here" in text
+    name = "8 x 11, float32, 50% confident, value"
+    assert f"! wrong is wrong at {name}: error of loss 1.0e-03" in text
+    assert f"fails failed at {name}: NotImplementedError: not here" in text
 
 
 @pytest.mark.parametrize(
@@ -210,6 +232,7 @@ def test_a_sweep_as_table_json_and_plot(tmp_path, capsys):
     assert report["machine"]["copy"] > 0
     assert len(report["measurements"]) == 2 * 2 * 2
     for m in report["measurements"]:
+        assert m["problem"]["confident"] == 0.5
         assert [t["name"] for t in m["timings"]] == ["sxe", "optax", "floor"]
         assert all(len(t["seconds"]) == 2 for t in m["timings"])
         assert not any(t["wrong"] for t in m["timings"])

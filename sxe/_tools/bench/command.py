@@ -5,7 +5,7 @@ from functools import partial
 
 from sxe._tools.arguments import output_file, positive, size
 from sxe._tools.bench import contestants, measure
-from sxe._tools.bench.problem import Problem, standard_problems
+from sxe._tools.bench.problem import CONFIDENT, Problem, standard_problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confident",
         type=float,
-        default=0.0,
+        default=CONFIDENT,
         metavar="SHARE",
-        help="of the rows, in which the label leads by 20, as in a trained model (default: 0)",
+        help="of the rows, in which the label leads by 20, as in a trained model "
+        f"(default: {CONFIDENT})",
     )
     parser.add_argument("--only", choices=("value", "both"), help="the value, or with the gradient")
     parser.add_argument("--peers", nargs="*", help="among those installed (default: all of them)")
@@ -79,7 +80,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
     machine = measure.machine()
     print(report.heading(machine), flush=True)
-    calls = list(measure.calls(rounds)) if arguments.calls else []
+    calls = list(measure.calls(rounds, arguments.confident)) if arguments.calls else []
     measurements: list[measure.Measurement] = []
     # No bar where standard error is no terminal.
     with tqdm(total=len(problems) * len(kinds) * rounds, disable=None, leave=False) as bar:
@@ -114,7 +115,7 @@ def _check_problem(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--rows: expected with --classes or --hidden")
     if any(sizes) and not arguments.classes:
         parser.error("--classes: expected with --rows or --hidden")
-    for option in ("dtype", "dense", "confident"):
+    for option in ("dtype", "dense"):
         if getattr(arguments, option) and not any(sizes):
             parser.error(f"--{option}: expected with --rows and --classes")
     if arguments.dense and arguments.hidden:
@@ -148,4 +149,4 @@ def _problems(arguments: argparse.Namespace) -> list[Problem]:
             for rows in arguments.rows
             for dtype in arguments.dtype or ("float32",)
         ]
-    return [] if arguments.calls else standard_problems(arguments.quick)
+    return [] if arguments.calls else standard_problems(arguments.quick, arguments.confident)

@@ -210,9 +210,9 @@ class Calls(NamedTuple):
     seconds: dict[str, tuple[float, ...]]
 
 
-def calls(rounds: int) -> Iterable[Calls]:
+def calls(rounds: int, confident: float) -> Iterable[Calls]:
     """What calling costs, where there is nothing to compute: eager, and jitted."""
-    problem = Problem(8, 10)
+    problem = Problem(8, 10, confident=confident)
     logits, labels = (jnp.asarray(x) for x in problem.data())
 
     def optax_loss(logits: Any, labels: Any) -> Any:

@@ -12,6 +12,7 @@ Array = NDArray[Any]
 
 SAMPLES = 64  # rows and classes of which gradients are compared
 LEAD = 20.0  # of the label's logit in a confident row
+CONFIDENT = 0.5  # share of the rows that are confident, where nothing else is asked for
 
 # The largest errors of a right result: of the loss, relative; of the gradient, over its largest
 # component. The loss of a peer may have the dtype of its inputs, and so may its sum of rows.
@@ -28,7 +29,8 @@ class Problem(NamedTuple):
 
     Attributes:
       dense: the labels are targets [rows, classes].
-      confident: the share of rows whose label leads by 20, as most do at the end of training.
+      confident: the share of rows in which the logit of the label leads by 20, as in most rows at
+        the end of training. If dense, that class has at least nine tenths of the row's target.
     """
 
     rows: int
@@ -72,8 +74,11 @@ class Problem(NamedTuple):
             logits = rng.standard_normal((N, K), np.float32)
             logits[np.arange(N)[confident], labels[confident]] += LEAD
             if self.dense:
-                labels = rng.random((N, K), np.float32)
-                labels /= labels.sum(axis=1, keepdims=True)
+                targets = rng.random((N, K), np.float32)
+                targets /= targets.sum(axis=1, keepdims=True)
+                targets[confident] *= np.float32(0.1)
+                targets[np.arange(N)[confident], labels[confident]] += np.float32(0.9)
+                return logits, targets
             return logits, labels
         hidden = rng.standard_normal((N, self.hidden), np.float32)
         kernel = rng.standard_normal((self.hidden, K), np.float32) / np.float32(self.hidden**0.5)
@@ -90,8 +95,8 @@ class Problem(NamedTuple):
         return rows, classes if self.dense else np.union1d(classes, labels[rows])
 
 
-def standard_problems(quick: bool) -> list[Problem]:
-    """The standard grid; ``quick``: a size of each kind that takes seconds."""
+def standard_problems(quick: bool, confident: float) -> list[Problem]:
+    """The standard grid. If ``quick``, one size of each kind, of those that take seconds."""
     logits: list[tuple[int, int]] = [(1024, 32768), (1024, 50257), (512, 128256)]
     logits += [(32768, 1000), (65536, 10), (8, 1000)]
     heads = [(2048, 512, 32768), (4096, 768, 50257), (1024, 1024, 50257), (8192, 256, 32003)]
@@ -100,7 +105,8 @@ def standard_problems(quick: bool) -> list[Problem]:
     dtypes = ("float32", "bfloat16")
     problems = [Problem(n, k, dtype=dtype) for n, k in logits for dtype in dtypes]
     problems += [Problem(n, k, dense=True) for n, k in logits[:1]]
-    return problems + [Problem(n, k, d, dtype) for n, d, k in heads for dtype in dtypes]
+    problems += [Problem(n, k, d, dtype) for n, d, k in heads for dtype in dtypes]
+    return [problem._replace(confident=confident) for problem in problems]
 
 
 class Outcome(NamedTuple):
