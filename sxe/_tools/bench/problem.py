@@ -69,7 +69,8 @@ class Problem(NamedTuple):
         rng = np.random.default_rng(0)
         N, K = self.rows, self.classes
         labels: Array = rng.integers(0, K, size=N, dtype=np.int32)
-        confident = np.arange(N) < self.confident * N
+        # Spread over all rows, as in a batch. Its own generator leaves all other data as they are.
+        confident = np.random.default_rng(2).permutation(N) < self.confident * N
         if self.hidden is None:
             logits = rng.standard_normal((N, K), np.float32)
             logits[np.arange(N)[confident], labels[confident]] += LEAD
