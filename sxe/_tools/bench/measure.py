@@ -218,10 +218,10 @@ def calls(rounds: int, confident: float) -> Iterable[Calls]:
     def optax_loss(logits: Any, labels: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    losses = {"sxe": sxe.softmax_cross_entropy, "optax": optax_loss}
+    losses: dict[str, Any] = {"sxe": sxe.softmax_cross_entropy, "optax": optax_loss}
     for eager in (True, False):
         for gradient in (False, True):
-            functions: dict[str, Any] = losses
+            functions = losses
             if gradient:
                 functions = {name: jax.value_and_grad(f) for name, f in losses.items()}
             if not eager:
