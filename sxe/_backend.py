@@ -60,6 +60,11 @@ class Backend:
         return 4 * MIB
 
     @property
+    def row_group_bytes(self) -> int:
+        """How large a group of rows is in float32 that are gathered from anywhere."""
+        return MIB
+
+    @property
     def class_block_bytes(self) -> int:
         """How large a block of the kernel's classes is in float32, likewise."""
         return 8 * MIB

@@ -21,30 +21,21 @@ from jax.typing import ArrayLike
 
 from sxe._arrays import AxisName, axis_names, sharding, vary, varying, wide_dtype
 from sxe._backend import backend_of
-from sxe._call import arguments
-from sxe._call.axes import (
-    check_axis_name,
-    check_mapped,
-    check_splits,
-    is_explicit,
-    mapped_as,
-    mapped_axes,
-    whole,
-)
-from sxe._call.checks import check_jet, check_projection, check_rows
-from sxe._call.layout import Layout, layout_of
+from sxe._call import arguments, axes, checks, reduction
+from sxe._call.layout import Layout, join_shards, layout_of
 from sxe._call.options import HeadOptions, Options, Reduction, Rule, parse
-from sxe._call.reduction import Metrics, denominator, metrics, result_specs, sum_rows
-from sxe._call.rows import Logits, make_rows
-from sxe._call.rows import Rows as RowsOfCall
+from sxe._call.reduction import Metrics
+from sxe._call.rows import make_rows
 from sxe._errors import ArgumentValueError
-from sxe._head.chunked import Head, Outcome, Rows, Shared, results_by, single_rows, weighted_sum
+from sxe._head.chunked import Head, Outcome, Shared, results_by, single_rows, weighted_sum
 from sxe._head.loops import tiling
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import first_of
+from sxe._rows.targets import Rows
 
 T = TypeVar("T")
+Prepared = tuple[Head, Shared, Array, Rows]  # what the head takes; hidden [N, D], with padding
 
 
 class _Inputs(NamedTuple):
@@ -54,22 +45,15 @@ class _Inputs(NamedTuple):
     options: Options
 
 
-class _Prepared(NamedTuple):
-    """A call as what the head takes, padded to whole chunks; and the rows as they came."""
-
-    head: Head
-    shared: Shared
-    rows: Rows
-    of_call: RowsOfCall
-
-
-def _prepare(inputs: _Inputs) -> _Prepared:
+def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
+    """A call as what the head takes, padded to whole chunks; and its rows as they came."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     dtype, backend = jnp.result_type(hidden, kernel), backend_of(hidden, kernel)
     finite = None if options.weights is None else jnp.all(jnp.isfinite(hidden), axis=-1)
-    of_call = make_rows(labels, options, Logits((*rows_shape, classes), dtype, finite), backend)
-
+    rows = make_rows(
+        labels, options, backend, shape=(*rows_shape, classes), dtype=dtype, finite=finite
+    )
     n = math.prod(rows_shape)
     chunks, _, padding = tiling(
         n, classes, chunk_size=options.chunk_size, dtype=dtype, backend=backend
@@ -79,14 +63,13 @@ def _prepare(inputs: _Inputs) -> _Prepared:
         x = x.reshape(n, *x.shape[len(rows_shape) :])
         return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
 
-    def number(x: Array | float | None) -> Array | None:
+    def wide(x: Array | float | None) -> Array | None:
         return None if x is None else jnp.asarray(x, wide_dtype(dtype))
 
-    targets, dense = of_call.targets, None
+    targets, dense, mask = rows.targets, None, rows.mask
     if targets.label is not None and targets.dense is not None:  # label smoothing
         dense = jax.tree.map(lambda a: a.reshape(1, *a.shape[len(rows_shape) :]), targets.dense)
         targets = targets._replace(dense=None)
-    mask = of_call.mask
     if mask is None and padding:
         mask = jnp.ones(rows_shape, jnp.bool_)
     # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
@@ -95,11 +78,9 @@ def _prepare(inputs: _Inputs) -> _Prepared:
         kernel = kernel.astype(wide_dtype(dtype))
     else:
         kernel = gather_rows(kernel, fsdp, varying(hidden), wide_dtype(dtype))
-    bias = None if options.bias is None else options.bias.astype(wide_dtype(dtype))
-    transform = Transform(bias, number(options.logit_scale), number(options.softcap))
-    shared = Shared(kernel, transform, dense, number(options.z_loss))
-    hidden = mapped_as(hidden.astype(wide_dtype(dtype)), targets.label)
-    rows = jax.tree.map(flat, Rows(hidden, targets, of_call.weight, mask))
+    transform = Transform(wide(options.bias), wide(options.logit_scale), wide(options.softcap))
+    shared = Shared(kernel, transform, dense, wide(options.z_loss))
+    hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), targets.label)
     head = Head(
         f=CrossEntropy(options.axis_name, backend),
         products=Products(dtype, product_precision(dtype), backend),
@@ -107,114 +88,98 @@ def _prepare(inputs: _Inputs) -> _Prepared:
         has_weights=options.weights is not None,
         predicts=options.return_metrics,
     )
-    return _Prepared(head, *_typed_alike(shared, rows, options.axis_name), of_call)
+    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, mask))
+    return (head, *_typed_alike(shared, flat(hidden), flat_rows, options.axis_name)), rows
 
 
-def _typed_alike(shared: Shared, rows: Rows, axis_name: AxisName) -> tuple[Shared, Rows]:
+def _typed_alike(
+    shared: Shared, hidden: Array, rows: Rows, axis_name: AxisName
+) -> tuple[Shared, Array, Rows]:
     """The same, typed as varying along the same mesh axes; what has no classes, not along theirs.
 
     shard_map wants a cotangent in the type of its input. The transpose of this cast is where the
     gradients of hidden states, once, and of the kernel are summed over devices.
     """
-    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((shared, rows))))
-    of_rows = every - set(axis_names(axis_name))
+    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((shared, hidden, rows))))
 
     def tile(x: T) -> T:
         return jax.tree.map(lambda a: vary(a, every), x)
 
     def row(x: T) -> T:
-        return jax.tree.map(lambda a: vary(a, of_rows), x)
+        return jax.tree.map(lambda a: vary(a, every - set(axis_names(axis_name))), x)
 
     targets = row(rows.targets)
     if targets.dense is not None:
         targets = targets._replace(dense=targets.dense._replace(t=tile(targets.dense.t)))
-    return (
-        tile(shared)._replace(z_loss=row(shared.z_loss)),
-        row(rows)._replace(hidden=tile(rows.hidden), targets=targets),
-    )
+    shared = tile(shared)._replace(z_loss=row(shared.z_loss))
+    return shared, tile(hidden), row(rows)._replace(targets=targets)
 
 
-def _run(prepared: _Prepared, options: Options) -> tuple[Outcome, Any]:
+def _run(prepared: Prepared, options: Options) -> tuple[Outcome, Any]:
     """What comes out of the head, and the weighted loss of each row or their sum."""
-    head, shared, rows, _ = prepared
+    head, shared, hidden, rows = prepared
     if options.rule == "vjp" and options.reduction != "none":
-        outcome = weighted_sum(head, shared, rows)
+        outcome = weighted_sum(head, shared, hidden, rows)
         return outcome, outcome.value
     if options.rule == "vjp":
-        outcome = single_rows(head, shared, rows)
+        outcome = single_rows(head, shared, hidden, rows)
     else:
-        outcome = results_by(options.rule, head, shared, rows)
+        outcome = results_by(options.rule, head, shared, (hidden, rows))
     return outcome, head.f.weigh(outcome.results, rows.weight, shared.z_loss).value
 
 
 def _result(inputs: _Inputs) -> Any:
     options = inputs.options
-    prepared = _prepare(inputs)
+    prepared, rows = _prepare(inputs)
     outcome, loss = _run(prepared, options)
-    rows = prepared.of_call
 
-    def rows_of(x: Array) -> Array:
+    def rows_of(x: Any) -> Array:
         return x[: rows.weight.size].reshape(rows.weight.shape)
 
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.
-    sums = sum_rows(jnp.sum(loss), rows, options)
-    value = sums.loss / denominator(sums, options.reduction)
+    sums = reduction.sum_rows(jnp.sum(loss), rows, options)
+    value = sums.loss / reduction.denominator(sums, options.reduction)
     if options.reduction == "none":
         value = rows_of(loss)
     if outcome.best is None:
         return value
     predictions = first_of(outcome.best, inputs.kernel.shape[1], options.axis_name)
-    lse: Any = outcome.results.lse
-    return value, metrics(sums, rows_of(lse), rows, rows_of(predictions))
-
-
-def _whole(inputs: _Inputs) -> _Inputs:
-    """The same with all classes, as ``_softmax_cross_entropy`` explains."""
-    hidden, kernel, labels, options = inputs
-    names = mapped_axes(options.axis_name)
-    if not names:
-        return inputs
-    if labels.ndim == hidden.ndim:
-        labels = whole(labels, names, labels.ndim - 1)
-    options = options.replace(
-        bias=whole(options.bias, names, 0),
-        class_weights=whole(options.class_weights, names, 0),
-        axis_name=None,
-    )
-    return _Inputs(hidden, whole(kernel, names, 1), labels, options)
+    lse = rows_of(outcome.results.lse)
+    return value, reduction.metrics(sums, lse, rows, rows_of(predictions))
 
 
 @functools.partial(jax.jit, inline=True)
 def _call(inputs: _Inputs) -> Any:
     hidden, kernel, labels, options = inputs
-    check_projection(hidden, kernel, options)
-    shape, axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
-    check_rows(labels, options, shape, axes, head=True)
+    checks.check_projection(hidden, kernel, options)
+    shape, class_axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
+    checks.check_rows(labels, options, shape, class_axes, head=True)
     if options.layout is None:
-        check_axis_name("axis_name", options.axis_name, "the kernel", kernel)
-        check_axis_name("batch_axis_name", options.batch_axis_name, "the hidden states", hidden)
-        inputs = _laid_out(_whole(inputs), axes)
+        axes.check_axis_name("axis_name", options.axis_name, "the kernel", kernel)
+        names = options.batch_axis_name
+        axes.check_axis_name("batch_axis_name", names, "the hidden states", hidden)
+        inputs = _laid_out(join_shards(inputs, class_axes, ndim=len(shape)), class_axes)
     layout = inputs.options.layout
     if layout is None:
         return _result(inputs)
-    out = result_specs(inputs.options, layout.of_rows())
-    return layout.run(_result, inputs, axes, ndim=len(shape), out=out)
+    out = reduction.result_specs(inputs.options, layout.of_rows())
+    return layout.run(_result, inputs, class_axes, ndim=len(shape), out=out)
 
 
-def _laid_out(inputs: _Inputs, axes: tuple[int, ...]) -> _Inputs:
+def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
     """The same with the layout that the types of arrays on an Explicit mesh have.
 
     They say how the inputs are split, but cannot say how chunks of split rows are.
     """
     hidden, kernel, labels, options = inputs
-    if not is_explicit(hidden, kernel):
+    if not axes.is_explicit(hidden, kernel):
         return inputs
     others = {"labels": labels, **options.of_rows()}
-    check_mapped(hidden=hidden, kernel=kernel, bias=options.bias, **others)
+    axes.check_mapped(hidden=hidden, kernel=kernel, bias=options.bias, **others)
     layout = layout_of(hidden, kernel)
     split = (*sharding(hidden)[:-1], sharding(kernel)[1])
-    check_splits("hidden and kernel", split, axes, **others)
+    axes.check_splits("hidden and kernel", split, class_axes, **others)
     return inputs._replace(options=options.replace(layout=layout))
 
 
@@ -234,7 +199,7 @@ def loss_of_hidden(
         arguments.array("labels", labels, parsed.ignore_index),
         parsed,
     )
-    jet_traces = check_jet(inputs, parsed)
+    jet_traces = checks.check_jet(inputs, parsed)
     try:
         return _call(inputs)
     except KeyError as error:  # from jet, of a primitive for which it has no rule

@@ -15,46 +15,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from sxe._arrays import (
-    AxisName,
-    axis_names,
-    keep,
-    pmax,
-    reshard,
-    sharding,
-    vary,
-    varying,
-)
-from sxe._backend import backend_of
-from sxe._call import arguments
-from sxe._call.axes import (
-    check_axis_name,
-    check_mapped,
-    check_splits,
-    class_axes,
-    classes_back,
-    classes_last,
-    mapped_as,
-    mapped_axes,
-    shard_of,
-    whole,
-)
-from sxe._call.checks import check_jet, check_logits, check_rows
-from sxe._call.layout import Layout
-from sxe._call.options import (
-    LogitsGradientOptions,
-    LogitsOptions,
-    Options,
-    Reduction,
-    Rule,
-    parse,
-)
-from sxe._call.reduction import Metrics, denominator, metrics, result_specs, sum_rows
-from sxe._call.rows import Logits, Rows, any_class, make_rows
+from sxe._arrays import AxisName, axis_names, keep, pmax, reshard, sharding, vary, varying
+from sxe._backend import Backend, backend_of
+from sxe._call import arguments, axes, checks, reduction
+from sxe._call.layout import Layout, join_shards
+from sxe._call.options import LogitsGradientOptions, LogitsOptions, Options, Reduction, Rule, parse
+from sxe._call.reduction import Metrics
+from sxe._call.rows import any_class, make_rows
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
-from sxe._rows.targets import Targets
+from sxe._rows.targets import Rows, Targets
 
 
 class _Inputs(NamedTuple):
@@ -63,42 +34,34 @@ class _Inputs(NamedTuple):
     options: Options
 
 
-class _Prepared(NamedTuple):
-    """A call as rows.
-
-    Attributes:
-      x: the logits [..., K], with zeros in rows that do not count.
-      rows: their targets and weights.
-      logits: the same as x in all rows, with masked classes at -inf.
-      class_mask: bool [..., K], the classes that can occur, or None.
-    """
-
-    x: Array
-    rows: Rows
-    logits: Array
-    class_mask: Array | None
-
-
-def _prepare(inputs: _Inputs, f: CrossEntropy) -> _Prepared:
+def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
+    """The inputs with their classes last and masked ones at -inf; and that mask, or None."""
     logits, labels, options = inputs
-    axes = class_axes(options.axis, logits.ndim)
+    class_axes = axes.class_axes(options.axis, logits.ndim)
     where, class_mask = options.where, None
     if labels.shape == logits.shape:
-        labels = classes_last(labels, axes)
+        labels = axes.classes_last(labels, class_axes)
     if where is not None and where.shape == logits.shape:
-        class_mask = classes_last(where, axes)
+        class_mask = axes.classes_last(where, class_axes)
         where = any_class(class_mask, options.axis_name)
-    logits = classes_last(logits, axes)
+    logits = axes.classes_last(logits, class_axes)
     if class_mask is not None:
         logits = jnp.where(class_mask, logits, -jnp.inf)
+    return _Inputs(logits, labels, options.replace(where=where)), class_mask
+
+
+def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
+    """The logits [..., K] with zeros in rows that do not count, and the rows of the call."""
+    logits, labels, options = inputs
     finite = None
     if options.weights is not None:
         largest = jnp.max(lax.stop_gradient(logits), axis=-1)
         finite = jnp.isfinite(pmax(largest, options.axis_name))
-    known = Logits(logits.shape, logits.dtype, finite)
-    rows = make_rows(labels, options.replace(where=where), known, f.backend)
+    rows = make_rows(
+        labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=finite
+    )
     x, targets = _typed_alike(keep(rows.mask, logits), rows.targets, options.axis_name)
-    return _Prepared(x, rows._replace(targets=targets), logits, class_mask)
+    return x, rows._replace(targets=targets)
 
 
 def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
@@ -116,80 +79,59 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     def alike(a: Array) -> Array:
         return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else of_rows)
 
-    return alike(mapped_as(x, targets.label)), jax.tree.map(alike, targets)
+    return alike(axes.mapped_as(x, targets.label)), jax.tree.map(alike, targets)
 
 
 def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     """The loss, with metrics if they are wanted; and the gradient, if that is wanted."""
-    logits, options = inputs.logits, inputs.options
-    f = CrossEntropy(options.axis_name, backend_of(logits))
-    prepared = _prepare(inputs, f)
-    x, rows = prepared.x, prepared.rows
+    given, options = inputs.logits, inputs.options
+    f = CrossEntropy(options.axis_name, backend_of(given))
+    inputs, class_mask = _masked(inputs)
+    x, rows = _prepare(inputs, f.backend)
     if with_gradient:
         results, state = results_and_state(f, x, rows.targets)
     else:
         results = RULES[options.rule](f, x, rows.targets)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
     loss = f.weigh(results, rows.weight, z).value
-    sums = sum_rows(jnp.sum(loss), rows, options)
-    divisor = denominator(sums, options.reduction)
+    sums = reduction.sum_rows(jnp.sum(loss), rows, options)
+    divisor = reduction.denominator(sums, options.reduction)
     value: Any = loss if options.reduction == "none" else sums.loss / divisor
     if options.return_metrics:
-        predictions = first_of(best(prepared.logits), x.shape[-1], options.axis_name)
-        value = value, metrics(sums, results.lse, rows, predictions)
+        predictions = first_of(best(inputs.logits), x.shape[-1], options.axis_name)
+        value = value, reduction.metrics(sums, results.lse, rows, predictions)
     if not with_gradient:
         return value
     g = f.weigh(results, rows.weight / divisor, z).g
     gradient = f.gradient(x, rows.targets, state, g)  # D7
-    if prepared.class_mask is not None:
-        gradient = jnp.where(prepared.class_mask, gradient, 0)
-    axes = class_axes(options.axis, logits.ndim)
-    return value, classes_back(gradient.astype(logits.dtype), axes, logits.shape)
-
-
-def _whole(inputs: _Inputs) -> _Inputs:
-    """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
-
-    Where JAX runs the backward pass of a ``jax.custom_vjp``, that axis has no name any more, and
-    cotangents are shares in some calls but not in others. So no rule may have a lax.psum over it.
-    """
-    logits, labels, options = inputs
-    names = mapped_axes(options.axis_name)
-    if not names:
-        return inputs
-    axis = class_axes(options.axis, logits.ndim)[0]
-    where = options.where
-    if labels.shape == logits.shape:
-        labels = whole(labels, names, axis)
-    if where is not None and where.shape == logits.shape:
-        where = whole(where, names, axis)
-    class_weights = whole(options.class_weights, names, 0)
-    options = options.replace(where=where, class_weights=class_weights, axis_name=None)
-    return _Inputs(whole(logits, names, axis), labels, options)
+    if class_mask is not None:
+        gradient = jnp.where(class_mask, gradient, 0)
+    class_axes = axes.class_axes(options.axis, given.ndim)
+    return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("with_gradient",), inline=True)
 def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
     logits, labels, options = inputs
-    check_logits("logits", logits)
-    axes = class_axes(options.axis, logits.ndim)
-    check_rows(labels, options, logits.shape, axes)
+    checks.check_logits("logits", logits)
+    class_axes = axes.class_axes(options.axis, logits.ndim)
+    checks.check_rows(labels, options, logits.shape, class_axes)
     result = functools.partial(_result, with_gradient=with_gradient)
     layout = options.layout
     if layout is not None:
-        out = result_specs(options, layout.of_rows())
-        out = (out, layout.of_logits(logits.ndim, axes)) if with_gradient else out
-        return layout.run(result, inputs, axes, ndim=logits.ndim, out=out)
-    check_axis_name("axis_name", options.axis_name, "the logits", logits)
-    check_axis_name("batch_axis_name", options.batch_axis_name, "the logits", logits)
-    inputs = _whole(inputs)
+        out = reduction.result_specs(options, layout.of_rows())
+        out = (out, layout.of_logits(logits.ndim, class_axes)) if with_gradient else out
+        return layout.run(result, inputs, class_axes, ndim=logits.ndim, out=out)
+    axes.check_axis_name("axis_name", options.axis_name, "the logits", logits)
+    axes.check_axis_name("batch_axis_name", options.batch_axis_name, "the logits", logits)
+    inputs = join_shards(inputs, class_axes, ndim=logits.ndim)
     others = {"labels": inputs.labels, **inputs.options.of_rows()}
-    check_mapped(logits=inputs.logits, **others)
-    check_splits("logits", sharding(inputs.logits), axes, **others)
+    axes.check_mapped(logits=inputs.logits, **others)
+    axes.check_splits("logits", sharding(inputs.logits), class_axes, **others)
     found = result(inputs)
     if with_gradient and inputs.options.axis_name != options.axis_name:
         value, gradient = found
-        return value, shard_of(gradient, options.axis_name, axes[0])
+        return value, axes.shard_of(gradient, options.axis_name, class_axes[0])
     return found
 
 
@@ -199,7 +141,7 @@ def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
         arguments.array("labels", labels, options.ignore_index),
         options,
     )
-    check_jet(inputs, options)
+    checks.check_jet(inputs, options)
     return inputs
 
 

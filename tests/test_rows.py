@@ -97,6 +97,22 @@ def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 1])
+def test_confident_rows_anywhere_among_blocks(monkeypatch, share, dtype):
+    """Few in a block are gathered, a group of 3 at a time; many take the whole block."""
+    monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: 8)
+    monkeypatch.setattr(Backend, "row_group_bytes", 3 * 4 * 50)
+    rng = np.random.default_rng(int(10 * share))
+    x = np.float32(rng.normal(size=(83, 50)))
+    x[:, 7] += np.where(rng.random(83) < share, rng.uniform(10, 80, size=83), 0)
+    x = jnp.asarray(x, dtype)
+    m, r = cpu.normalize_tile(x, LOCAL_CPU)
+    expected = [true_state(row) for row in x]
+    np.testing.assert_array_equal(m, [m for m, _ in expected])
+    np.testing.assert_allclose(r, [r for _, r in expected], rtol=1e-6)
+
+
 def test_parts_divide_where_they_can():
     assert [cpu.part_of(n, 8) for n in (1, 7, 8, 12, 13, 14, 40)] == [1, 7, 8, 6, 8, 7, 8]
 

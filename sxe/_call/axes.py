@@ -175,10 +175,10 @@ def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
     return mapped
 
 
-def whole(x: Any, names: tuple[str, ...], axis: int) -> Any:
-    """x, if not None, with its shards along these axes of a ``jax.vmap`` joined along axis."""
+def whole(x: Array, names: tuple[str, ...], axis: int) -> Array:
+    """x with its shards along these axes of a ``jax.vmap`` joined along axis."""
     for name in reversed(names):
-        x = jax.tree.map(lambda a: lax.all_gather(a, name, axis=axis, tiled=True), x)  # noqa: B023
+        x = lax.all_gather(x, name, axis=axis, tiled=True)
     return x
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sxe._arrays import AxisName, axis_names, sharding
-from sxe._call.axes import free_axes, spmd_axes, vmap_axes
+from sxe._call.axes import free_axes, mapped_axes, spmd_axes, vmap_axes, whole
 from sxe._errors import ArgumentValueError
 
 
@@ -205,3 +205,22 @@ def layout_of(hidden: Array, kernel: Array) -> Layout:
     if set(axis_names(kernel_rows)) <= set(axis_names(layout.batch)):
         layout = layout._replace(fsdp=kernel_rows)
     return layout
+
+
+def join_shards(inputs: CallInputs, class_axes: tuple[int, ...], *, ndim: int) -> CallInputs:
+    """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
+
+    Where JAX runs the backward pass of a ``jax.custom_vjp``, that axis has no name any more, and
+    cotangents are shares in some calls but not in others. So no rule may have a lax.psum over it.
+    """
+    names = mapped_axes(inputs.options.axis_name)
+    if not names:
+        return inputs
+    layout = Layout(None, (), names)
+
+    def join(path: tuple[Any, ...], x: Array) -> Array:
+        spec = layout._spec(path[-1].name, x, ndim, class_axes)
+        return whole(x, names, spec.index(names)) if names in spec else x
+
+    inputs = jax.tree_util.tree_map_with_path(join, inputs)
+    return inputs._replace(options=inputs.options.replace(axis_name=None))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from sxe._call.axes import sum_over
 from sxe._call.options import Options
-from sxe._call.rows import Rows
+from sxe._rows.targets import Rows
 
 
 class Metrics(NamedTuple):

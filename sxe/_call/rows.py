@@ -6,47 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from sxe._arrays import AxisName, keep, pmax, psum, reshard, sharding, wide_dtype
 from sxe._backend import Backend
 from sxe._call.axes import is_mapped_split
 from sxe._call.label_check import checked
 from sxe._call.options import Options
-from sxe._rows.targets import Dense, Targets, is_label
+from sxe._rows.targets import Dense, Rows, Targets, is_label
 from sxe._rows.twins import dense_targets
-
-
-class Rows(NamedTuple):
-    """The targets of rows, and what each row weighs, [...].
-
-    A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
-
-    Attributes:
-      targets: see there.
-      weight: multiplies the row's loss.
-      norm: the row's part of the denominator of the mean.
-      mask: bool, the rows that count, or None where all of them do.
-    """
-
-    targets: Targets
-    weight: Array
-    norm: Array
-    mask: Array | None
-
-
-class Logits(NamedTuple):
-    """What ``make_rows`` has to know of logits, which may not exist.
-
-    Attributes:
-      shape: [..., K] on this device.
-      dtype: of the logits.
-      finite: bool [...], the rows that have a loss if their label is good; or None, where no row's
-        weight depends on that.
-    """
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    finite: Array | None
 
 
 def any_class(x: Array, axis_name: AxisName) -> Array:
@@ -82,14 +50,23 @@ def _classes(at_hand: int, axis_name: AxisName, backend: Backend) -> _Classes:
     return _Classes(at_hand * lax.axis_size(axis_name), first, axis_name, backend)
 
 
-def make_rows(labels: Array, options: Options, logits: Logits, backend: Backend) -> Rows:
-    """Every option about targets and rows ends here.
+def make_rows(
+    labels: Array,
+    options: Options,
+    backend: Backend,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    finite: Array | None,
+) -> Rows:
+    """Every option about targets and rows ends here, for logits of that shape [..., K] and dtype.
 
     Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
-    and weights come out in float32 or, for float64 logits, float64.
+    and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
+    rows have a loss if their label is good. It may be None where there are no weights.
     """
-    dtype = wide_dtype(logits.dtype)
-    classes = _classes(logits.shape[-1], options.axis_name, backend)
+    dtype = wide_dtype(dtype)
+    classes = _classes(shape[-1], options.axis_name, backend)
     smoothing, class_weights = options.label_smoothing, options.class_weights
     a = None if smoothing is None else jnp.asarray(smoothing, dtype)
     c = None if class_weights is None else class_weights.astype(dtype)
@@ -107,11 +84,11 @@ def make_rows(labels: Array, options: Options, logits: Logits, backend: Backend)
         labels = labels.astype(dtype)
         good = jnp.isfinite(psum(jnp.sum(labels, axis=-1), options.axis_name))
 
-    weight = jnp.ones(logits.shape[:-1], dtype)
+    weight = jnp.ones(shape[:-1], dtype)
     if options.weights is not None:
         weight = options.weights.astype(dtype)
         # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
-        mask = _both(mask, (weight != 0) | _both(logits.finite, good))
+        mask = _both(mask, (weight != 0) | _both(finite, good))
     weight = norm = keep(mask, weight)
     if not sparse:
         return Rows(_of_dense(keep(mask, labels), a, c, classes), weight, norm, mask)

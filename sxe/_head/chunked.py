@@ -29,9 +29,11 @@ from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.normalizer import Normalizer
 from sxe._rows.predictions import Best, best
 from sxe._rows.rules import RULES, own_targets, results_and_state
-from sxe._rows.targets import Dense, Targets
+from sxe._rows.targets import Dense, Rows, Targets
 
 T = TypeVar("T")
+Sums = tuple[Array, "Shared"]  # the weighted results, and the gradients of what rows share
+Chunk = tuple[Array, Rows]  # hidden states [C, D], and the rest of their rows
 
 
 class Shared(NamedTuple):
@@ -50,29 +52,6 @@ class Shared(NamedTuple):
     z_loss: Array | None
 
 
-class Rows(NamedTuple):
-    """What each row has.
-
-    Attributes:
-      hidden: [N, D], or None where it is not needed.
-      targets: of [N, ...].
-      weight: [N], multiplies the row's results.
-      mask: bool [N], the rows that count, or None where all do.
-    """
-
-    hidden: Any
-    targets: Targets
-    weight: Any
-    mask: Array | None
-
-
-class Wanted(NamedTuple):
-    """True for each input that is differentiated. No other's gradient is computed."""
-
-    shared: Any
-    rows: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Head:
     """How rows go through the head.
@@ -83,7 +62,8 @@ class Head:
       chunks: how many chunks the rows are divided into.
       has_weights: whether a row may weigh 0 that has no loss.
       predicts: whether the class of each row's largest logit is wanted.
-      wanted: the gradients that are, in a rule.
+      wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
+        and of the rows. No other gradient is computed.
     """
 
     f: CrossEntropy
@@ -91,7 +71,7 @@ class Head:
     chunks: int
     has_weights: bool
     predicts: bool
-    wanted: Wanted = Wanted(None, None)
+    wanted: tuple[Any, Any, Any] = (None, None, None)
 
 
 class Outcome(NamedTuple):
@@ -108,7 +88,7 @@ class Outcome(NamedTuple):
     best: Best | None
 
 
-# One chunk, or one block of its rows.
+# One chunk.
 
 
 class Tile(NamedTuple):
@@ -119,7 +99,7 @@ class Tile(NamedTuple):
       u: what they come from, 0 in rows that do not count.
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
-      best: of logits in all rows, or None where it is not wanted.
+      best: of the logits of all rows, or None where it is not wanted.
     """
 
     x: Array
@@ -154,86 +134,55 @@ def _with_loss(head: Head, rows: Rows, m: Array) -> Array | None:
     return with_loss if rows.mask is None else rows.mask & with_loss
 
 
-class Start(NamedTuple):
-    """What the gradient of rows starts from: their state, and the cotangents of their results."""
-
-    state: Normalizer
-    g: Results
-
-
-class Sums(NamedTuple):
-    """What is summed over all rows. None: not wanted.
-
-    Attributes:
-      value: of the weighted results.
-      d_shared: the gradients of what rows share, but for the kernel.
-      d_kernel: [D, K], float32 or float64.
-    """
-
-    value: Array
-    d_shared: Shared
-    d_kernel: Array | None
-
-
-class Outputs(NamedTuple):
-    """What each row has of its own when it went through the head, [C, ...]."""
-
-    mask: Array | None
-    results: Results | None
-    best: Best | None
-    d_rows: Rows
-
-
-def _chunk_fwd(head: Head, shared: Shared, sums: Sums, rows: Rows) -> tuple[Sums, Outputs]:
+def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Sums, Any]:
     """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
-    u = head.products.u(rows.hidden, shared.kernel)  # H0
+    hidden, rows = chunk
+    u = head.products.u(hidden, shared.kernel)  # H0
 
-    def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Outputs]:
+    def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
         tile = _tile(head, shared, u, rows)  # H1, H2
         results, state = results_and_state(head.f, tile.x, tile.targets)  # D0
         results = _keep(tile.mask, results)
         weighed = head.f.weigh(results, rows.weight, shared.z_loss)
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, Start(state, weighed.g))
-        d_shared = d_shared._replace(z_loss=None if weighed.d_z is None else jnp.sum(weighed.d_z))
-        d_rows = _only(head.wanted.rows, Rows(None, d_targets, weighed.d_weight, None))
-        sums = sums._replace(
-            value=sums.value + jnp.sum(weighed.value), d_shared=_add(sums.d_shared, d_shared)
-        )
-        return sums, d_u, Outputs(tile.mask, results, tile.best, d_rows)
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, (state, weighed.g))
+        d_shared = d_shared._replace(z_loss=weighed.d_z)
+        sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
+        d_rows = _only(head.wanted[2], Rows(d_targets, weighed.d_weight, None, None))
+        return sums, d_u, (tile.mask, results, tile.best, d_rows)
 
-    sums, d_u, outputs = in_row_blocks(block, sums, u, _but_hidden(rows), backend=head.f.backend)
-    return _products_bwd(head, shared, (sums, rows, outputs), d_u)
+    sums, d_u, outputs = in_row_blocks(block, sums, u, rows, backend=head.f.backend)
+    mask, *outputs = outputs
+    sums, d_hidden = _products_bwd(head, shared, sums, (d_u, keep(mask, hidden)))
+    return sums, (_keep(mask, d_hidden), *outputs)
 
 
 def _chunk_bwd(
-    head: Head, shared: Shared, sums: Sums, rows_and_start: tuple[Rows, Start]
-) -> tuple[Sums, Outputs]:
-    """The logits of a chunk again, and the gradients from where their rows' start."""
-    rows, start = rows_and_start
-    u = head.products.u(rows.hidden, shared.kernel)  # H0
+    head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Normalizer, Results]]
+) -> tuple[Sums, Any]:
+    """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
+    (hidden, rows), state_and_g = chunk
+    u = head.products.u(hidden, shared.kernel)  # H0
 
-    def block(
-        sums: Sums, u: Array, rows_and_start: tuple[Rows, Start]
-    ) -> tuple[Sums, Array, Outputs]:
-        rows, start = rows_and_start
+    def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
+        rows, state_and_g = at_rows
         tile = _tile(head, shared, u, rows)  # H1, H2
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, start)
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, state_and_g)
         d_targets = own_targets(d_targets, tile.x, head.f.axis_name)
-        d_rows = _only(head.wanted.rows, Rows(None, d_targets, None, None))
-        sums = sums._replace(d_shared=_add(sums.d_shared, d_shared))
-        return sums, d_u, Outputs(tile.mask, None, None, d_rows)
+        d_rows = _only(head.wanted[2], Rows(d_targets, None, None, None))
+        return (sums[0], _add(sums[1], d_shared)), d_u, (tile.mask, d_rows)
 
-    block_rows = _but_hidden(rows), start
-    sums, d_u, outputs = in_row_blocks(block, sums, u, block_rows, backend=head.f.backend)
-    return _products_bwd(head, shared, (sums, rows, outputs), d_u)
+    at_rows = rows, state_and_g
+    sums, d_u, (mask, d_rows) = in_row_blocks(block, sums, u, at_rows, backend=head.f.backend)
+    sums, d_hidden = _products_bwd(head, shared, sums, (d_u, keep(mask, hidden)))
+    return sums, (_keep(mask, d_hidden), d_rows)
 
 
 def _tile_bwd(
-    head: Head, shared: Shared, tile: Tile, start: Start
+    head: Head, shared: Shared, tile: Tile, state_and_g: tuple[Normalizer, Results]
 ) -> tuple[Array, Shared, Targets]:
     """d u, and the gradients of what rows share and of each row's targets."""
-    d_x = head.f.gradient(tile.x, tile.targets, *start)  # D7
-    d_targets = head.f.target_gradient(tile.x, tile.targets, *start)
+    d_x = head.f.gradient(tile.x, tile.targets, *state_and_g)  # D7
+    d_targets = head.f.target_gradient(tile.x, tile.targets, *state_and_g)
     d_u, d_transform = transform_bwd(d_x, tile.u, shared.transform)  # H3 to H5
     d_shared = Shared(None, d_transform, None, None)
     if shared.dense is not None:
@@ -243,22 +192,16 @@ def _tile_bwd(
 
 
 def _products_bwd(
-    head: Head, shared: Shared, at: tuple[Sums, Rows, Outputs], d_u: Array
-) -> tuple[Sums, Outputs]:
-    """The sums with the gradient of the kernel, and the outputs with that of the hidden states."""
-    sums, rows, outputs = at
-    if sums.d_kernel is not None:
-        hidden = keep(outputs.mask, rows.hidden)  # a NaN there times a d u of 0 is a NaN
-        d_kernel = head.products.add_d_kernel(sums.d_kernel, hidden, d_u)  # H7
-        sums = sums._replace(d_kernel=d_kernel)
-    if head.wanted.rows.hidden:
-        d_hidden = keep(outputs.mask, head.products.d_hidden(d_u, shared.kernel))  # H6
-        outputs = outputs._replace(d_rows=outputs.d_rows._replace(hidden=d_hidden))
-    return sums, outputs
-
-
-def _but_hidden(rows: Rows) -> Rows:
-    return rows._replace(hidden=None)
+    head: Head, shared: Shared, sums: Sums, d_u_and_hidden: tuple[Array, Array]
+) -> tuple[Sums, Array | None]:
+    """The sums with d kernel; and d hidden. Where a row does not count, d_u and hidden are 0."""
+    (d_u, hidden), (value, d_shared), d_hidden = d_u_and_hidden, sums, None
+    if d_shared.kernel is not None:
+        d_kernel = head.products.add_d_kernel(d_shared.kernel, hidden, d_u)  # H7
+        d_shared = d_shared._replace(kernel=d_kernel)
+    if head.wanted[1]:
+        d_hidden = head.products.d_hidden(d_u, shared.kernel)  # H6
+    return (value, d_shared), d_hidden
 
 
 def _keep(mask: Array | None, results: T) -> T:
@@ -277,63 +220,62 @@ def _add(sums: T, more: T) -> T:
 # All chunks.
 
 
-def _narrow(head: Head, shared: Shared, rows: Rows) -> tuple[Shared, Rows]:
-    """Hidden states and kernel in the dtype of their product.
+def _narrow(head: Head, shared: Shared, hidden: Array) -> tuple[Shared, Array]:
+    """Kernel and hidden states in the dtype of their product.
 
     They come in float32, so that their gradients leave in it.
     """
     dtype = head.products.dtype
-    kernel, hidden = shared.kernel.astype(dtype), rows.hidden.astype(dtype)
-    return shared._replace(kernel=kernel), rows._replace(hidden=hidden)
+    return shared._replace(kernel=shared.kernel.astype(dtype)), hidden.astype(dtype)
 
 
-def _results(head: Head, shared: Shared, rows: Rows) -> tuple[Outcome, Normalizer, Array | None]:
+def _results(
+    head: Head, shared: Shared, hidden: Array, rows: Rows
+) -> tuple[Outcome, Normalizer, Array | None]:
     """The results, the state that a backward pass starts from, and which rows count.
 
     Shards of the classes meet behind the loop, once for all rows.
     """
     of_all = dataclasses.replace(head, has_weights=False)
 
-    def chunk(carry: tuple[()], rows: Rows) -> tuple[tuple[()], Any]:
-        u = head.products.u(rows.hidden, shared.kernel)
+    def chunk(none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Any]:
+        hidden, rows = chunk
 
-        def block(carry: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
+        def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
             tile = _tile(of_all, shared, u, rows)
-            return carry, None, (head.f.tile(tile.x, tile.targets), tile.best)
+            return none, None, (head.f.tile(tile.x, tile.targets), tile.best)
 
-        carry, _, outputs = in_row_blocks(
-            block, carry, u, _but_hidden(rows), backend=head.f.backend
-        )
-        return carry, outputs
+        u = head.products.u(hidden, shared.kernel)
+        return none, in_row_blocks(block, none, u, rows, backend=head.f.backend)[2]
 
-    _, (parts, found) = over_chunks(chunk, (), rows, head.chunks)
+    _, (parts, found) = over_chunks(chunk, (), (hidden, rows), head.chunks)
     results, state = head.f.merge(parts, rows.targets)
     mask = _with_loss(head, rows, state.m)
     return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
 
 
-def results_by(rule: str, head: Head, shared: Shared, rows: Rows) -> Outcome:
+def results_by(rule: str, head: Head, shared: Shared, hidden_and_rows: Chunk) -> Outcome:
     """The results of single rows by one of the rules for logits, differentiated by JAX."""
 
-    def chunk(carry: tuple[()], rows: Rows) -> tuple[tuple[()], Outcome]:
-        hidden = keep(rows.mask, rows.hidden)  # a NaN there times a d u of 0 is a NaN
-        tile = _tile(head, shared, head.products.u(hidden, shared.kernel), rows)
+    def chunk(none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Outcome]:
+        hidden, rows = chunk
+        kept = keep(rows.mask, hidden)  # a NaN there times a d u of 0 is a NaN
+        tile = _tile(head, shared, head.products.u(kept, shared.kernel), rows)
         found = tile.best
         if head.predicts and rows.mask is not None:
-            constants, all_rows = lax.stop_gradient((shared, rows))
-            u = head.products.u(all_rows.hidden, constants.kernel)
-            found = _tile(head, constants, u, all_rows).best
+            constants, hidden = lax.stop_gradient((shared, hidden))
+            found = _tile(head, constants, head.products.u(hidden, constants.kernel), rows).best
         results = RULES[rule](head.f, tile.x, tile.targets)
-        return carry, Outcome(None, _keep(tile.mask, results), found)
+        return none, Outcome(None, _keep(tile.mask, results), found)
 
     # The products are of operands in float32, which holds those of narrower ones: JAX would round
     # the kernel's gradient to the operands' dtype in every chunk.
     products = dataclasses.replace(head.products, dtype=shared.kernel.dtype)
     head = dataclasses.replace(head, products=products)
-    return over_chunks(chunk, (), rows, head.chunks)[1]
+    return over_chunks(chunk, (), hidden_and_rows, head.chunks)[1]
 
 
-def _primals(inputs: Any) -> tuple[Any, Any]:
+def _primals(*inputs: Any) -> tuple[Any, Any]:
     """The values, and whether each is differentiated, of what a forward rule is given."""
     leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
     values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))
@@ -347,9 +289,9 @@ def _only(wanted: Any, gradients: T) -> T:
     )
 
 
-def _zero_sums(wanted: Shared, shared: Shared, weight: Array) -> Sums:
-    zeros = _only(wanted, jax.tree.map(lambda a: zeros_like(a, a.shape), shared))
-    return Sums(zeros_like(weight, ()), zeros._replace(kernel=None), zeros.kernel)
+def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
+    zeros = jax.tree.map(lambda a: zeros_like(a, a.shape), shared)
+    return zeros_like(rows.weight, ()), _only(head.wanted[0], zeros)
 
 
 def _instantiate(g: Any) -> Array:
@@ -360,40 +302,37 @@ def _instantiate(g: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(head: Head, shared: Shared, rows: Rows) -> Outcome:
+def weighted_sum(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
     """The sum of the rows' weighted results and, without gradient, the results."""
-    shared, rows = _narrow(head, shared, rows)
-    outcome, _, _ = _results(head, shared, rows)
+    outcome, _, _ = _results(head, *_narrow(head, shared, hidden), rows)
     weighed = head.f.weigh(outcome.results, rows.weight, shared.z_loss)
     return outcome._replace(value=jnp.sum(weighed.value))
 
 
 def _weighted_sum_fwd(
-    head: Head, shared_primals: Shared, rows_primals: Rows
-) -> tuple[Outcome, tuple[Shared, Rows]]:
-    (shared, rows), flags = _primals((shared_primals, rows_primals))
-    head = dataclasses.replace(head, wanted=Wanted(*flags))
-    shared, rows = _narrow(head, shared, rows)
-    sums = _zero_sums(head.wanted.shared, shared, rows.weight)
+    head: Head, shared_primals: Shared, hidden_primal: Any, rows_primals: Rows
+) -> tuple[Outcome, Any]:
+    (shared, hidden, rows), wanted = _primals(shared_primals, hidden_primal, rows_primals)
+    head = dataclasses.replace(head, wanted=wanted)
+    shared, hidden = _narrow(head, shared, hidden)
     chunk = functools.partial(_chunk_fwd, head, shared)
-    sums, outputs = over_chunks(chunk, sums, rows, head.chunks)
-    d_shared = sums.d_shared._replace(kernel=sums.d_kernel)
+    sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), (hidden, rows), head.chunks)
+    (value, d_shared), (d_hidden, results, found, d_rows) = sums, outputs
     # JAX may take the structure of the residuals from another call of the same function, in which
     # other inputs were differentiated. So there is one structure, and empty arrays for the rest.
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
-        flags,
-        (d_shared, outputs.d_rows),
+        wanted,
+        (d_shared, d_hidden, d_rows),
         is_leaf=lambda a: a is None,
     )
-    return Outcome(sums.value, outputs.results, outputs.best), res
+    return Outcome(value, results, found), res
 
 
-def _weighted_sum_bwd(head: Head, res: tuple[Shared, Rows], g: Outcome) -> tuple[Shared, Rows]:
-    axis_name = head.f.axis_name
-    d_shared, d_rows = jax.tree.map(lambda d: None if d.shape == (0,) else d, res)
-    g_sum = sum_of_shares(_instantiate(g.value), axis_name)
-    g_own = equal_shares(g_sum, axis_name)
+def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:
+    d_shared, d_hidden, d_rows = jax.tree.map(lambda d: None if d.shape == (0,) else d, res)
+    g_sum = sum_of_shares(_instantiate(g.value), head.f.axis_name)
+    g_own = equal_shares(g_sum, head.f.axis_name)
 
     def times(g: Array, d: T) -> T:
         return jax.tree.map(lambda a: g * a, d)
@@ -402,9 +341,8 @@ def _weighted_sum_bwd(head: Head, res: tuple[Shared, Rows], g: Outcome) -> tuple
     d_z = None if d_z is None else jnp.where(g_own == 0, 0, g_own * d_z)
     d_targets = times(g_own, d_rows.targets)
     d_targets = d_targets._replace(dense=times(g_sum, d_rows.targets.dense))
-    d_hidden = times(g_sum, d_rows.hidden)
-    d_rows = times(g_own, d_rows)._replace(hidden=d_hidden, targets=d_targets)
-    return times(g_sum, d_shared)._replace(z_loss=d_z), d_rows
+    d_rows = times(g_own, d_rows)._replace(targets=d_targets)
+    return times(g_sum, d_shared)._replace(z_loss=d_z), times(g_sum, d_hidden), d_rows
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -414,32 +352,34 @@ weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def single_rows(head: Head, shared: Shared, rows: Rows) -> Outcome:
+def single_rows(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
     """The results of each row."""
-    return _results(head, *_narrow(head, shared, rows))[0]
+    return _results(head, *_narrow(head, shared, hidden), rows)[0]
 
 
-def _single_rows_fwd(head: Head, shared_primals: Shared, rows_primals: Rows) -> tuple[Outcome, Any]:
-    (shared, rows), flags = _primals((shared_primals, rows_primals))
-    shared, rows = _narrow(head, shared, rows)
-    outcome, state, mask = _results(head, shared, rows)
+def _single_rows_fwd(
+    head: Head, shared_primals: Shared, hidden_primal: Any, rows_primals: Rows
+) -> tuple[Outcome, Any]:
+    (shared, hidden, rows), wanted = _primals(shared_primals, hidden_primal, rows_primals)
+    shared, hidden = _narrow(head, shared, hidden)
+    outcome, state, mask = _results(head, shared, hidden, rows)
     # Arrays, because residuals may not be Python values.
-    wanted = jax.tree.map(lambda w: jnp.zeros((int(w),)), flags)
-    return outcome, (shared, rows._replace(mask=mask), state, wanted)
+    flags = jax.tree.map(lambda w: jnp.zeros((int(w),)), wanted)
+    return outcome, (shared, hidden, rows._replace(mask=mask), state, flags)
 
 
-def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Rows]:
-    shared, rows, state, flags = res
-    wanted = Wanted(*jax.tree.map(lambda w: w.size > 0, flags))
+def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:
+    shared, hidden, rows, state, flags = res
     # The mask says already which rows have a loss.
+    wanted = jax.tree.map(lambda w: w.size > 0, flags)
     head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
     first, *others = g.results
     others = [None if isinstance(a, SymbolicZero) else a for a in others]
     g_results = sum_of_shares(type(g.results)(_instantiate(first), *others), head.f.axis_name)
-    sums = _zero_sums(wanted.shared, shared, rows.weight)
     chunk = functools.partial(_chunk_bwd, head, shared)
-    sums, outputs = over_chunks(chunk, sums, (rows, Start(state, g_results)), head.chunks)
-    return sums.d_shared._replace(kernel=sums.d_kernel), outputs.d_rows
+    chunks = (hidden, rows), (state, g_results)
+    sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), chunks, head.chunks)
+    return sums[1], *outputs
 
 
 single_rows.defvjp(_single_rows_fwd, _single_rows_bwd, symbolic_zeros=True)

@@ -6,8 +6,8 @@ there: comparisons, and terms that two sums share.
 """
 
 import functools
+import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -37,57 +37,89 @@ def rows_per_block(shape: tuple[int, ...], backend: Backend) -> int:
 
 
 def normalize_tile(x: Array, backend: Backend) -> Normalizer:
-    """In blocks of rows where rows may be looped over."""
+    """In blocks of rows, where rows may be looped over."""
     if not backend.loops_over_rows:
         return _normalize_all(x, backend)
-    if not are_known(*x.shape):
-        return _normalize_block(x, backend)
-    if backend.takes_few_classes_one_by_one and 2 <= x.shape[-1] <= FEW_CLASSES:
+    known = are_known(*x.shape)
+    if known and backend.takes_few_classes_one_by_one and 2 <= x.shape[-1] <= FEW_CLASSES:
         return _normalize_few(x)
-    flat = x.reshape(-1, x.shape[-1])
-    rows = rows_per_block(flat.shape, backend)
-    if len(flat) < 2 * rows:
-        return _normalize_block(x, backend)
-    bits = bits_of(flat, backend)
-
-    def block(first: Array) -> Normalizer:
-        part = lax.dynamic_slice_in_dim(bits, first, rows)
-        return _normalize_block(lax.bitcast_convert_type(part, flat.dtype), backend)
-
-    # The last block may have rows of the one before it.
-    blocks, last = -(-len(flat) // rows), len(flat) - rows
-    parts = lax.map(block, jnp.minimum(jnp.arange(blocks) * rows, last))
-    twice = blocks * rows - len(flat)
-
-    def join(a: Array) -> Array:
-        if twice:
-            a = jnp.concatenate([a[:-1].ravel(), a[-1, twice:]])
-        return a.reshape(x.shape[:-1])
-
-    return jax.tree.map(join, parts)
+    if known and len(flat := x.reshape(-1, x.shape[-1])) >= 2 * rows_per_block(flat.shape, backend):
+        m, r = _normalize_in_blocks(flat, backend)
+    else:
+        m, r, _ = _normalize_block(x, backend, fewest=1)
+    r = jnp.where(m == -jnp.inf, -1, r)
+    return Normalizer(m.reshape(x.shape[:-1]), r.reshape(x.shape[:-1]))
 
 
-def _normalize_block(x: Array, backend: Backend) -> Normalizer:
-    x = wide(x)
+def _normalize_block(x: Array, backend: Backend, *, fewest: int) -> tuple[Array, Array, Array]:
+    """m, r, and the rows whose r is not known yet, because fewer than ``fewest`` are confident."""
+    x = wide(x)  # once, and not again in each pass
     m = jnp.max(x, axis=-1)
-    shift = finite_shift(m)
-    total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
+    total = jnp.sum(jnp.exp(x - finite_shift(m)[..., None]), axis=-1)
     # Below a sum of 1.5 the maximum is alone and every other term below 1/2. From 1.5 on,
     # subtracting 1 costs no digits.
-    confident = total < 1.5
-    shift = apart(shift, total, backend)
+    confident = (total < 1.5) & (m > -jnp.inf)
+    enough = jnp.sum(confident, dtype=jnp.int32) >= fewest
+    m_apart = apart(m, total, backend)
+    rest = lax.cond(enough, lambda: _rest(x, m_apart), lambda: total)
+    return m, jnp.where(confident & enough, rest, total - 1), confident & ~enough
 
-    def rest() -> Array:
-        # The others are measured from the largest of them. No difference that matters is then large
-        # enough to be rounded much, but that of the two largest logits.
-        others = jnp.where(x < shift[..., None], x, -jnp.inf)
-        second = jnp.max(others, axis=-1)
-        sum_of_others = jnp.sum(jnp.exp(others - finite_shift(second)[..., None]), axis=-1)
-        return exp_difference(second, shift, SCALE) * sum_of_others / SCALE
 
-    rest_of_confident = lax.cond(jnp.any(confident), rest, lambda: jnp.zeros_like(m))
-    r = jnp.where(confident, rest_of_confident, total - 1)
-    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+def _rest(x: Array, m: Array) -> Array:
+    """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for confident rows."""
+    # The terms are measured from an integer c between 0 or 2 m and m, at most 80 below m in
+    # float32. Then no difference that matters is rounded: |x_k - c| is at most about |x_k|, and
+    # both are multiples of the last bit of x_k. No term overflows in a confident row.
+    reach = round(0.9 * math.log(jnp.finfo(x.dtype).max))
+    c = jnp.round(m - jnp.minimum(jnp.abs(m), reach))
+    below = jnp.where(x < m[..., None], x - c[..., None], -jnp.inf)
+    half = jnp.exp((c - m) / 2)
+    return jnp.sum(jnp.exp(below), axis=-1) * half * half
+
+
+def _normalize_in_blocks(x: Array, backend: Backend) -> tuple[Array, Array]:
+    """m and r of rows [N, K]. A block with many confident rows takes the rest of all its rows."""
+    size = rows_per_block(x.shape, backend)
+    bits = bits_of(x, backend)
+
+    def block(first: Array) -> tuple[Array, Array, Array]:
+        part = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, first, size), x.dtype)
+        return _normalize_block(part, backend, fewest=-(-size // 4))
+
+    # The last block may have rows of the one before it.
+    blocks, last = -(-len(x) // size), len(x) - size
+    parts = lax.map(block, jnp.minimum(jnp.arange(blocks) * size, last))
+    twice = blocks * size - len(x)
+    m, r, missing = (
+        jnp.concatenate([a[:-1].ravel(), a[-1, twice:]]) if twice else a.ravel() for a in parts
+    )
+    fill = functools.partial(_fill_rests, x, Normalizer(m, r), missing, backend)
+    return m, lax.cond(jnp.any(missing), fill, lambda: r)
+
+
+def _fill_rests(x: Array, state: Normalizer, missing: Array, backend: Backend) -> Array:
+    """r with the rest of the rows where it is missing, a group of these rows at a time.
+
+    So they cost by their number, wherever they are.
+    """
+    group = min(len(x), max(1, backend.row_group_bytes // (4 * x.shape[-1])))
+    bits = bits_of(x, backend)
+    rank = jnp.cumsum(missing, dtype=jnp.int32) - 1  # among the rows where r is missing
+    slots = -(-len(x) // group) * group
+    row = jnp.zeros(slots, jnp.int32)
+    at = jnp.where(missing, rank, slots)
+    row = row.at[at].set(jnp.arange(len(x), dtype=jnp.int32), mode="drop")
+
+    def of_group(i: Array, rests: Array) -> Array:
+        rows = lax.dynamic_slice_in_dim(row, i * group, group)
+        part = bits.at[rows].get(mode="promise_in_bounds")
+        part = wide(lax.bitcast_convert_type(part, x.dtype))
+        rest = _rest(part, state.m.at[rows].get(mode="promise_in_bounds"))
+        return lax.dynamic_update_slice_in_dim(rests, rest, i * group, 0)
+
+    groups = (rank[-1] + group) // group
+    rests = lax.fori_loop(0, groups, of_group, jnp.zeros(slots, state.r.dtype))
+    return jnp.where(missing, rests[jnp.maximum(rank, 0)], state.r)
 
 
 def _normalize_all(x: Array, backend: Backend) -> Normalizer:

@@ -61,7 +61,7 @@ class Weighed(NamedTuple):
       value: [...].
       g: the derivatives with respect to the results.
       d_weight: with respect to w_i, [...].
-      d_z: with respect to z, [...], or None without a z-loss.
+      d_z: of their sum with respect to z, or None without a z-loss.
     """
 
     value: Array
@@ -180,7 +180,7 @@ class CrossEntropy:
         if z_loss is not None:
             # In this order: lse^2 may overflow where z lse^2 does not, and z may be 0.
             loss = loss + z_loss * lse * lse
-            g_lse, d_z = 2 * z_loss * lse * weight, weight * lse * lse
+            g_lse, d_z = 2 * z_loss * lse * weight, jnp.sum(weight * lse * lse)
         # A weight of 0 times an infinite loss is 0.
         loss = jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
         return Weighed(weight * loss, Results(weight, g_lse), loss, d_z)

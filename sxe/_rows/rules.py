@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -115,20 +115,16 @@ rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
 
 def rows_autodiff(f: RowFunction, x: Array, targets: Any) -> Any:
     """The results of rows, arranged so that JAX's own derivative keeps its digits."""
-    moved = move_confident(x, f.axis_name, f.backend)
-    return f.primal(moved.x, moved.origin, targets, moved.state)
+    x, origin, state = move_confident(x, f.axis_name, f.backend)
+    return f.primal(x, origin, targets, state)
 
 
-class Moved(NamedTuple):
-    """Logits [..., K] less an origin [...] of their row; and the row's state, from there."""
+def move_confident(
+    x: Array, axis_name: AxisName, backend: Backend
+) -> tuple[Array, Array, Normalizer]:
+    """Logits less an origin [...] of their row; the origin; and the row's state, from there.
 
-    x: Array
-    origin: Array
-    state: Normalizer
-
-
-def move_confident(x: Array, axis_name: AxisName, backend: Backend) -> Moved:
-    """Logits measured from the maximum of their row, where it holds over half of the probability.
+    The origin is the maximum of the row, where it holds over half of the probability.
 
     As logits stand, the gradient at a confident label is the difference of two numbers that are
     rounded. Here the maximum is a constant 0, and its gradient is the sum of all others'. No part
@@ -148,7 +144,7 @@ def move_confident(x: Array, axis_name: AxisName, backend: Backend) -> Moved:
     moved = merge_over(normalize_tile(x, backend, scale=1), axis_name)
     # The move rounded x. r has the value from before it, and the derivative from after it.
     r = state.r + (moved.r - lax.stop_gradient(moved.r))
-    return Moved(x, origin, Normalizer(moved.m, r))
+    return x, origin, Normalizer(moved.m, r)
 
 
 Rule = Callable[[RowFunction, Array, Any], Any]

@@ -10,7 +10,7 @@ targets of all other classes, T - t_k, is not computed as that difference: it wo
 target holds nearly all of T.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -52,6 +52,24 @@ class Targets(NamedTuple):
     label_target: Array | None
     dense: Dense | None
     total: Array
+
+
+class Rows(NamedTuple):
+    """The targets of rows, and what each row weighs, [...].
+
+    A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
+
+    Attributes:
+      targets: see there.
+      weight: multiplies the row's results.
+      norm: the row's part of the denominator of the mean, or None where it is not needed.
+      mask: bool, the rows that count, or None where all of them do.
+    """
+
+    targets: Targets
+    weight: Any
+    norm: Any
+    mask: Array | None
 
 
 def is_label(label: Array, classes: int) -> Array:
