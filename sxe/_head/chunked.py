@@ -25,10 +25,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks
 from sxe._head.projection import Products, Transform, transform, transform_bwd
-from sxe._rows.cross_entropy import CrossEntropy, Results
-from sxe._rows.normalizer import Normalizer
 from sxe._rows.predictions import Best, best
-from sxe._rows.rules import RULES, own_targets, results_and_state
+from sxe._rows.rules import RULES, RowFunction, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows, Targets
 
 T = TypeVar("T")
@@ -66,7 +64,7 @@ class Head:
         and of the rows. No other gradient is computed.
     """
 
-    f: CrossEntropy
+    f: RowFunction
     products: Products
     chunks: int
     has_weights: bool
@@ -84,7 +82,7 @@ class Outcome(NamedTuple):
     """
 
     value: Array | None
-    results: Results
+    results: Any
     best: Best | None
 
 
@@ -157,7 +155,7 @@ def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Su
 
 
 def _chunk_bwd(
-    head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Normalizer, Results]]
+    head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]]
 ) -> tuple[Sums, Any]:
     """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
     (hidden, rows), state_and_g = chunk
@@ -178,7 +176,7 @@ def _chunk_bwd(
 
 
 def _tile_bwd(
-    head: Head, shared: Shared, tile: Tile, state_and_g: tuple[Normalizer, Results]
+    head: Head, shared: Shared, tile: Tile, state_and_g: tuple[Any, Any]
 ) -> tuple[Array, Shared, Targets]:
     """d u, and the gradients of what rows share and of each row's targets."""
     d_x = head.f.gradient(tile.x, tile.targets, *state_and_g)  # D7
@@ -231,7 +229,7 @@ def _narrow(head: Head, shared: Shared, hidden: Array) -> tuple[Shared, Array]:
 
 def _results(
     head: Head, shared: Shared, hidden: Array, rows: Rows
-) -> tuple[Outcome, Normalizer, Array | None]:
+) -> tuple[Outcome, Any, Array | None]:
     """The results, the state that a backward pass starts from, and which rows count.
 
     Shards of the classes meet behind the loop, once for all rows.

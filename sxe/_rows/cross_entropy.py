@@ -20,6 +20,7 @@ from sxe._arrays import AxisName, psum, vary_like, wide
 from sxe._backend import Backend, apart
 from sxe._rows import twins
 from sxe._rows.normalizer import Normalizer, merge_over
+from sxe._rows.rules import Weighed
 from sxe._rows.targets import (
     Targets,
     dense_gap,
@@ -52,22 +53,6 @@ class Part(NamedTuple):
     state: Normalizer
     cost: Array
     target: Array | None
-
-
-class Weighed(NamedTuple):
-    """w_i (loss_i + z lse_i^2), [...], and its derivatives.
-
-    Attributes:
-      value: [...].
-      g: the derivatives with respect to the results.
-      d_weight: with respect to w_i, [...].
-      d_z: of their sum with respect to z, or None without a z-loss.
-    """
-
-    value: Array
-    g: Results
-    d_weight: Array
-    d_z: Array | None
 
 
 def row_gradient(
@@ -174,6 +159,7 @@ class CrossEntropy:
         return Results(loss, origin + lse)
 
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
+        """w_i (loss_i + z lse_i^2)."""
         loss, lse = results
         assert lse is not None
         g_lse = d_z = None

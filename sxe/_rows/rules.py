@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,22 @@ from sxe._arrays import AxisName, equal_shares, psum, sum_of_shares, vary_like, 
 from sxe._backend import Backend
 from sxe._rows import twins
 from sxe._rows.normalizer import Normalizer, merge_over, normalize_tile
+
+
+class Weighed(NamedTuple):
+    """What rows add to a sum of rows, [...], and its derivatives.
+
+    Attributes:
+      value: [...].
+      g: the derivatives with respect to the results. None is 0.
+      d_weight: with respect to the rows' weights, [...].
+      d_z: of the sum, with respect to the weight of the z-loss, or None.
+    """
+
+    value: Array
+    g: Any
+    d_weight: Array
+    d_z: Array | None
 
 
 class RowFunction(Protocol):
@@ -51,6 +67,9 @@ class RowFunction(Protocol):
 
         They may not use a function that has a custom rule.
         """
+
+    def weigh(self, results: Any, weight: Array, z_loss: Array | None, /) -> Weighed:
+        """What each row of that weight [...] adds to a sum of rows, and its derivatives."""
 
 
 def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]:
