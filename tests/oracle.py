@@ -4,24 +4,38 @@ Nothing here calls sxe, and nothing is arranged for speed. The gradient is line 
 ``test_oracle.py`` holds against central differences of the loss.
 """
 
+import contextlib
+
 import mpmath
 import numpy as np
+from tolerances import CLOSENESS
 
 DIGITS = 60
 
-# Relative to the largest entry of what is expected, by the dtype of what came.
-TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 2**-8, "float16": 2**-10}
-
 
 def assert_close(actual, expected, dtype=None, scale=None):
-    """actual within the tolerance of its dtype, or of ``dtype``, of the largest expected value."""
+    """Fail unless actual is what is expected, within the closeness of its dtype.
+
+    The closeness is relative to the largest expected entry, or to ``scale``; ``dtype`` names
+    another one.
+    """
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
-    tolerance = TOLERANCE[str(dtype or actual.dtype)]
+    tolerance = CLOSENESS[str(dtype or actual.dtype)]
     actual = actual.astype(np.float64)
     finite = np.abs(expected[np.isfinite(expected)])
     scale = scale or max(finite.max(initial=0.0), 1e-30)
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@contextlib.contextmanager
+def naming(*what):
+    """Say in an error's notes what it came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(" ".join(map(str, what)))
+        raise
 
 
 def _rows_last(x, axis):

@@ -1,49 +1,14 @@
 """The examples run as a user runs them: each as a process of its own, warnings as errors."""
 
-import importlib.util
 import math
-import os
 import re
 import socket
-import struct
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from example_runs import assert_figure, needs_examples_extra, run_example
 
-MODULES = ("flax", "matplotlib", "orbax", "sklearn", "tokenizers", "tqdm")
-# Not importorskip: importing them takes longer than most tests.
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, MODULES)),
-    reason="the examples need `pip install -e '.[examples]'`",
-)
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_example(name, directory, *options, timeout=None):
-    """The finished process of examples/`name`, run in `directory`."""
-    # What conftest.py sets for this process, its virtual devices for one, is not the user's.
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    return subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / name, *options],
-        cwd=directory,
-        env=env | {"PYTHONPATH": os.fspath(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-    )
-
-
-def assert_figure(png):
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", png[16:24])  # the header chunk comes first
-    assert width >= 1000
-    assert height >= 500
-    assert len(png) > 20_000
+pytestmark = needs_examples_extra
 
 
 def run_digits(directory, *options):

@@ -4,10 +4,9 @@ import math
 import re
 
 import pytest
-import test_examples
-from test_examples import assert_figure, run_example
+from example_runs import assert_figure, needs_examples_extra, run_example
 
-pytestmark = test_examples.pytestmark
+pytestmark = needs_examples_extra
 
 COLUMNS = "computed", "exact", "no_loss", "no_gradient", "row_sum", "train", "test", "logit"
 

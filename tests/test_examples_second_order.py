@@ -3,7 +3,9 @@
 import re
 
 import pytest
-from test_examples import assert_figure, pytestmark, run_example  # noqa: F401
+from example_runs import assert_figure, needs_examples_extra, run_example
+
+pytestmark = needs_examples_extra
 
 ROW = re.compile(
     r"^(Newton-CG|L-BFGS|Adam), .*? +(\d+|-) +(\d+|-) +(\S+) +([\d.]+)% +([\d.]+) +([\d.]+)$",

@@ -3,54 +3,22 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
-from test_sharding import make_mesh, naming, use_mesh
+from meshes import make_mesh, use_mesh
+from option_cases import EVERY_OF_HEAD, RULES, vjp_by_default
+from oracle import assert_close, naming
+from problems import apart, cotangent, floats, head_problem, with_gradients
+from programs import all_of, quick_jit
 
 import sxe
 from sxe._backend import Backend
 
-RULES = ("vjp", "jvp", "autodiff")
 N, D, K = 8, 3, 16
-
-# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-def problem(*names, dense=False, dtype="float32", seed=0, shape=(N, D, K)):
-    """The array arguments of a call by name, with the options named."""
-    rows, width, classes = shape
-    rng = np.random.default_rng(seed)
-    options = {
-        "bias": rng.normal(size=classes),
-        "class_weights": rng.uniform(0.5, 2, size=classes),
-        "label_smoothing": np.array(0.3),
-        "logit_scale": np.array(0.7),
-        "softcap": np.array(3),
-        "weights": np.where(np.arange(rows) == 3, 0, rng.uniform(0.5, 2, size=rows)),
-        "z_loss": np.array(0.05),
-    }
-    p = {name: a.astype(np.float32) for name, a in options.items() if name in names}
-    if "where" in names:
-        p["where"] = np.arange(rows) != 5
-    labels = rng.integers(classes, size=rows).astype(np.int32)
-    p["labels"] = rng.uniform(size=(rows, classes)).astype(np.float32) if dense else labels
-    p["hidden"] = rng.normal(size=(rows, width)).astype(jnp.dtype(dtype))
-    p["kernel"] = rng.normal(size=(width, classes)).astype(jnp.dtype(dtype))
-    return p
-
-
-EVERY = ("bias", "class_weights", "label_smoothing", "logit_scale", "softcap", "where", "weights")
-EVERY += ("z_loss",)
 
 
 def cases(rule="vjp"):
@@ -59,17 +27,12 @@ def cases(rule="vjp"):
     The last has bfloat16 operands.
     """
     static = {"rule": rule, "chunk_size": 3}
-    p = problem(*EVERY)
+    p, ignored = apart(head_problem(*EVERY_OF_HEAD, "ignore_index"))
     return [
-        (p, static | {"reduction": "mean", "ignore_index": int(p["labels"][1])}),
-        (problem(*EVERY, dense=True), static | {"reduction": "none"}),
-        (problem(dtype="bfloat16", seed=1), static | {"reduction": "sum"}),
+        (p, static | {"reduction": "mean"} | ignored),
+        (head_problem(*EVERY_OF_HEAD, dense=True), static | {"reduction": "none"}),
+        (head_problem(dtype="bfloat16", seed=1), static | {"reduction": "sum"}),
     ]
-
-
-def cotangent(p, static):
-    shape = len(p["hidden"]) if static["reduction"] == "none" else ()
-    return np.asarray(np.random.default_rng(2).normal(size=shape), np.float32)
 
 
 def spec(p, rows, classes):
@@ -88,22 +51,8 @@ def out_spec(static, rows):
     return P(rows) if static["reduction"] == "none" else P()
 
 
-def floats(p):
-    return {name: a for name, a in p.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-
-
 def head(static):
     return lambda p: sxe.linear_softmax_cross_entropy(**p, **static)
-
-
-def with_gradients(loss):
-    """p and g to the loss, and to the gradients of g * loss for all arguments that have one."""
-
-    def call(p, g):
-        value, pull = jax.vjp(lambda q: loss(p | q), floats(p))
-        return value, *pull(g)
-
-    return call
 
 
 def outside(p, static, mesh, rows, classes, **options):
@@ -132,15 +81,14 @@ def on_one_device(p, static):
     key = p["kernel"].dtype, p["kernel"].shape, p["labels"].ndim, static["reduction"], tuple(p)
     if key not in _ONE_DEVICE:
         static = {k: v for k, v in static.items() if k not in ("rule", "chunk_size")}
-        _, gradients = quick_jit(with_gradients(head(static)))(p, cotangent(p, static))
+        _, gradients = quick_jit(with_gradients(head(static)))(p, cotangent(p, static["reduction"]))
         _ONE_DEVICE[key] = {n: np.asarray(a).astype(np.float64) for n, a in gradients.items()}
     return _ONE_DEVICE[key]
 
 
-def compare(functions, calls, place=lambda p, static: (p, cotangent(p, static))):
+def compare(functions, calls, place=lambda p, static: (p, cotangent(p, static["reduction"]))):
     """One program with these functions against the oracle, and against the calls on one device."""
-    run = quick_jit(lambda each: [f(*a) for f, a in zip(functions, each, strict=True)])
-    results = run([place(*call) for call in calls])
+    results = quick_jit(all_of(functions))([place(*call) for call in calls])
     for (p, static), (value, gradients) in zip(calls, results, strict=True):
         with naming(*static.values(), *p):
             numbers = {k: v for k, v in static.items() if k in ("reduction", "ignore_index")}
@@ -196,30 +144,31 @@ def test_blocks_in_shard_map(monkeypatch):
     monkeypatch.setattr(Backend, "class_block_bytes", 2)
     shape, static = (N, 2, 1200), {"chunk_size": 3}
     calls = [
-        (problem(*EVERY, shape=shape), static | {"reduction": "mean"}),
-        (problem("bias", "softcap", dtype="bfloat16", shape=shape), static | {"reduction": "none"}),
+        (head_problem(*EVERY_OF_HEAD, shape=shape), static | {"reduction": "mean"}),
+        (
+            head_problem("bias", "softcap", dtype="bfloat16", shape=shape),
+            static | {"reduction": "none"},
+        ),
     ]
     transforms = (inside, outside)
     mesh = make_mesh(2, 4)
     compare([f(*c, mesh, "data", "model") for f, c in zip(transforms, calls, strict=True)], calls)
 
 
-@pytest.mark.parametrize(
-    "rule", ["vjp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
-)
+@vjp_by_default
 def test_rows_that_do_not_count(rule):
     """NaN, labels out of range, and logits that overflow on one device; in bad rows, too.
 
     Those are NaN alone, on every device.
     """
-    p, static = problem("bias", "weights"), {"rule": rule, "reduction": "none"}
-    p["kernel"][0], p["kernel"][0, 13], p["weights"][7] = 0.5, 2, 0
+    p, static = head_problem("bias", "weights"), {"rule": rule, "reduction": "none"}
+    p["kernel"][0], p["kernel"][0, 13], p["weights"][[3, 7]] = 0.5, 2, 0
     good = p | {"where": ~np.isin(range(N), [0, 4, 6])}
     bad = good | {"hidden": p["hidden"].copy(), "labels": p["labels"].copy()}
     bad["hidden"][[0, 3, 4]], bad["hidden"][7], bad["labels"][6] = np.nan, [3e38, 0, 0], K
     worse = {name: a for name, a in bad.items() if name not in ("where", "weights")}
     functions = [outside(q, static, make_mesh(2, 4), "data", "model") for q in (bad, worse)]
-    g = cotangent(p, static)
+    g = cotangent(p, static["reduction"])
     run = quick_jit(lambda *qs: [f(q, g) for f, q in zip(functions, qs, strict=True)])
     (value, gradients), (worse_value, worse_gradients) = run(bad, worse)
     right = oracle.head_gradients(**good, g=g, reduction="none")
@@ -243,7 +192,7 @@ def test_rows_that_do_not_count(rule):
     ],
 )
 def test_wrong_use(options, message):
-    p = problem()
+    p = head_problem()
     layout = spec(p, "data", "model")
     loss = jax.shard_map(head(options), mesh=make_mesh(2, 4), in_specs=(layout,), out_specs=P())
     with pytest.raises(ValueError, match=message):
@@ -265,7 +214,7 @@ def test_global_arrays(kind, layout):
         layouts = spec(p, *layout), out_spec(static, layout[0])
         return jax.tree.map(
             lambda x, s: jax.device_put(x, NamedSharding(mesh, s)),
-            (p, cotangent(p, static)),
+            (p, cotangent(p, static["reduction"])),
             layouts,
         )
 
@@ -284,7 +233,7 @@ def test_global_arrays(kind, layout):
 @pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
 def test_metrics(kind):
     """The first of the largest logits wins, in whichever shard it lies."""
-    p = problem("weights", "where", "bias")
+    p = head_problem("weights", "where", "bias")
     p["hidden"][0], p["hidden"][1] = 0, 0
     p["bias"][[5, 13]] = 9
     static = {"chunk_size": 3, "return_metrics": True}
@@ -317,10 +266,10 @@ def test_metrics(kind):
 def test_collectives(rule, reduction):
     """Statistics of rows, and once the gradient of the hidden states: not the kernel, no logits."""
     rows, width, classes = 32, 12, 512
-    p = problem(*EVERY, shape=(rows, width, classes))
+    p = head_problem(*EVERY_OF_HEAD, shape=(rows, width, classes))
     static = {"rule": rule, "reduction": reduction, "chunk_size": 8}
     f = outside(p, static, make_mesh(1, 8), None, "model")
-    program = quick_jit(f).lower(p, cotangent(p, static)).compile()
+    program = quick_jit(f).lower(p, cotangent(p, static["reduction"])).compile()
     sizes = sorted((c.size for c in collectives(program.as_text())), reverse=True)
     assert sizes[0] == rows * width
     assert all(size <= rows for size in sizes[1:]), sizes

@@ -3,22 +3,24 @@
 import copy
 import functools
 import inspect
-import itertools
 import pickle
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import option_cases
 import oracle
 import pytest
 from hlo import collectives
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
-from test_head_sharding import cotangent, floats, problem, quick_jit, with_gradients
-from test_sharding import make_mesh, naming
+from meshes import make_mesh
+from option_cases import EVERY_OF_HEAD, in_pairs
+from oracle import assert_close, naming
+from problems import apart, cotangent, floats, head_problem, logits_problem, with_gradients
+from programs import all_of, quick_jit
 
 import sxe
 
@@ -28,31 +30,30 @@ HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
 WITH_GRADIENT = sxe.softmax_cross_entropy_with_gradient
 LOSSES = [HEAD, LOGITS, WITH_GRADIENT]
 
-# Every pair of these is met as on and on, on and off, off and off within seven calls: an option is
-# on in four of six of them, no two of them in the same four, and all are off in the first.
-OPTIONS = ["where", "weights", "class_weights", "label_smoothing", "z_loss", "ignore_index"]
-OPTIONS += ["dense", "none", "bfloat16"]
-OF_HEAD = ["bias", "logit_scale", "softcap", "fsdp"]
-FOURS = list(itertools.combinations(range(1, 7), 4))
+# Beside the options: "none" reduces nothing, "bfloat16" is the dtype, "fsdp" splits the kernel.
+OF_LOGITS = tuple(name for name in option_cases.LOGITS if name != "where_class")
+FACTORS = {
+    LOGITS: (*OF_LOGITS, "none", "bfloat16"),
+    HEAD: (*option_cases.HEAD, "none", "bfloat16", "fsdp"),
+}
+
+
+def problem(loss, *options, **more):
+    """The arguments of one call, whose rows and classes every mesh of SHAPES divides."""
+    if loss is HEAD:
+        return head_problem(*options, shape=(N, D, K), **more)
+    return logits_problem(*options, shape=(N, K), **more)
 
 
 def calls(loss, rule="vjp"):
-    """Arrays, and the other arguments, of calls that meet every pair of options."""
-    options = OPTIONS + (OF_HEAD if loss is HEAD else [])
-    for row in range(7):
-        on = {o for o, fours in zip(options, FOURS, strict=False) if row in fours}
-        dtype = "bfloat16" if "bfloat16" in on else "float32"
-        p = problem(*on, dense="dense" in on, dtype=dtype, seed=row, shape=(N, D, K))
-        static = {"reduction": "none" if "none" in on else ("mean", "sum")[row % 2], "rule": rule}
-        if "ignore_index" in on and "dense" not in on:
-            static["ignore_index"] = int(p["labels"][1])
-        if loss is HEAD:
-            static["chunk_size"] = 1
-        else:
-            del p["kernel"]
-            rng = np.random.default_rng(row)
-            p["logits"] = rng.normal(size=(N, K)).astype(p.pop("hidden").dtype)
-        yield p, static, {"fsdp": "data"} if "fsdp" in on else {}
+    """The arrays and the other arguments of one call for each case, and those of its mesh."""
+    for i, case in enumerate(in_pairs(*FACTORS[loss])):
+        dtype = "bfloat16" if "bfloat16" in case else "float32"
+        p = problem(loss, *case, dense="dense" in case, dtype=dtype, seed=i)
+        p, ignored = apart(p)
+        static = {"reduction": "none" if "none" in case else ("mean", "sum")[i % 2], "rule": rule}
+        static |= ignored | ({"chunk_size": 1} if loss is HEAD else {})
+        yield p, static, {"fsdp": "data"} if "fsdp" in case else {}
 
 
 def called(loss, static):
@@ -75,18 +76,12 @@ def assert_alike(results, expected):
 def dense_results(loss):
     """Of one device, by rule "vjp"."""
     each = list(calls(loss))
-    run = quick_jit(
-        lambda each_p, gs: [
-            called(loss, static)(p, g)
-            for (_, static, _), p, g in zip(each, each_p, gs, strict=True)
-        ]
-    )
-    return run([p for p, _, _ in each], [cotangent_of(p, static) for p, static, _ in each])
+    run = quick_jit(all_of(called(loss, static) for _, static, _ in each))
+    return run(arguments_of(each))
 
 
-def cotangent_of(p, static):
-    x = p["hidden"] if "hidden" in p else p["logits"]
-    return cotangent({"hidden": x}, static)
+def arguments_of(each):
+    return [(p, cotangent(p, static["reduction"])) for p, static, _ in each]
 
 
 def options_of(static):
@@ -116,20 +111,12 @@ def test_sharded_equals_dense(loss, shape, kind, rule):
         called(sxe.over_mesh(loss, mesh, batch="data", classes="model", **fsdp), static)
         for _, static, fsdp in each
     ]
-    run = quick_jit(lambda ps, gs: [f(*a) for f, *a in zip(functions, ps, gs, strict=True)])
-    gs = [cotangent_of(p, static) for p, static, _ in each]
-    results = run([p for p, _, _ in each], gs)
+    results = quick_jit(all_of(functions))(arguments_of(each))
     truth = oracle.head_loss if loss is HEAD else oracle.loss
     for (p, static, fsdp), result, right in zip(each, results, dense_results(loss), strict=True):
         with naming(*static.values(), *fsdp, *p):
             assert_close(result[0], truth(**p, **options_of(static)))
             assert_alike(result, right)
-
-
-def test_calls_meet_every_pair():
-    for a, b in itertools.combinations(range(len(OPTIONS + OF_HEAD)), 2):
-        met = {(row in FOURS[a], row in FOURS[b]) for row in range(7)}
-        assert met == {(False, False), (False, True), (True, False), (True, True)}
 
 
 # Layouts
@@ -153,9 +140,7 @@ def test_calls_meet_every_pair():
 def test_axes(batch, classes, fsdp, kind):
     """None, one, several; rows [B, T]; metrics, and what the results are split like."""
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"), kind=kind)
-    p = problem("class_weights", "weights", "bias", shape=(4 * 4, D, K))
-    for name in ("hidden", "labels", "weights"):
-        p[name] = p[name].reshape(4, 4, *p[name].shape[1:])
+    p = head_problem("class_weights", "weights", "bias", shape=(4, 4, D, K))
     static = {"return_metrics": True, "chunk_size": 1, "label_smoothing": 0.2}
 
     def scalar(q):
@@ -220,7 +205,7 @@ def test_shards_of_nothing(loss):
 
     Logits of -inf fill a shard, too.
     """
-    p = problem("bias", shape=(N, D, K))
+    p = problem(HEAD, "bias")
     p["labels"][:] = [0, 1, 2, 3] * 2
     p["bias"][8:12] = -np.inf
     p["where"] = np.arange(N) == 2
@@ -256,9 +241,7 @@ def test_eager_calls_compile_once(caplog):
 @pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
 def test_transformations(loss):
     """Hessian-vector products, vmap, checkpoint and scan of a sharded loss."""
-    p = problem("z_loss", "softcap" if loss is HEAD else "weights", shape=(N, D, K))
-    if loss is LOGITS:
-        p["logits"] = (p.pop("hidden") @ p.pop("kernel")).astype(np.float32)
+    p = problem(loss, "z_loss", "softcap" if loss is HEAD else "weights")
     name = "kernel" if loss is HEAD else "logits"
     v = np.random.default_rng(5).normal(size=p[name].shape).astype(np.float32)
 
@@ -321,7 +304,7 @@ def test_over_mesh_looks_like_its_loss(loss):
 
 
 def test_a_pickled_loss_is_the_loss():
-    p = problem(shape=(N, D, K))
+    p = problem(HEAD)
     over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data", classes="model", fsdp="data")
     assert_close(jax.jit(pickle.loads(pickle.dumps(over)))(**p), oracle.head_loss(**p))
 
@@ -341,7 +324,7 @@ def test_a_pickled_loss_where_its_devices_are_not(monkeypatch):
 def test_explicit_kernel_split_by_rows(kernel):
     """Along mesh axes of the rows, or of others as well."""
     mesh = make_mesh(2, 2, 2, names=("data", "model", "other"), kind=EXPLICIT)
-    p = problem(dtype="bfloat16", shape=(N, D, K))
+    p = problem(HEAD, dtype="bfloat16")
     layout = {"hidden": P("data"), "kernel": kernel, "labels": P("data")}
     q = {name: jax.device_put(p[name], NamedSharding(mesh, layout[name])) for name in p}
     f = called(HEAD, {"chunk_size": 1, "reduction": "mean"})
@@ -361,7 +344,7 @@ def test_meshes_of_both_kinds(auto):
     """over_mesh takes all of its axes; the plain call leaves the automatic one to the compiler."""
     kinds = tuple(AUTO if name == auto else EXPLICIT for name in ("data", "model"))
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
-    p = problem("label_smoothing", "bias", shape=(N, D, K))
+    p = problem(HEAD, "label_smoothing", "bias")
     layout = {"hidden": P("data"), "kernel": P(None, "model"), "bias": P("model")}
     q = {n: jax.device_put(a, NamedSharding(mesh, layout.get(n, P()))) for n, a in p.items()}
     g = np.float32(0.7)
@@ -374,7 +357,7 @@ def test_meshes_of_both_kinds(auto):
 
 def test_abstract_mesh():
     """Of the context, as in a model that is not told of its devices."""
-    p = problem(shape=(N, D, K))
+    p = problem(HEAD)
 
     def loss(p):
         mesh = jax.sharding.get_abstract_mesh()
@@ -385,7 +368,7 @@ def test_abstract_mesh():
 
 
 def test_labels_are_checked():
-    p = problem(shape=(N, D, K))
+    p = problem(HEAD)
     p["labels"][5] = K
     over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data", classes="model")
     error, value = checkify.checkify(jax.jit(over))(p["hidden"], p["kernel"], p["labels"])
@@ -402,7 +385,7 @@ ROWS, WIDTH, CLASSES = 64, 24, 512  # of all shards; no two products of parts of
 
 def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=False, **layout):
     """The collectives of value and gradients, as (opcode, elements, whether in a loop)."""
-    p = problem(*options, dense=dense, shape=(ROWS, WIDTH, CLASSES))
+    p = head_problem(*options, dense=dense, shape=(ROWS, WIDTH, CLASSES))
     over = sxe.over_mesh(HEAD, mesh, **layout)
     g = np.ones(ROWS if static.get("reduction") == "none" else (), np.float32)
 
@@ -428,10 +411,6 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
     return collectives(text)
 
 
-EVERY = ("bias", "class_weights", "label_smoothing", "logit_scale", "softcap", "weights", "where")
-EVERY += ("z_loss",)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_collectives(shape, reduction):
@@ -442,7 +421,7 @@ def test_collectives(shape, reduction):
     data, model = shape
     rows, classes = ROWS // data, CLASSES // model
     static = {"reduction": reduction, "chunk_size": 2, "return_metrics": True}
-    found = moved(make_mesh(*shape), static, EVERY, batch="data", classes="model")
+    found = moved(make_mesh(*shape), static, EVERY_OF_HEAD, batch="data", classes="model")
     large = sorted((c.opcode, c.size, c.in_loop) for c in found if c.size > rows)
     d_kernel = ("all-reduce", WIDTH * classes, False)
     d_hidden = ("all-reduce", rows * WIDTH, False)
@@ -481,7 +460,9 @@ def test_a_frozen_input_moves_nothing(frozen):
 def test_collectives_of_a_value():
     """Statistics once a call, whatever the number of chunks."""
     static = {"chunk_size": 2, "return_metrics": True}
-    found = moved(make_mesh(2, 4), static, EVERY, differentiate=(), batch="data", classes="model")
+    found = moved(
+        make_mesh(2, 4), static, EVERY_OF_HEAD, differentiate=(), batch="data", classes="model"
+    )
     assert found
     assert all(not c.in_loop and c.size <= ROWS // 2 for c in found), found
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from example_runs import run_example
 from oracle import assert_close
 
 import sxe
@@ -563,16 +564,7 @@ def test_every_row_is_run_or_says_why_not():
 
 
 def test_the_example_runs(tmp_path):
-    example = Path(__file__).parents[1] / "examples" / "port_from_torch.py"
-    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", example],
-        cwd=tmp_path,
-        env=env | {"PYTHONPATH": os.fspath(example.parents[1])},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-    )
+    done = run_example("port_from_torch.py", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     installed = importlib.util.find_spec("torch") is not None
     assert done.stdout.startswith("torch " if installed else "PyTorch is not installed: ")

@@ -16,7 +16,7 @@ import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_sharding import make_mesh
+from meshes import make_mesh
 
 import sxe
 from sxe.__main__ import main

@@ -4,7 +4,7 @@ import importlib.util
 import re
 
 import pytest
-from test_examples import ROOT, run_example
+from example_runs import ROOT, run_example
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("equinox", "flax"))),

@@ -1,33 +1,32 @@
 """The loss on a mesh: in shard_map, and under jit on Auto and on Explicit meshes."""
 
-import contextlib
+import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import option_cases
 import oracle
 import pytest
 from hlo import collectives
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
+from meshes import KINDS, make_mesh, use_mesh
+from option_cases import EVERY_OF_LOGITS, RULES, every_rule, in_fours
+from oracle import assert_close, naming
+from problems import apart, cotangent, logits_problem
+from programs import all_of, quick_jit
 
 import sxe
 
-RULES = ("vjp", "jvp", "autodiff")
 N, K = 8, 24  # what 1, 2, 4 and 8 devices divide; a shard holds 3, 6, 12 or 24 classes
 
 
-def make_mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+class Call(NamedTuple):
+    """A call of the loss. Its numbers are part of the program, its arrays are arguments of it."""
 
-
-# A case is a call of the loss. Its numbers are part of the program, its arrays are not.
-
-
-class Case(NamedTuple):
     logits: np.ndarray
     labels: np.ndarray
     options: dict[str, Any]
@@ -56,50 +55,29 @@ class Case(NamedTuple):
         )
 
 
-# "where_class" is where with the shape of the logits.
-ALL_DENSE = ["where", "weights", "class_weights", "label_smoothing", "z_loss"]
-ALL_INTEGER = [*ALL_DENSE, "ignore_index"]
-# Smoothing gives a class that is masked out a target, which costs infinity.
-ALL_MASKED = ["where_class", "weights", "class_weights", "z_loss"]
+EVERY = (*EVERY_OF_LOGITS, "ignore_index")  # with integer labels
+EVERY_MASKED = ("where_class", "weights", "class_weights", "z_loss")
 
 
-def case(*names, dense=False, reduction="mean", rule="vjp", dtype="float32", seed=0, shape=(N, K)):
-    """Random logits and labels, with random values for the options named."""
-    rows, classes = shape
-    rng = np.random.default_rng(seed)
-    dtype = jnp.dtype(dtype)
-    wide = np.dtype("float64") if dtype == "float64" else np.dtype("float32")
-    labels = rng.integers(classes, size=rows).astype(np.int32)
-    mask = rng.random(shape) < 0.7
-    mask[range(rows), labels] = True
-    values = {
-        "where": rng.random(rows) < 0.8,
-        "where_class": mask,
-        "weights": (rng.random(rows) + 0.1).astype(wide),
-        "class_weights": (rng.random(classes) + 0.1).astype(wide),
-        "label_smoothing": 0.1,
-        "z_loss": 0.01,
-        "ignore_index": int(labels[1]),
-    }
-    values["weights"][3] = 0
-    logits = (3 * rng.standard_normal(shape)).astype(dtype)
-    if dense:
-        labels = rng.random(shape).astype(dtype)
-        if "where_class" in names:
-            labels = np.where(mask, labels, 0)
-    options = {name.removesuffix("_class"): values[name] for name in names}
-    g = rng.standard_normal((rows,) if reduction == "none" else ()).astype(wide)
-    return Case(logits, labels, options, reduction, rule, g)
+def a_call(
+    *options, dense=False, reduction="mean", rule="vjp", dtype="float32", seed=0, shape=(N, K)
+):
+    """A call with random arguments. The numbers among its options are Python's."""
+    p = logits_problem(*options, dense=dense, dtype=dtype, shape=shape, seed=seed)
+    g = cotangent(p, reduction, seed=seed)
+    logits, labels = p.pop("logits"), p.pop("labels")
+    given = {name: x if np.ndim(x) else x.item() for name, x in apart(p)[0].items()}
+    return Call(logits, labels, given | apart(p)[1], reduction, rule, g)
 
 
 def spec(value, rows, classes, option=None):
-    """How an array of a case lies on a mesh that splits rows and classes along these axes."""
+    """How an array of a call lies on a mesh that splits rows and classes along these axes."""
     axes = {0: (), 1: (classes if option == "class_weights" else rows,), 2: (rows, classes)}
     return P(*axes[np.ndim(value)])
 
 
-def specs(case, rows, classes):
-    _, labels, given, g = case.arrays
+def specs(call, rows, classes):
+    _, labels, given, g = call.arrays
     given = {k: spec(v, rows, classes, k) for k, v in given.items()}
     return P(rows, classes), spec(labels, rows, classes), given, spec(g, rows, classes)
 
@@ -113,93 +91,72 @@ def value_and_gradient(loss, logits, labels, given, g):
     return value, gradient
 
 
-def globally(case):
+def globally(call):
     """Value and gradient of the loss on global arrays."""
-    return lambda *arrays: value_and_gradient(case.loss(), *arrays)
+    return lambda *arrays: value_and_gradient(call.loss(), *arrays)
 
 
-def over_shards(case, mesh, rows, classes, *, function=None, out=None, **options):
+def over_shards(call, mesh, rows, classes, *, function=None, out=None, **options):
     """A function of logits, labels and the other arrays, in shard_map; the loss, if none given."""
-    function = function or case.loss(axis_name=classes, batch_axis_name=rows)
+    function = function or call.loss(axis_name=classes, batch_axis_name=rows)
     if out is None:
-        out = P(rows) if case.reduction == "none" else P()
-    inputs = specs(case, rows, classes)[:-1]
+        out = P(rows) if call.reduction == "none" else P()
+    inputs = specs(call, rows, classes)[:-1]
     return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=out, **options)
 
 
-def outside(case, mesh, rows, classes, **options):
+def outside(call, mesh, rows, classes, **options):
     """Value and gradient of the loss in shard_map."""
-    loss = over_shards(case, mesh, rows, classes, **options)
+    loss = over_shards(call, mesh, rows, classes, **options)
     return lambda *arrays: value_and_gradient(loss, *arrays)
 
 
-def inside(case, mesh, rows, classes):
+def inside(call, mesh, rows, classes):
     """Value and gradient, in shard_map."""
-    loss = case.loss(axis_name=classes, batch_axis_name=rows)
+    loss = call.loss(axis_name=classes, batch_axis_name=rows)
     return jax.shard_map(
         lambda *arrays: value_and_gradient(loss, *arrays),
         mesh=mesh,
-        in_specs=specs(case, rows, classes),
-        out_specs=(P(rows) if case.reduction == "none" else P(), P(rows, classes)),
+        in_specs=specs(call, rows, classes),
+        out_specs=(P(rows) if call.reduction == "none" else P(), P(rows, classes)),
     )
 
 
-def with_gradient(case, mesh, rows, classes):
-    """Value and gradient in one pass, in shard_map; the gradient scaled by the case's cotangent."""
-    options = {"reduction": case.reduction, "axis_name": classes, "batch_axis_name": rows}
+def with_gradient(call, mesh, rows, classes):
+    """Value and gradient in one pass, in shard_map; the gradient scaled by the call's cotangent."""
+    options = {"reduction": call.reduction, "axis_name": classes, "batch_axis_name": rows}
 
     def both(logits, labels, given, g):
         value, gradient = sxe.softmax_cross_entropy_with_gradient(
-            logits, labels, **(options | case.options | given)
+            logits, labels, **(options | call.options | given)
         )
         return value, gradient * g.astype(gradient.dtype)
 
     return jax.shard_map(
         both,
         mesh=mesh,
-        in_specs=specs(case, rows, classes),
+        in_specs=specs(call, rows, classes),
         out_specs=(P(), P(rows, classes)),
     )
 
 
-@contextlib.contextmanager
-def naming(*what):
-    """Says in an error's notes what it came from."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(" ".join(map(str, what)))
-        raise
-
-
-# A third of these tests' time would go to what LLVM does after XLA has split the program.
-QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
-
-
-def one_program(functions, **options):
-    def program(arrays):
-        return [f(*a) for f, a in zip(functions, arrays, strict=True)]
-
-    return jax.jit(program, **options)
-
-
-def run(functions, cases, place=lambda case: case.arrays):
+def run(functions, calls, place=lambda call: call.arrays):
     """The results of one program that holds all of these functions."""
-    return one_program(functions, **QUICK)([place(case) for case in cases])
+    return quick_jit(all_of(functions))([place(call) for call in calls])
 
 
-def check(cases, results):
-    for case, (value, gradient) in zip(cases, results, strict=True):
-        expected_value, expected_gradient = case.expected()
-        with naming(case.rule, case.reduction, case.labels.dtype, *case.options):
-            assert value.dtype == np.result_type(case.logits.dtype, np.float32)
-            assert gradient.dtype == case.logits.dtype
+def check(calls, results):
+    for call, (value, gradient) in zip(calls, results, strict=True):
+        expected_value, expected_gradient = call.expected()
+        with naming(call.rule, call.reduction, call.labels.dtype, *call.options):
+            assert value.dtype == np.result_type(call.logits.dtype, np.float32)
+            assert gradient.dtype == call.logits.dtype
             assert_close(value, expected_value)
             assert_close(gradient, expected_gradient)
 
 
-def run_and_check(transform, cases, *layout, **options):
-    check(cases, run([transform(case, *layout, **options) for case in cases], cases))
+def run_and_check(transform, calls, *layout, **options):
+    check(calls, run([transform(call, *layout, **options) for call in calls], calls))
 
 
 def numerical_gradient(f, x, step=1e-3):
@@ -220,51 +177,58 @@ def numerical_gradient(f, x, step=1e-3):
 @pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)], ids=str)
 def test_every_mesh(shape):
     """But for 2 x 4, which serves all other tests."""
-    cases = [
-        case(*ALL_INTEGER, rule="vjp", reduction="mean"),
-        case(*ALL_DENSE, dense=True, rule="vjp", reduction="none"),
-        case(*ALL_INTEGER, rule="jvp", reduction="none"),
-        case(*ALL_DENSE, dense=True, rule="autodiff", reduction="sum"),
+    calls = [
+        a_call(*EVERY, rule="vjp", reduction="mean"),
+        a_call(*EVERY_OF_LOGITS, dense=True, rule="vjp", reduction="none"),
+        a_call(*EVERY, rule="jvp", reduction="none"),
+        a_call(*EVERY_OF_LOGITS, dense=True, rule="autodiff", reduction="sum"),
     ]
-    run_and_check(outside, cases, make_mesh(*shape), "data", "model")
+    run_and_check(outside, calls, make_mesh(*shape), "data", "model")
 
 
-def option_sets(dense):
-    every = ALL_DENSE if dense else ALL_INTEGER
-    return [(), *((name,) for name in [*every, "where_class"]), every, ALL_MASKED]
+CASES = in_fours(*option_cases.LOGITS, "none")
 
 
-@pytest.mark.parametrize(("rule", "dense"), [("vjp", False), ("vjp", True), ("jvp", False)])
-def test_every_option(rule, dense):
-    """Each alone, and all that go together: that is every pair of them."""
-    reductions = ["mean", "sum", "none"] * 4
-    cases = [
-        case(*names, dense=dense, rule=rule, reduction=reduction, seed=1)
-        for names, reduction in zip(option_sets(dense), reductions, strict=False)
+def calls_of(some_cases, **more):
+    """One call for each of these cases; the sums of rows are in turn means and plain sums."""
+    sums = itertools.cycle(["mean", "sum"])
+    return [
+        a_call(
+            *case,
+            dense="dense" in case,
+            reduction=next(sums) if "none" not in case else "none",
+            seed=1,
+            **more,
+        )
+        for case in some_cases
     ]
-    run_and_check(outside, cases, make_mesh(2, 4), "data", "model")
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-def test_loss_with_gradient(dense):
-    reductions = ["mean", "sum"] * 5
-    cases = [
-        case(*names, dense=dense, reduction=reduction, seed=2)
-        for names, reduction in zip(option_sets(dense), reductions, strict=False)
-    ]
-    run_and_check(with_gradient, cases, make_mesh(2, 4), "data", "model")
+@pytest.mark.parametrize(
+    ("some_cases", "rule"),
+    [(CASES[:12], "vjp"), (CASES[12:], "vjp"), (CASES[:12], "jvp")],
+    ids=["vjp-first half", "vjp-second half", "jvp-first half"],
+)
+def test_option_cases(some_cases, rule):
+    run_and_check(outside, calls_of(some_cases, rule=rule), make_mesh(2, 4), "data", "model")
+
+
+@pytest.mark.parametrize("some_cases", [CASES[:12], CASES[12:]], ids=["first half", "second half"])
+def test_loss_with_gradient(some_cases):
+    some_cases = [tuple(name for name in case if name != "none") for case in some_cases]
+    run_and_check(with_gradient, calls_of(some_cases), make_mesh(2, 4), "data", "model")
 
 
 def mixed(rule="vjp", **options):
-    """Every option but ignore_index with dense targets, every reduction, in three cases."""
+    """Every option but ignore_index with dense targets, every reduction, in three calls."""
     return [
-        case(*ALL_INTEGER, rule=rule, reduction="mean", **options),
-        case(*ALL_DENSE, dense=True, rule=rule, reduction="none", **options),
-        case(*ALL_MASKED, rule=rule, reduction="sum", **options),
+        a_call(*EVERY, rule=rule, reduction="mean", **options),
+        a_call(*EVERY_OF_LOGITS, dense=True, rule=rule, reduction="none", **options),
+        a_call(*EVERY_MASKED, rule=rule, reduction="sum", **options),
     ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_gradient_inside(rule):
     run_and_check(inside, mixed(rule, seed=3), make_mesh(2, 4), "data", "model")
 
@@ -283,12 +247,12 @@ def test_gradient_inside(rule):
 def test_one_axis_or_several(rows, classes):
     """Either argument alone and both, a tuple in the order of the array's specification."""
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"))
-    cases = mixed()
+    calls = mixed()
     functions = [
-        transform(case, mesh, rows, classes)
-        for transform, case in zip([with_gradient, inside, outside], cases, strict=True)
+        transform(call, mesh, rows, classes)
+        for transform, call in zip([with_gradient, inside, outside], calls, strict=True)
     ]
-    check(cases, run(functions, cases))
+    check(calls, run(functions, calls))
 
 
 def test_class_axis_that_is_not_the_last():
@@ -313,14 +277,14 @@ def test_class_axis_that_is_not_the_last():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
-        cases = [
-            case(*ALL_DENSE, dense=dense, rule=rule, dtype=dtype)
+        calls = [
+            a_call(*EVERY_OF_LOGITS, dense=dense, rule=rule, dtype=dtype)
             for rule, dense in [("vjp", False), ("vjp", True), ("jvp", True), ("autodiff", False)]
         ]
-        run_and_check(outside, cases, make_mesh(2, 4), "data", "model")
+        run_and_check(outside, calls, make_mesh(2, 4), "data", "model")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_without_varying_types(rule):
     """check_vma=False, differentiated outside."""
     run_and_check(outside, mixed(rule, seed=5), make_mesh(2, 4), "data", "model", check_vma=False)
@@ -328,7 +292,7 @@ def test_without_varying_types(rule):
 
 def test_value_with_gradient_without_varying_types():
     """The closed form needs no autodiff, and so no types."""
-    c = case(*ALL_INTEGER)
+    c = a_call(*EVERY)
     loss = over_shards(
         c,
         make_mesh(2, 4),
@@ -357,28 +321,28 @@ def gradients_of_the_rest(loss):
     return of
 
 
-def expected_gradients_of_the_rest(case):
+def expected_gradients_of_the_rest(call):
     def of_option(name):
         def scalar(value):
-            options = case.options | {name: value}
-            loss = oracle.loss(case.logits, case.labels, reduction=case.reduction, **options)
-            return np.sum(case.g * loss)
+            options = call.options | {name: value}
+            loss = oracle.loss(call.logits, call.labels, reduction=call.reduction, **options)
+            return np.sum(call.g * loss)
 
-        return numerical_gradient(scalar, case.options[name])
+        return numerical_gradient(scalar, call.options[name])
 
     def of_targets(targets):
-        loss = oracle.loss(case.logits, targets, reduction=case.reduction, **case.options)
-        return np.sum(case.g * loss)
+        loss = oracle.loss(call.logits, targets, reduction=call.reduction, **call.options)
+        return np.sum(call.g * loss)
 
-    dense = numerical_gradient(of_targets, case.labels) if case.labels.ndim == 2 else None
-    return dense, {name: of_option(name) for name in case.options}
+    dense = numerical_gradient(of_targets, call.labels) if call.labels.ndim == 2 else None
+    return dense, {name: of_option(name) for name in call.options}
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_gradients_of_the_rest(rule):
     """With respect to dense targets, weights, class weights, the smoothing and the z-loss."""
     mesh = make_mesh(2, 4)
-    functions, cases = [], []
+    functions, calls = [], []
     for dense, reduction, way in [
         (False, "mean", "inside"),
         (True, "none", "inside"),
@@ -386,12 +350,12 @@ def test_gradients_of_the_rest(rule):
         (False, "none", "outside, no varying types"),
         (True, "none", "outside, no varying types"),
     ]:
-        c = case("weights", "class_weights", dense=dense, rule=rule, reduction=reduction, seed=6)
+        c = a_call("weights", "class_weights", dense=dense, rule=rule, reduction=reduction, seed=6)
         # A central difference must not cross 0, where a row starts to count.
         c.options["weights"] += np.float32(1)
         c.options["label_smoothing"] = np.array(0.1, np.float32)
         c.options["z_loss"] = np.array(0.2, np.float32)
-        cases.append(c)
+        calls.append(c)
         if way == "inside":
             function = gradients_of_the_rest(c.loss(axis_name="model", batch_axis_name="data"))
             layout = specs(c, "data", "model")
@@ -400,7 +364,7 @@ def test_gradients_of_the_rest(rule):
         else:
             loss = over_shards(c, mesh, "data", "model", check_vma=way == "outside")
             functions.append(gradients_of_the_rest(loss))
-    for c, actual in zip(cases, run(functions, cases), strict=True):
+    for c, actual in zip(calls, run(functions, calls), strict=True):
         expected = expected_gradients_of_the_rest(c)
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         for (path, a), e in zip(
@@ -414,9 +378,9 @@ def test_gradients_of_the_rest(rule):
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_infinities_and_bad_labels(rule, dense):
-    c = case(reduction="none", rule=rule, seed=7)
+    c = a_call(reduction="none", rule=rule, seed=7)
     logits, labels = c.logits, c.labels
     logits[0, 6:12] = -np.inf  # one shard has nothing
     labels[0] = 2
@@ -447,10 +411,10 @@ def test_infinities_and_bad_labels(rule, dense):
             assert_close(actual[1], gradient)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_rows_that_do_not_count(rule):
     """Whatever stands in them, and when none is left, on one device or on all."""
-    logits, labels, _, _, _, g = c = case(reduction="none", rule=rule, seed=8)
+    logits, labels, _, _, _, g = c = a_call(reduction="none", rule=rule, seed=8)
     logits[1] = np.nan
     logits[2, 3] = np.inf
     logits[5] = -np.inf
@@ -458,7 +422,7 @@ def test_rows_that_do_not_count(rule):
     rows = ~np.isin(range(N), [1, 2, 5, 6])
     half = rows & (np.arange(N) < 4)
     classes = np.broadcast_to(rows[:, None], (N, K))
-    cases = [
+    calls = [
         c._replace(
             options={"where": mask}, reduction=reduction, g=g if reduction == "none" else 1.0
         )
@@ -468,15 +432,15 @@ def test_rows_that_do_not_count(rule):
             strict=True,
         )
     ]
-    functions = [outside(case, make_mesh(2, 4), "data", "model") for case in cases]
-    for case_, (value, gradient) in zip(cases, run(functions, cases), strict=True):
-        mask = case_.options["where"]
+    functions = [outside(call, make_mesh(2, 4), "data", "model") for call in calls]
+    for call_, (value, gradient) in zip(calls, run(functions, calls), strict=True):
+        mask = call_.options["where"]
         counts = mask if mask.ndim == 1 else mask.any(-1)
-        clean = case_._replace(
+        clean = call_._replace(
             logits=np.where(counts[:, None], logits, 0), labels=np.where(counts, labels, 0)
         )
         expected_value, expected_gradient = clean.expected()
-        with naming(case_.reduction, mask):
+        with naming(call_.reduction, mask):
             assert_close(value, expected_value)
             assert_close(gradient, expected_gradient)
             assert not np.asarray(gradient)[~counts].any()
@@ -484,7 +448,7 @@ def test_rows_that_do_not_count(rule):
 
 def test_label_that_is_masked_out():
     """A shard that holds the label's class but may not use it: the row costs infinity."""
-    c = case("where_class", reduction="none", seed=9)
+    c = a_call("where_class", reduction="none", seed=9)
     c.options["where"][4, c.labels[4]] = False
     value, gradient = c.expected()
     assert value[4] == np.inf
@@ -501,7 +465,7 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_digits_of_extreme_rows(rule):
     """As many as unsharded, where 60-digit arithmetic is the judge as well."""
     x = np.random.default_rng(10).standard_normal(64)
@@ -509,10 +473,10 @@ def test_digits_of_extreme_rows(rule):
     labels = np.array([33, 3] * len(EXACT))
     targets = np.eye(64, dtype=np.float32)[labels]
     exact = list(map(oracle.exact_row, logits, targets))
-    cases = [Case(logits, y, {}, "none", rule, np.ones(8, np.float32)) for y in (labels, targets)]
+    calls = [Call(logits, y, {}, "none", rule, np.ones(8, np.float32)) for y in (labels, targets)]
     mesh = make_mesh(1, 8)
-    program = one_program([outside(case, mesh, None, "model") for case in cases])
-    results = program([case.arrays for case in cases])
+    program = jax.jit(all_of([outside(call, mesh, None, "model") for call in calls]))
+    results = program([call.arrays for call in calls])
     for kind, (value, gradient) in zip(["integer", "dense"], results, strict=True):
         for i, (loss, d) in enumerate(exact):
             with naming(kind, list(EXACT)[i // 2], i % 2):
@@ -527,10 +491,10 @@ def test_equal_logits():
     """2048 of them, over all shards."""
     logits = np.repeat(np.array([[1e7], [1e30]], np.float32), 2048, axis=1)
     labels = np.array([0, 1500])
-    cases = [Case(logits, labels, {}, "none", rule, np.ones(2, np.float32)) for rule in RULES]
-    functions = [outside(c, make_mesh(1, 8), None, "model") for c in cases]
+    calls = [Call(logits, labels, {}, "none", rule, np.ones(2, np.float32)) for rule in RULES]
+    functions = [outside(c, make_mesh(1, 8), None, "model") for c in calls]
     expected = 1 / 2048 - np.eye(2048)[labels]
-    for value, gradient in run(functions, cases):
+    for value, gradient in run(functions, calls):
         np.testing.assert_allclose(value, math.log(2048), rtol=1e-6)
         np.testing.assert_allclose(gradient, expected, rtol=1e-6)
         np.testing.assert_allclose(np.sum(gradient, axis=-1), 0, atol=1e-6)
@@ -539,8 +503,8 @@ def test_equal_logits():
 METRICS = sxe.Metrics(P(), P(), P("data"), P("data"))
 
 
-def check_metrics(case, loss, metrics):
-    logits, labels, options, *_ = case
+def check_metrics(call, loss, metrics):
+    logits, labels, options, *_ = call
     *_, counts, _, norm = oracle.rows(logits, labels, **options)
     assert_close(loss, oracle.loss(logits, labels, **options))
     assert_close(metrics.loss_sum, oracle.loss(logits, labels, reduction="sum", **options))
@@ -551,17 +515,17 @@ def check_metrics(case, loss, metrics):
     assert metrics.predictions.dtype == np.int32
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_metrics(rule):
     """The first of the largest logits wins, in whichever shard it lies."""
-    c = case(*ALL_INTEGER, rule=rule, seed=11)
+    c = a_call(*EVERY, rule=rule, seed=11)
     top = np.float32(20)
     c.logits[0, [5, 6, 23]] = top
     c.logits[1, [12, 18]] = top
     c.logits[2] = top
     c.logits[3, [7, 8]] = top
     c.logits[4, [0, 23]] = top
-    c.options["weights"][3] = 1
+    c.options["weights"][1] = 1
     mesh = make_mesh(2, 4)
 
     def metrics(logits, labels, given):
@@ -582,7 +546,7 @@ def test_metrics(rule):
 
 def test_sums_make_the_mean_over_shards():
     """Without batch_axis_name the metrics are of this device's rows, for the caller to add."""
-    c = case("weights", "where")
+    c = a_call("weights", "where")
 
     def mean(logits, labels, given):
         _, metrics = sxe.softmax_cross_entropy(
@@ -601,7 +565,7 @@ def test_sums_make_the_mean_over_shards():
 @pytest.mark.parametrize("rule", ["jvp", "autodiff"])
 def test_forward_mode(rule):
     """jvp and linearize, inside and outside."""
-    c = case(*ALL_DENSE, dense=True, rule=rule)._replace(g=np.float32(1))
+    c = a_call(*EVERY_OF_LOGITS, dense=True, rule=rule)._replace(g=np.float32(1))
     mesh = make_mesh(2, 4)
     loss = c.loss(axis_name="model", batch_axis_name="data")
     tangent = np.random.default_rng(12).standard_normal((N, K)).astype(np.float32)
@@ -624,11 +588,11 @@ def test_forward_mode(rule):
             assert_close(slope, np.vdot(gradient, tangent), scale=np.abs(gradient * tangent).sum())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_hessian(rule):
     """The Hessian outside; inside, its product with a vector that is split as the logits are."""
     with jax.enable_x64(True):
-        c = case(*ALL_DENSE, rule=rule, dtype="float64", seed=13)
+        c = a_call(*EVERY_OF_LOGITS, rule=rule, dtype="float64", seed=13)
         c = c._replace(logits=c.logits[:, :4], labels=c.labels % 4, g=np.float64(1))
         c.options["class_weights"] = c.options["class_weights"][:4]
         mesh = make_mesh(2, 4)
@@ -664,7 +628,7 @@ def test_hessian(rule):
     "function", [sxe.softmax_cross_entropy, sxe.softmax_cross_entropy_with_gradient]
 )
 class TestWrongUse:
-    c = case()
+    c = a_call()
 
     def call(self, function, match, layout, **options):
         logits, labels = self.c.logits, self.c.labels
@@ -711,10 +675,10 @@ LAYOUTS = {
 }
 
 
-def at_once(case):
+def at_once(call):
     def both(logits, labels, given, g):
         value, gradient = sxe.softmax_cross_entropy_with_gradient(
-            logits, labels, reduction=case.reduction, **(case.options | given)
+            logits, labels, reduction=call.reduction, **(call.options | given)
         )
         return value, gradient * g.astype(gradient.dtype)
 
@@ -722,26 +686,17 @@ def at_once(case):
 
 
 def placed(mesh, rows, classes, replicated=()):
-    """Puts the arrays of a case on the mesh."""
+    """Puts the arrays of a call on the mesh."""
 
-    def place(case):
-        logits, labels, given, g = specs(case, rows, classes)
+    def place(call):
+        logits, labels, given, g = specs(call, rows, classes)
         given = {name: P() if name in replicated else spec for name, spec in given.items()}
         layout = logits, P() if "labels" in replicated else labels, given, g
         return jax.tree.map(
-            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), case.arrays, layout
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), call.arrays, layout
         )
 
     return place
-
-
-KINDS = ["auto", "auto, set_mesh", "explicit"]
-
-
-def use_mesh(kind):
-    """A mesh, and the context for the call. An Auto mesh serves without jax.set_mesh as well."""
-    mesh = make_mesh(2, 4, kind=AxisType.Explicit if kind == "explicit" else AxisType.Auto)
-    return mesh, contextlib.nullcontext() if kind == "auto" else jax.set_mesh(mesh)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -752,16 +707,16 @@ def test_global_arrays(kind, layout):
     # Over the layouts every rule meets every kind of targets.
     i = list(LAYOUTS).index(layout)
     rules = RULES[i % 3 :] + RULES[: i % 3]
-    cases = [mixed(rule, seed=15)[j] for j, rule in enumerate(rules)]
-    functions = [globally(case) for case in cases] + [at_once(cases[0])]
-    cases += cases[:1]
+    calls = [mixed(rule, seed=15)[j] for j, rule in enumerate(rules)]
+    functions = [globally(call) for call in calls] + [at_once(calls[0])]
+    calls += calls[:1]
     with context:
-        results = run(functions, cases, placed(mesh, rows, classes))
-    check(cases, results)
+        results = run(functions, calls, placed(mesh, rows, classes))
+    check(calls, results)
     if kind == "explicit":
-        for case_, (value, gradient) in zip(cases, results, strict=True):
+        for call_, (value, gradient) in zip(calls, results, strict=True):
             assert jax.typeof(gradient).sharding.spec == P(rows, classes)
-            if case_.reduction == "none":
+            if call_.reduction == "none":
                 assert jax.typeof(value).sharding.spec == P(rows)
 
 
@@ -770,19 +725,19 @@ def test_global_arrays(kind, layout):
 def test_replicated_arrays(kind, replicated):
     """Logits in parts, and some of the other arrays whole on every device."""
     mesh, context = use_mesh(kind)
-    cases = [*mixed(seed=16), case(), case(dense=True)]
+    calls = [*mixed(seed=16), a_call(), a_call(dense=True)]
     with context:
-        results = run(map(globally, cases), cases, placed(mesh, "data", "model", replicated))
-    check(cases, results)
+        results = run(map(globally, calls), calls, placed(mesh, "data", "model", replicated))
+    check(calls, results)
 
 
 @pytest.mark.parametrize("layout", ["classes", "both"])
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_global_metrics(kind, layout):
     mesh, context = use_mesh(kind)
-    c = case("where", "weights", "ignore_index", seed=17)
+    c = a_call("where", "weights", "ignore_index", seed=17)
     c.logits[0, [5, 6, 23]] = c.logits[1, [12, 18]] = 20
-    c.options["weights"][3] = 1
+    c.options["weights"][1] = 1
     c.options["return_metrics"] = True
     with context:
         logits, labels, given, _ = placed(mesh, *LAYOUTS[layout])(c)
@@ -808,27 +763,27 @@ def test_global_class_axis(kind, shape, axis, layout):
     axes = axis if isinstance(axis, tuple) else (axis,)
     rows = [i for i in range(3) if i not in axes]
     labels = rng.integers(shape[axes[0]], size=[shape[i] for i in rows])
-    sparse = Case(logits, labels, {"axis": axis, "z_loss": 0.1}, g=np.float32(1))
+    sparse = Call(logits, labels, {"axis": axis, "z_loss": 0.1}, g=np.float32(1))
     dense = sparse._replace(labels=rng.random(shape).astype(np.float32))
 
-    def place(case):
+    def place(call):
         rows_only = P(*(layout[i] for i in rows))
         labels = jax.device_put(
-            case.labels, NamedSharding(mesh, layout if case is dense else rows_only)
+            call.labels, NamedSharding(mesh, layout if call is dense else rows_only)
         )
-        return jax.device_put(case.logits, NamedSharding(mesh, layout)), labels, {}, case.g
+        return jax.device_put(call.logits, NamedSharding(mesh, layout)), labels, {}, call.g
 
-    cases = [sparse, dense]
+    calls = [sparse, dense]
     with context:
-        results = run(map(globally, cases), cases, place)
-    check(cases, results)
+        results = run(map(globally, calls), calls, place)
+    check(calls, results)
 
 
 # 3. What the compiled program moves
 
 
-def compiled(functions, cases, place=lambda case: case.arrays):
-    program = one_program(functions).lower([place(case) for case in cases])
+def compiled(functions, calls, place=lambda call: call.arrays):
+    program = jax.jit(all_of(functions)).lower([place(call) for call in calls])
     return program.compile().as_text()
 
 
@@ -882,21 +837,21 @@ def test_collectives_finds_gathered_logits():
 @pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
 def test_collectives_move_statistics_of_rows(kind):
     """Nothing with both rows and classes: a number a row, and gathered class weights."""
-    cases = [
-        case(*names, dense=dense, rule=rule, reduction=reduction, seed=19, shape=(32, 256))
-        for names, dense, reduction in [(ALL_INTEGER, False, "mean"), (ALL_DENSE, True, "none")]
+    calls = [
+        a_call(*names, dense=dense, rule=rule, reduction=reduction, seed=19, shape=(32, 256))
+        for names, dense, reduction in [(EVERY, False, "mean"), (EVERY_OF_LOGITS, True, "none")]
         for rule in RULES
     ]
     if kind == "shard_map":
         layout = make_mesh(2, 4), "data", "model"
-        functions = [outside(case, *layout) for case in cases]
-        functions += [inside(cases[0], *layout), with_gradient(cases[0], *layout)]
-        found = collectives(compiled(functions, [*cases, cases[0], cases[0]]))
+        functions = [outside(call, *layout) for call in calls]
+        functions += [inside(calls[0], *layout), with_gradient(calls[0], *layout)]
+        found = collectives(compiled(functions, [*calls, calls[0], calls[0]]))
     else:
         mesh, context = use_mesh(kind)
-        functions = [globally(case) for case in cases] + [at_once(cases[0])]
+        functions = [globally(call) for call in calls] + [at_once(calls[0])]
         with context:
-            hlo = compiled(functions, [*cases, cases[0]], placed(mesh, "data", "model"))
+            hlo = compiled(functions, [*calls, calls[0]], placed(mesh, "data", "model"))
         found = collectives(hlo)
     assert found
     for c in found:

@@ -10,9 +10,11 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close
-from test_head_sharding import EVERY, floats, problem, quick_jit
-from test_sharding import RULES, make_mesh, naming
+from meshes import make_mesh
+from option_cases import EVERY_OF_HEAD, EVERY_OF_LOGITS, every_rule, vjp_by_default
+from oracle import assert_close, naming
+from problems import floats, head_problem, logits_problem
+from programs import quick_jit
 
 import sxe
 
@@ -26,14 +28,14 @@ EXPLICIT = functools.partial(make_mesh, kind=AxisType.Explicit)
 OWN = ("hidden", "logits", "labels", "weights", "where")
 
 
-def one(loss, *names, dense=False, seed=0):
+EVERY = {HEAD: EVERY_OF_HEAD, LOGITS: EVERY_OF_LOGITS}
+
+
+def one(loss, *options, dense=False, seed=0):
     """The arrays of a call with N rows, by name."""
-    p = problem(*names, dense=dense, seed=seed, shape=(N, D, K))
-    if loss is LOGITS:
-        del p["kernel"], p["hidden"]
-        p = {n: a for n, a in p.items() if n not in ("bias", "logit_scale", "softcap")}
-        p["logits"] = np.random.default_rng(seed).normal(size=(N, K)).astype(np.float32)
-    return p
+    if loss is HEAD:
+        return head_problem(*options, dense=dense, seed=seed, shape=(N, D, K))
+    return logits_problem(*options, dense=dense, seed=seed, shape=(N, K))
 
 
 def examples(loss, *names, dense=False, own=OWN):
@@ -153,18 +155,18 @@ def mesh_of(shape):
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[3]], ids=str)
 def test_examples_that_a_mesh_splits(loss, shape, layout):
     """On one device, and with classes split as well."""
-    check(loss, examples(loss, *EVERY), {"ignore_index": 1}, mesh_of(shape), layout)
+    check(loss, examples(loss, *EVERY[loss]), {"ignore_index": 1}, mesh_of(shape), layout)
 
 
 @slow
 @BOTH
 @pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_every_layout(loss, shape, layout, rule):
     mesh = mesh_of(shape)
     for names, dense, reduction in [
-        (EVERY, False, "mean"),
-        (EVERY, True, "none"),
+        (EVERY[loss], False, "mean"),
+        (EVERY[loss], True, "none"),
         ((), False, "none"),
         ((), True, "sum"),
     ]:
@@ -175,7 +177,7 @@ def test_every_layout(loss, shape, layout, rule):
 @slow
 @BOTH
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[3]], ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 def test_eager_calls(loss, shape, layout, rule):
     def eager(f):
         return f
@@ -189,7 +191,7 @@ def test_eager_calls(loss, shape, layout, rule):
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[2]], ids=str)
 def test_spmd_axis_name(loss, shape, layout):
     """It names the axis that splits the examples, or one that splits none."""
-    p = examples(loss, *EVERY)
+    p = examples(loss, *EVERY[loss])
     check(loss, p, {}, mesh_of(shape), layout, spmd_axis_name="data")
     check(loss, p, {}, mesh_of(shape), (None, None, None), spmd_axis_name="data")
 
@@ -198,7 +200,7 @@ def test_spmd_axis_name(loss, shape, layout):
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[3], LAYOUTS[7]], ids=str)
 def test_a_kernel_for_each_example(shape, layout):
     own = (*OWN, "kernel", "bias")
-    check(HEAD, examples(HEAD, *EVERY, own=own), {}, mesh_of(shape), layout, own=own)
+    check(HEAD, examples(HEAD, *EVERY_OF_HEAD, own=own), {}, mesh_of(shape), layout, own=own)
 
 
 @slow
@@ -223,7 +225,7 @@ def test_examples_along_another_axis(loss, shape, layout):
 @slow
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[3], LAYOUTS[4]], ids=str)
 def test_value_with_gradient_and_metrics(shape, layout):
-    p, mesh = examples(LOGITS, *EVERY), mesh_of(shape)
+    p, mesh = examples(LOGITS, *EVERY_OF_LOGITS), mesh_of(shape)
     axes = {name: 0 if name in OWN else None for name in p}
 
     def both(p):
@@ -315,20 +317,20 @@ def check_named_vmap(loss, p, static, option="axis_name", jit=quick_jit):
 
 @BOTH
 def test_shards_of_a_named_vmap(loss):
-    check_named_vmap(loss, one(loss, *EVERY), {})
+    check_named_vmap(loss, one(loss, *EVERY[loss]), {})
     check_named_vmap(loss, one(loss, dense=True), {"reduction": "none"})
 
 
 @slow
 @BOTH
-@pytest.mark.parametrize("rule", RULES)
+@every_rule
 @pytest.mark.parametrize("jit", [quick_jit, lambda f: f], ids=["jit", "eager"])
 def test_every_way_with_shards_of_a_named_vmap(loss, rule, jit):
     for dense, reduction in [(False, "none"), (True, "mean"), (True, "none"), (False, "sum")]:
         static = {"rule": rule, "reduction": reduction}
-        check_named_vmap(loss, one(loss, *EVERY, dense=dense), static, jit=jit)
+        check_named_vmap(loss, one(loss, *EVERY[loss], dense=dense), static, jit=jit)
         if reduction != "none":
-            check_named_vmap(loss, one(loss, *EVERY), static, "batch_axis_name", jit)
+            check_named_vmap(loss, one(loss, *EVERY[loss]), static, "batch_axis_name", jit)
 
 
 @BOTH
@@ -405,9 +407,7 @@ def test_a_vmap_around_other_axes():
             assert_close(gradient, right["logits"])
 
 
-@pytest.mark.parametrize(
-    "rule", ["vjp", pytest.param("jvp", marks=slow), pytest.param("autodiff", marks=slow)]
-)
+@vjp_by_default
 def test_a_gradient_inside_is_that_of_the_sum_of_shards(rule):
     """Under pmap, vmap and shard_map without varying types, as with lax.psum."""
     p = one(LOGITS)

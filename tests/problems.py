@@ -1,0 +1,128 @@
+"""Random arguments for a call of either loss, by name, and its gradients for all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Factors of a case that are not options, and which the tests that use them bring about.
+NOT_OPTIONS = {"dense", "none", "bfloat16", "axis", "fsdp"}
+
+
+def normal(*shape, dtype="float32", seed=0):
+    """Normal numbers, of both signs."""
+    rng = np.random.default_rng([seed, *shape])
+    return rng.normal(size=shape).astype(jnp.dtype(dtype))
+
+
+def wide_dtype(dtype):
+    """The dtype that the losses compute in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def logits_problem(*options, dense=False, dtype="float32", shape=(8, 24), lead=(), seed=0):
+    """Logits, labels and these options of sxe.softmax_cross_entropy, as NumPy arrays.
+
+    ``shape`` is that of the logits, [..., K]. Every array but ``ignore_index``, a Python integer,
+    has the axes ``lead`` before its own. Row 1 has the weight 0.
+    """
+    *rows, classes = shape
+    rng = np.random.default_rng([seed, *lead, *shape])
+    logits = 3 * rng.normal(size=(*lead, *shape))
+    return {
+        "logits": logits.astype(jnp.dtype(dtype)),
+        **_labels_and_options(rng, options, dense, dtype, lead, rows, classes),
+    }
+
+
+def head_problem(*options, dense=False, dtype="float32", shape=(8, 3, 16), lead=(), seed=0):
+    """Hidden states, kernel, labels and these options of sxe.linear_softmax_cross_entropy.
+
+    As ``logits_problem``, with the shape [..., D, K] of hidden states and kernel together.
+    """
+    *rows, width, classes = shape
+    rng = np.random.default_rng([seed, *lead, *shape])
+    hidden = rng.normal(size=(*lead, *rows, width))
+    kernel = rng.normal(size=(*lead, width, classes))
+    return {
+        "hidden": hidden.astype(jnp.dtype(dtype)),
+        "kernel": kernel.astype(jnp.dtype(dtype)),
+        **_labels_and_options(rng, options, dense, dtype, lead, rows, classes),
+    }
+
+
+def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):
+    wide = jnp.dtype(wide_dtype(dtype))
+
+    def uniform(low, high, *shape):
+        return np.asarray(rng.uniform(low, high, size=(*lead, *shape)), wide)
+
+    labels = rng.integers(classes, size=(*lead, *rows)).astype(np.int32)
+    count = int(np.prod(rows))
+    weights = uniform(0.5, 2, count)
+    weights[..., 1:2] = 0
+    # One row of five does not count.
+    counts = np.broadcast_to(np.arange(count) >= (count + 4) // 5, (*lead, count))
+    counts = rng.permuted(counts, axis=-1)
+    mask = rng.random((*lead, *rows, classes)) < 0.7
+    if not dense:
+        # A label that cannot occur costs infinity, which would hide all else.
+        np.put_along_axis(mask, labels[..., None], True, axis=-1)
+    mask.reshape(*lead, count, classes)[..., -1, :] = False  # no class is left for the last row
+    if "label_smoothing" in options:
+        # So does the smoothing's target of a class that cannot occur: mask whole rows.
+        mask[:] = mask.any(-1, keepdims=True)
+    values = {
+        "where": counts.reshape(*lead, *rows),
+        "where_class": mask,
+        "weights": weights.reshape(*lead, *rows),
+        "class_weights": uniform(0.5, 2, classes),
+        "label_smoothing": uniform(0.1, 0.4),
+        "z_loss": uniform(0.01, 0.1),
+        "ignore_index": int(labels.flat[0]),
+        "bias": np.asarray(rng.normal(size=(*lead, classes)), wide),
+        "logit_scale": uniform(0.5, 2),
+        "softcap": uniform(1, 3),
+    }
+    if dense:
+        labels = uniform(0.1, 1, *rows, classes).astype(jnp.dtype(dtype))
+        if "where_class" in options:
+            labels = np.where(mask, labels, 0)
+    given = {n.removesuffix("_class"): values[n] for n in options if n not in NOT_OPTIONS}
+    return {"labels": labels, **given}
+
+
+def apart(p):
+    """The arrays of p, and its Python numbers, which are part of the program."""
+    numbers = {name: x for name, x in p.items() if isinstance(x, int | float)}
+    return {name: x for name, x in p.items() if name not in numbers}, numbers
+
+
+def floats(p):
+    """The arguments for which there is a gradient."""
+    return {n: x for n, x in p.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+
+
+def at(p, i):
+    """Example i of arguments, or results, that have a leading axis of examples."""
+    return jax.tree.map(lambda a: a[i], p)
+
+
+def cotangent(p, reduction="mean", seed=0):
+    """Random, and of both signs: one for each row where the loss has one, else one."""
+    rows = (p["hidden"] if "hidden" in p else p["logits"]).shape[:-1]
+    wide = wide_dtype(p["hidden" if "hidden" in p else "logits"].dtype)
+    return normal(*(rows if reduction == "none" else ()), dtype=wide, seed=seed + 1)
+
+
+def with_gradients(loss, by=None):
+    """A function of p and g: loss(p), and the gradients of its product with g, by name.
+
+    The gradients are for the arguments in ``by``, or for all that have one.
+    """
+
+    def call(p, g):
+        given = floats(p) if by is None else {name: p[name] for name in by if name in p}
+        value, pull = jax.vjp(lambda q: loss(p | q), given)
+        return value, *pull(g)
+
+    return call

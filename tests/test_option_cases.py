@@ -1,0 +1,57 @@
+"""That the factors of a call meet in every way that option_cases.py promises."""
+
+import itertools
+
+import option_cases
+import pytest
+from option_cases import HEAD, LOGITS, compatible, in_fours, in_pairs
+
+ELEVEN = tuple("abcdefghijk")
+
+
+def missing(cases, factors, together):
+    """The ways that are possible for so many factors together, and that no case has."""
+    found = []
+    for few in itertools.combinations(factors, together):
+        met = {tuple(name in case for name in few) for case in cases}
+        for way in itertools.product((False, True), repeat=together):
+            on = tuple(itertools.compress(few, way))
+            if compatible(on) == on and way not in met:
+                found.append((few, way))
+    return found
+
+
+def test_missing_finds_what_no_case_has():
+    cases = [(), ("a",), ("a", "b")]
+    assert missing(cases, "ab", 2) == [(("a", "b"), (False, True))]
+    assert missing([*cases, ("b",)], "ab", 2) == []
+    assert missing([], ("dense", "ignore_index"), 2)[-1][1] == (True, False)
+
+
+def test_any_four_factors_meet_and_any_three_in_half_of_the_cases():
+    cases = in_fours(*ELEVEN)
+    assert len(cases) == 24
+    assert not missing(cases, ELEVEN, 4)
+    assert not missing(cases[:12], ELEVEN, 3)
+    assert not missing(cases[12:], ELEVEN, 3)
+
+
+@pytest.mark.parametrize("factors", [LOGITS, (*LOGITS, "axis"), (*LOGITS, "none"), HEAD], ids=str)
+def test_any_three_factors_of_a_loss_meet_although_some_exclude_others(factors):
+    cases = in_fours(*factors)
+    assert not missing(cases, factors, 3)
+    assert not missing(cases[:12], factors, 2)
+    assert not missing(cases[12:], factors, 2)
+
+
+def test_any_two_factors_meet_in_pairs():
+    factors = (*ELEVEN, *"lmno")
+    cases = in_pairs(*factors)
+    assert len(cases) == 7
+    assert not missing(cases, factors, 2)
+
+
+def test_every_option_goes_with_every_other():
+    for every in (option_cases.EVERY_OF_LOGITS, option_cases.EVERY_OF_HEAD):
+        assert compatible((*every, "dense")) == (*every, "dense")
+        assert compatible((*every, "ignore_index")) == (*every, "ignore_index")
