@@ -32,6 +32,13 @@ def x64(request):
         yield request.param
 
 
+@pytest.fixture
+def double():
+    """Runs the test with 64-bit types on."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _strict():
     """Of the tests alone: the doctests of README and package run as a user's session would."""

@@ -11,12 +11,13 @@ import pytest
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from option_cases import RULES
 from oracle import assert_close
+from tolerances import SAME_FLOAT32
 
 import sxe
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
-RULES = ("vjp", "jvp", "autodiff")
 N, K = 5, 7
 
 INTEGER = {
@@ -93,7 +94,7 @@ def test_round_trip(rule, dense):
     for actual, expected in zip(
         again.call(logits, labels), jax.jit(f)(logits, labels), strict=True
     ):
-        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(actual, expected, rtol=SAME_FLOAT32, atol=1e-7)
 
 
 @each_rule

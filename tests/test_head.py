@@ -1,6 +1,7 @@
 """The head: every option, precision, edges and cost, against logits in float64 NumPy."""
 
 import functools
+import itertools
 import re
 
 import fresh
@@ -9,70 +10,34 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import optax
+import option_cases
 import oracle
 import pytest
 from jax.experimental import checkify
-from oracle import assert_close
+from option_cases import EVERY_OF_HEAD, FORWARD_RULES, RULES, in_fours, vjp_by_default
+from oracle import assert_close, naming
+from problems import apart, floats, head_problem, normal
+from programs import QUICK
+from tolerances import GRADIENT_BAR, LOSS_BAR, SMALLEST
 
 import sxe
 from sxe._head.projection import capped
 
-RULES = ["vjp", "jvp", "autodiff"]
-every_rule = pytest.mark.parametrize(
-    "rule", ["vjp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
-)
 N, D, K = 13, 5, 11
 INF, NAN = np.inf, np.nan
-REDUCTIONS = ("mean", "sum", "none")
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
-
-
-def problem(dense=False, n=N, dtype=np.float32):
-    """Hidden states, kernel and labels."""
-    labels = np.random.default_rng(1).integers(0, K, size=n)
-    if dense:
-        labels = np.maximum(normal(n, K, seed=1), 0)
-    hidden, kernel = jnp.asarray(2 * normal(n, D), dtype), jnp.asarray(normal(D, K), dtype)
-    return {"hidden": hidden, "kernel": kernel, "labels": jnp.asarray(labels)}
-
-
-def options():
-    """One value for each option."""
-    weights = np.abs(normal(N))
-    weights[2] = 0
-    return {
-        "where": np.random.default_rng(2).uniform(size=N) < 0.8,
-        "weights": weights,
-        "class_weights": np.abs(normal(K)),
-        "label_smoothing": np.float32(0.3),
-        "z_loss": np.float32(0.05),
-        "ignore_index": int(problem()["labels"][4]),
-        "bias": normal(K, seed=2),
-        "logit_scale": np.float32(0.7),
-        "softcap": np.float32(3),
-    }
-
-
-def floats(p):
-    """What can be differentiated."""
-    return {k: v for k, v in p.items() if jnp.issubdtype(jnp.result_type(v), jnp.floating)}
+def problem(*options, dense=False):
+    """The arguments of a call with a prime number of rows, and these options."""
+    return head_problem(*options, dense=dense, shape=(N, D, K), seed=2)
 
 
 def head(p, **static):
     return sxe.linear_softmax_cross_entropy(**p, **static)
 
 
-def cotangents(n=N):
-    return {"mean": jnp.float32(1.7), "sum": jnp.float32(0.6), "none": jnp.asarray(normal(n))}
-
-
-# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
+def cotangents():
+    return {"mean": np.float32(1.7), "sum": np.float32(0.6), "none": normal(N)}
 
 
 @functools.cache
@@ -99,8 +64,8 @@ def value_and_gradients(p, g, by=None, metrics=False, compiler_options=QUICK, **
 
     The gradients are those for ``by``, by default for all that have one.
     """
-    static |= {k: v for k, v in p.items() if isinstance(v, int)}
-    p = {k: v for k, v in p.items() if k not in static}
+    p, numbers = apart(p)
+    static |= numbers
     by = tuple(floats(p) if by is None else by)
     run = program(by, tuple(g), metrics, tuple(static.items()), tuple(compiler_options.items()))
     return jax.tree.map(np.asarray, run({k: p[k] for k in by}, p, g))
@@ -141,47 +106,31 @@ def expected(p, g):
 def check(actual, p, g):
     for found, right in zip(actual[:2], expected(p, g), strict=True):
         for name, a in found.items():
-            try:
+            with naming(name):
                 assert_close(a, right[name], scale=max(1, np.abs(right[name]).max(initial=0)))
-            except AssertionError as error:
-                error.add_note(name)
-                raise
 
 
 # Options
-
-
-def orthogonal():
-    """24 choices of 12 things, of which any three are met in each of 8 ways: on, off, and mixed.
-
-    They are the rows of a Hadamard matrix of order 12, by the squares modulo 11, and of its
-    negative.
-    """
-    squares = {i * i % 11 for i in range(11)}
-    inner = [[(i - j) % 11 in squares for j in range(11)] for i in range(11)]
-    half = np.array([[True] * 12, *([False, *row] for row in inner)])
-    return np.concatenate([half, ~half])
-
-
-def choices():
-    for i, pick in enumerate(orthogonal()):
-        dense, *on = pick
-        names = [name for name, is_on in zip(options(), on, strict=False) if is_on]
-        yield names, dense, CHUNK_SIZES[i % len(CHUNK_SIZES)], "vjp"
-    for dense in (False, True):
-        for rule in ("jvp", "autodiff"):
-            yield list(options()), dense, 4, rule
 
 
 # One row, ragged, one row left over, one short of two chunks, all rows, more than there are, auto.
 CHUNK_SIZES = (1, 4, 12, 7, 13, 100, None)
 
 
-@pytest.mark.parametrize(("names", "dense", "chunk_size", "rule"), list(choices()))
-def test_options(names, dense, chunk_size, rule):
+@pytest.mark.parametrize(
+    ("case", "chunk_size", "rule"),
+    [
+        *zip(in_fours(*option_cases.HEAD), itertools.cycle(CHUNK_SIZES), itertools.repeat("vjp")),
+        *(
+            (case, 4, rule)
+            for case in [(*EVERY_OF_HEAD, "ignore_index"), (*EVERY_OF_HEAD, "dense")]
+            for rule in FORWARD_RULES
+        ),
+    ],
+)
+def test_option_cases(case, chunk_size, rule):
     """Values, gradients for every argument, and metrics, rows that do not count included."""
-    p, g = problem(dense), cotangents()
-    p |= {n: options()[n] for n in names if not (dense and n == "ignore_index")}
+    p, g = problem(*case, dense="dense" in case), cotangents()
     actual = value_and_gradients(p, g, metrics=True, rule=rule, chunk_size=chunk_size)
     check(actual, p, g)
     projection = {k: p[k] for k in ("bias", "logit_scale", "softcap") if k in p}
@@ -200,8 +149,8 @@ def test_options(names, dense, chunk_size, rule):
 )
 def test_the_gradients_that_are_asked_for(by):
     """Some without the others, which are not computed."""
-    p, g = problem(dense=True), cotangents()
-    p |= {n: options()[n] for n in ("bias", "softcap", "weights", "class_weights")}
+    p = problem("bias", "softcap", "weights", "class_weights", dense=True)
+    g = cotangents()
     check(value_and_gradients(p, g, by, chunk_size=4), p, g)
 
 
@@ -225,6 +174,21 @@ def test_leading_dimensions(shape, width, classes, rule):
         check((value, gradients), p, g)
 
 
+@pytest.mark.xfail(
+    strict=False,  # it depends on XLA's flags
+    reason="the largest logit of a confident row may be counted twice",
+)
+def test_lse_where_logits_are_computed_twice():
+    """XLA may compute logit_scale * u + bias once for the maximum, and once more for the sum.
+
+    With several CPU devices and without optimizations the two differ by a rounding.
+    """
+    p = head_problem("bias", "logit_scale", shape=(64, D, K))
+    x, _ = oracle.head(**{name: a for name, a in p.items() if name != "labels"})
+    _, metrics = head(p, return_metrics=True)
+    assert_close(metrics.lse, np.logaddexp.reduce(x, axis=-1))
+
+
 # Dtypes and precision
 
 
@@ -246,9 +210,9 @@ def test_dtypes(hidden, kernel, x64):
         jax.enable_x64(x64),
         jax.numpy_dtype_promotion("strict" if hidden == kernel else "standard"),
     ):
-        p = problem() | {n: options()[n] for n in ("weights", "bias")}
-        p |= {"hidden": p["hidden"].astype(hidden), "kernel": p["kernel"].astype(kernel)}
-        p["bias"] = p["bias"].astype("float16")
+        p = problem("weights", "bias")
+        dtypes = {"hidden": hidden, "kernel": kernel, "bias": "float16"}
+        p |= {name: p[name].astype(jnp.dtype(dtype)) for name, dtype in dtypes.items()}
         product = jnp.promote_types(hidden, kernel)
         wide = jnp.dtype("float64" if product == "float64" else "float32")
         g = {r: a.astype(wide) for r, a in cotangents().items()}
@@ -318,7 +282,7 @@ def test_precision(dtype, rule, reduction):
     assert not within(d_kernel, theirs[2], right[2], dtype)
 
 
-@every_rule
+@vjp_by_default
 def test_digits_of_extreme_rows(rule):
     """Confident rows and large offsets, where one hidden unit a row makes the logits exact."""
     x = normal(8, 16)
@@ -333,11 +297,11 @@ def test_digits_of_extreme_rows(rule):
     )
     exact = [oracle.exact_row(row, np.eye(16)[y]) for row, y in zip(x, labels, strict=True)]
     d_x = g[:, None] * np.array([d for _, d in exact], np.float64)
-    assert (np.abs(d_x) > 1e-37).all()
-    np.testing.assert_allclose(value["none"], [float(loss) for loss, _ in exact], rtol=1e-6)
-    np.testing.assert_allclose(gradients["kernel"], d_x, rtol=2e-5)
+    assert (np.abs(d_x) > SMALLEST).all()
+    np.testing.assert_allclose(value["none"], [float(loss) for loss, _ in exact], rtol=LOSS_BAR)
+    np.testing.assert_allclose(gradients["kernel"], d_x, rtol=GRADIENT_BAR)
     wide = x.astype(np.float64)
-    bound = 2e-5 * (np.abs(d_x) @ np.abs(wide).T)
+    bound = GRADIENT_BAR * (np.abs(d_x) @ np.abs(wide).T)
     assert (np.abs(gradients["hidden"] - d_x @ wide.T) <= bound).all()
 
 
@@ -353,7 +317,7 @@ def edges(rule, p):
     return *value_and_gradients(p, g, by, rule=rule, chunk_size=4, ignore_index=99)[:2], p, g
 
 
-@every_rule
+@vjp_by_default
 @pytest.mark.parametrize("reason", ["where", "weights", "ignore_index"])
 def test_a_row_that_does_not_count_contributes_nothing(reason, rule):
     """NaN and infinity in hidden states, labels out of range."""
@@ -398,7 +362,7 @@ def test_logits_that_overflow_where_they_do_not_count(reason, rule):
     assert not gradients["hidden"][~counts].any()
 
 
-@every_rule
+@vjp_by_default
 def test_a_bad_row_is_nan_alone(rule):
     """NaN or infinity in its hidden states, a label out of range."""
     bad = np.isin(range(N), [1, 4, 5, 12])
@@ -413,7 +377,7 @@ def test_a_bad_row_is_nan_alone(rule):
 
 
 def test_checkify_names_position_label_and_classes():
-    p = problem(n=6)
+    p = head_problem(shape=(6, D, K))
     p = {k: a.reshape(2, 3, *a.shape[1:]) if k != "kernel" else a for k, a in p.items()}
     labels = np.array([[0, 1, 2], [3, 99, -7]])
     f = checkify.checkify(jax.jit(jax.grad(functools.partial(head, chunk_size=2), allow_int=True)))
@@ -426,7 +390,7 @@ def test_checkify_names_position_label_and_classes():
     assert f(p | {"labels": labels, "where": where})[0].get() is None
 
 
-@every_rule
+@vjp_by_default
 def test_a_bias_of_minus_infinity_cannot_occur(rule):
     """No gradient there; if it is the label's, the loss is infinite and its gradient -1."""
     bias = np.where(np.arange(K) == 4, -INF, normal(K)).astype(np.float32)
@@ -507,7 +471,7 @@ def test_many_rows_of_tiny_losses_add_up(reduction):
     value, gradient = jax.value_and_grad(loss, 1)(x, kernel, np.zeros(n, np.int32))
     q = np.exp(kernel[0, 1:].astype(np.float64) - 82)
     scale = n if reduction == "sum" else 1
-    np.testing.assert_allclose(value, scale * q.sum(), rtol=1e-6)
+    np.testing.assert_allclose(value, scale * q.sum(), rtol=LOSS_BAR)
     # The kernel's gradient is a float32 sum of 4,096 equal numbers.
     np.testing.assert_allclose(gradient[0], scale * np.array([-q.sum(), *q]), rtol=5e-5)
 
@@ -521,7 +485,7 @@ def precisions(f, *arguments):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@every_rule
+@vjp_by_default
 @pytest.mark.parametrize(
     ("hidden", "kernel", "precision"),
     [

@@ -13,55 +13,24 @@ import pytest
 from jax import export
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.flatten_util import ravel_pytree
+from option_cases import EVERY_OF_HEAD, FORWARD_RULES, RULES, vjp_by_default
 from oracle import assert_close
+from problems import at, floats, head_problem, normal, with_gradients
+from programs import quick_jit
 
 import sxe
 
 N, D, K, B = 5, 2, 4, 3
-RULES = ("vjp", "jvp", "autodiff")
-FORWARD = ("jvp", "autodiff")  # the rules that forward mode can differentiate
 REDUCTIONS = ("mean", "none")
 
-# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-
+DIFFERENTIATED = ("hidden", "kernel", "bias", "logit_scale", "softcap")
 slow = pytest.mark.slow
-every_rule = pytest.mark.parametrize(
-    "rule", ["vjp", *(pytest.param(rule, marks=slow) for rule in RULES[1:])]
-)
 
 
-@pytest.fixture
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
-def problem(dense=False, dtype="float32", lead=(), seed=0):
-    """The array arguments of a call by name, with these leading axes."""
-    rng = np.random.default_rng(seed)
-    wide = "float64" if dtype == "float64" else "float32"
-
-    def positive(*shape):
-        return jnp.asarray(rng.uniform(0.5, 2, size=(*lead, *shape)), wide)
-
-    labels = jnp.asarray(rng.integers(K, size=(*lead, N)), jnp.int32)
-    return {
-        "hidden": jnp.asarray(rng.normal(size=(*lead, N, D)), dtype),
-        "kernel": jnp.asarray(rng.normal(size=(*lead, D, K)), dtype),
-        "labels": positive(N, K).astype(dtype) if dense else labels,
-        "bias": jnp.asarray(rng.normal(size=(*lead, K)), wide),
-        "logit_scale": positive(),
-        "softcap": positive(),
-        "where": jnp.asarray(np.arange(N) != rng.integers(N, size=(*lead, 1))),
-        "weights": positive(N),
-        "class_weights": positive(K),
-        "label_smoothing": positive() / 5,
-        "z_loss": positive() / 10,
-    }
+def problem(dense=False, dtype="float32", lead=()):
+    """The array arguments of a call with all options by name, with these leading axes."""
+    p = head_problem(*EVERY_OF_HEAD, dense=dense, dtype=dtype, shape=(N, D, K), lead=lead, seed=1)
+    return jax.tree.map(jnp.asarray, p)
 
 
 def plain(p):
@@ -71,9 +40,8 @@ def plain(p):
 
 def cotangents(lead=(), dtype="float32"):
     """For both reductions, random and with a sign of its own for each row."""
-    rng = np.random.default_rng(1)
     shapes = {"mean": lead, "none": (*lead, N)}
-    return {r: jnp.asarray(rng.normal(size=shape), dtype) for r, shape in shapes.items()}
+    return {r: jnp.asarray(normal(*shape, dtype=dtype)) for r, shape in shapes.items()}
 
 
 def head(rule="vjp", reductions=REDUCTIONS):
@@ -84,20 +52,6 @@ def head(rule="vjp", reductions=REDUCTIONS):
         return {r: call(**p, reduction=r) for r in reductions}
 
     return losses
-
-
-DIFFERENTIATED = ("hidden", "kernel", "bias", "logit_scale", "softcap")
-
-
-def with_gradients(losses, by=DIFFERENTIATED):
-    """p and g to the losses, and to the gradients of their sum weighted by g."""
-
-    def call(p, g):
-        given = {name: p[name] for name in by if name in p}
-        value, pull = jax.vjp(lambda q: losses(p | q), given)
-        return value, *pull(g)
-
-    return call
 
 
 def assert_matches(actual, p, g, dtype=None):
@@ -126,18 +80,10 @@ def materialised(p):
     return {"mean": loss.sum() / norm.sum(), "none": loss}
 
 
-def at(p, i):
-    return jax.tree.map(lambda a: a[i], p)
-
-
-def floats(p):
-    return {name: a for name, a in p.items() if jnp.issubdtype(a.dtype, jnp.floating)}
-
-
 # jit, and none of it
 
 
-@every_rule
+@vjp_by_default
 def test_without_jit(rule):
     """Eager, and every primitive on its own, where JAX looks for a NaN in what each of them gives.
 
@@ -147,7 +93,8 @@ def test_without_jit(rule):
     p = plain(p) | {name: p[name] for name in ("bias", "where", "weights")}
     p["bias"] = p["bias"].at[2].set(-jnp.inf)
     p["labels"] = jnp.where(p["labels"] == 2, 3, p["labels"])
-    call = with_gradients(head(rule, REDUCTIONS if rule == "vjp" else ["mean"]))
+    reductions = REDUCTIONS if rule == "vjp" else ["mean"]
+    call = with_gradients(head(rule, reductions), DIFFERENTIATED)
     g = g if rule == "vjp" else {"mean": g["mean"]}
     with jax.debug_nans(True):
         if rule == "vjp":
@@ -157,7 +104,7 @@ def test_without_jit(rule):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@every_rule
+@vjp_by_default
 def test_eval_shape(rule, dtype):
     with jax.enable_x64(dtype == "float64"):
         p = problem(True, dtype)
@@ -199,13 +146,13 @@ def test_vmap(rule, mapped):
     batch, g = problem(lead=(B,)), cotangents((B,))
     p = {name: a if name in mapped else a[0] for name, a in batch.items()}
     axes = {name: 0 if name in mapped else None for name in p}
-    out = quick_jit(jax.vmap(with_gradients(head(rule)), in_axes=(axes, 0)))(p, g)
+    out = quick_jit(jax.vmap(with_gradients(head(rule), DIFFERENTIATED), in_axes=(axes, 0)))(p, g)
     for i in range(B):
         each = {name: a[i] if name in mapped else a for name, a in p.items()}
         assert_matches(at(out, i), each, at(g, i))
 
 
-@every_rule
+@vjp_by_default
 def test_gradient_of_vmap_sums_over_a_shared_kernel(rule):
     batch, g = problem(lead=(B,)), cotangents((B,))
     axes = {name: None if name in ("kernel", "bias") else 0 for name in batch}
@@ -223,7 +170,7 @@ def test_gradient_of_vmap_sums_over_a_shared_kernel(rule):
         assert_close(gradient, sum(d[name] for d in each))
 
 
-@every_rule
+@vjp_by_default
 def test_gradient_of_vmap_over_labels_alone(rule):
     """All examples share hidden states and kernel, and so lse, of which the z-loss makes use."""
     batch, g = problem(lead=(B,)), cotangents((B,))
@@ -320,7 +267,7 @@ def test_second_derivatives(rule, reduction):
     def total(losses, x):
         return jnp.sum(g * losses(p | unravel(x))[reduction])
 
-    ways = SECOND | (FORWARD_SECOND if rule in FORWARD else {})
+    ways = SECOND | (FORWARD_SECOND if rule in FORWARD_RULES else {})
     f = functools.partial(total, head(rule, [reduction]))
     actual = quick_jit(lambda x: {name: way(f, x, v) for name, way in ways.items()})(x)
     expected = quick_jit(jax.hessian(functools.partial(total, materialised)))(x) @ v
@@ -336,7 +283,7 @@ def test_second_derivatives(rule, reduction):
 def test_checkpoint(rule, policy):
     p, g = problem(), cotangents()
     policy = policy and getattr(jax.checkpoint_policies, policy)
-    call = with_gradients(jax.checkpoint(head(rule), policy=policy))
+    call = with_gradients(jax.checkpoint(head(rule), policy=policy), DIFFERENTIATED)
     assert_matches(quick_jit(call)(p, g), p, g)
 
 
@@ -436,20 +383,20 @@ def test_donation():
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@every_rule
+@vjp_by_default
 def test_float32_stays_float32_when_x64_is_on(rule, dense):
     """No float64 on the way, and float64 options change nothing."""
     p, g = problem(dense), cotangents()
     numbers = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.5, "softcap": 3.0}
     q = {name: p[name] for name in p if name not in (*numbers, "weights")}
-    call = jax.jit(with_gradients(lambda q: head(rule)(q | numbers)))
+    call = jax.jit(with_gradients(lambda q: head(rule)(q | numbers), DIFFERENTIATED))
     text = call.lower(q, g).as_text()
     assert "xf32>" in text
     assert "xf64>" not in text
     if not dense:
         wide = {n: a.astype(jnp.float64) for n, a in floats(p).items() if a.ndim < 2}
         wide["labels"] = p["labels"].astype(jnp.int64)
-        out = quick_jit(with_gradients(head(rule)))(p | wide, g)
+        out = quick_jit(with_gradients(head(rule), DIFFERENTIATED))(p | wide, g)
         assert out[0]["none"].dtype == jnp.float32
         assert_matches(out, p | wide, g, "float32")
 
@@ -467,7 +414,7 @@ def test_float32_stays_float32_when_x64_is_on(rule, dense):
 def test_export_round_trip(rule, dense):
     """Through bytes; the program is for every platform."""
     p, g = problem(dense), cotangents()
-    f = jax.jit(with_gradients(head(rule)))
+    f = jax.jit(with_gradients(head(rule), DIFFERENTIATED))
     exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(p, g)
     again = export.deserialize(exported.serialize())
     assert_matches(again.call(p, g), p, g)
@@ -477,4 +424,4 @@ def test_gradient_of_the_exported_loss():
     p, g = problem(), cotangents()
     exported = export.export(jax.jit(head()))(p)
     again = export.deserialize(exported.serialize(vjp_order=1))
-    assert_matches(with_gradients(again.call)(p, g), p, g)
+    assert_matches(with_gradients(again.call, DIFFERENTIATED)(p, g), p, g)

@@ -13,6 +13,7 @@ from pathlib import Path
 import fresh
 import numpy as np
 import pytest
+from tolerances import SAME_FLOAT32, ZERO
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("orbax") is None,
@@ -26,7 +27,7 @@ RUN, END = 300, 60
 
 # Splitting rows and classes otherwise adds float32 numbers in another order: a few units in the
 # last place of losses near 3, and of parameters near 1.
-ROUNDING = {"rtol": 1e-6, "atol": 1e-6}
+ROUNDING = {"rtol": SAME_FLOAT32, "atol": ZERO}
 
 
 def free_port():

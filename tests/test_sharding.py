@@ -18,6 +18,7 @@ from option_cases import EVERY_OF_LOGITS, RULES, every_rule, in_fours
 from oracle import assert_close, naming
 from problems import apart, cotangent, logits_problem
 from programs import all_of, quick_jit
+from tolerances import CENTRAL_DIFFERENCES, GRADIENT_BAR, LOSS_BAR, SMALLEST, ZERO
 
 import sxe
 
@@ -479,11 +480,11 @@ def test_digits_of_extreme_rows(rule):
     for kind, (value, gradient) in zip(["integer", "dense"], results, strict=True):
         for i, (loss, d) in enumerate(exact):
             with naming(kind, list(EXACT)[i // 2], i % 2):
-                if loss > 1e-37:
-                    assert oracle.relative_error(value[i], loss) < 1e-6
+                if loss > SMALLEST:
+                    assert oracle.relative_error(value[i], loss) < LOSS_BAR
                 for actual, d_l in zip(np.asarray(gradient[i]), d, strict=True):
-                    if abs(d_l) > 1e-37:
-                        assert oracle.relative_error(actual, d_l) < 2e-5
+                    if abs(d_l) > SMALLEST:
+                        assert oracle.relative_error(actual, d_l) < GRADIENT_BAR
 
 
 def test_equal_logits():
@@ -494,9 +495,10 @@ def test_equal_logits():
     functions = [outside(c, make_mesh(1, 8), None, "model") for c in calls]
     expected = 1 / 2048 - np.eye(2048)[labels]
     for value, gradient in run(functions, calls):
-        np.testing.assert_allclose(value, math.log(2048), rtol=1e-6)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-6)
-        np.testing.assert_allclose(np.sum(gradient, axis=-1), 0, atol=1e-6)
+        np.testing.assert_allclose(value, math.log(2048), rtol=LOSS_BAR)
+        # A quotient of exact numbers, which is as precise as a loss.
+        np.testing.assert_allclose(gradient, expected, rtol=LOSS_BAR)
+        np.testing.assert_allclose(np.sum(gradient, axis=-1), 0, atol=ZERO)
 
 
 METRICS = sxe.Metrics(P(), P(), P("data"), P("data"))
@@ -619,8 +621,8 @@ def test_hessian(rule):
         expected = np.zeros((N, 4, N, 4))
         for i in np.ndindex(N, 4):
             expected[i] = (gradient(c.logits + step[i]) - gradient(c.logits - step[i])) / 2e-4
-        np.testing.assert_allclose(h, expected, atol=1e-8)
-        np.testing.assert_allclose(hv, np.tensordot(expected, vector, 2), atol=1e-8)
+        np.testing.assert_allclose(h, expected, atol=CENTRAL_DIFFERENCES)
+        np.testing.assert_allclose(hv, np.tensordot(expected, vector, 2), atol=CENTRAL_DIFFERENCES)
 
 
 @pytest.mark.parametrize(

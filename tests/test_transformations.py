@@ -11,20 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from option_cases import EVERY_OF_LOGITS, FORWARD_RULES, RULES
 from oracle import assert_close
+from problems import at, floats, logits_problem, normal, wide_dtype, with_gradients
+from programs import quick_jit
 
 from sxe import softmax_cross_entropy
 
 N, K, B, D = 5, 7, 3, 2
-RULES = ("vjp", "jvp", "autodiff")
-FORWARD = ("jvp", "autodiff")  # the rules that forward mode can differentiate
 KINDS = ("integer", "dense")
 # Both kinds for the default rule and one for each other, where more would say no more.
 SOME = [("vjp", "integer"), ("vjp", "dense"), ("jvp", "integer"), ("autodiff", "dense")]
-OPTIONS = ("where", "weights", "class_weights", "label_smoothing", "z_loss")
-
-# Nothing here hangs on how well XLA's code is optimised, and compiling it is most of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # The third rule has nothing of its own to transform: it is plain JAX.
@@ -44,34 +41,13 @@ def dtype(request):
         yield request.param
 
 
-@pytest.fixture
-def double():
-    with jax.enable_x64(True):
-        yield
-
-
-def wide_dtype(dtype):
-    """The dtype that the loss computes with."""
-    return "float64" if dtype == "float64" else "float32"
-
-
 def problem(kind, dtype="float32", lead=(), seed=0):
-    """The array arguments of a call by name, with these leading axes; one row has weight 0."""
-    rng = np.random.default_rng(seed)
-    wide = wide_dtype(dtype)
-    integer = jnp.asarray(rng.integers(K, size=(*lead, N)), jnp.int32)
-    dense = jnp.asarray(rng.uniform(0.1, 1, size=(*lead, N, K)), dtype)
-    weights = rng.uniform(0.5, 2, size=(*lead, N))
-    weights[..., 1] = 0
-    return {
-        "logits": jnp.asarray(3 * rng.normal(size=(*lead, N, K)), dtype),
-        "labels": integer if kind == "integer" else dense,
-        "where": jnp.asarray(np.arange(N) != rng.integers(2, N, size=(*lead, 1))),
-        "weights": jnp.asarray(weights, wide),
-        "class_weights": jnp.asarray(rng.uniform(0.5, 2, size=(*lead, K)), wide),
-        "label_smoothing": jnp.asarray(rng.uniform(0.1, 0.5, size=lead), wide),
-        "z_loss": jnp.asarray(rng.uniform(0.01, 0.1, size=lead), wide),
-    }
+    """The array arguments of a call with all options by name, with these leading axes."""
+    dense = kind == "dense"
+    p = logits_problem(
+        *EVERY_OF_LOGITS, dense=dense, dtype=dtype, shape=(N, K), lead=lead, seed=seed
+    )
+    return jax.tree.map(jnp.asarray, p)
 
 
 def edges(kind, dtype="float32"):
@@ -96,7 +72,7 @@ def edges(kind, dtype="float32"):
 
 def cotangent(shape=(N,), dtype="float32", seed=1):
     """Random, with a sign of its own for each row."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jnp.asarray(normal(*shape, dtype=dtype, seed=seed))
 
 
 def row_loss(rule):
@@ -107,8 +83,8 @@ def with_gradient(loss):
     """p and g to the loss of each row, and to the gradient of sum(g * loss) in the logits."""
 
     def call(p, g):
-        value, pull = jax.vjp(lambda x: loss(p | {"logits": x}), p["logits"])
-        return value, *pull(g)
+        value, gradients = with_gradients(loss, ("logits",))(p, g)
+        return value, gradients["logits"]
 
     return call
 
@@ -118,14 +94,6 @@ def assert_matches(actual, p, g, **options):
     value, gradient = actual
     assert_close(value, oracle.loss(**p, reduction="none", **options))
     assert_close(gradient, oracle.gradient(**p, g=g, reduction="none", **options))
-
-
-def at(p, i):
-    return jax.tree.map(lambda a: a[i], p)
-
-
-def floats(p):
-    return {name: a for name, a in p.items() if jnp.issubdtype(a.dtype, jnp.floating)}
 
 
 def as_float64(p):
@@ -212,7 +180,7 @@ def test_eval_shape(rule, dtype):
 
 @pytest.mark.parametrize(
     ("mapped", "rule", "kind"),
-    [(name, "vjp", "dense") for name in ("logits", "labels", *OPTIONS, "g")]
+    [(name, "vjp", "dense") for name in ("logits", "labels", *EVERY_OF_LOGITS, "g")]
     + [(name, "jvp", "integer") for name in ("logits", "labels", "class_weights")],
 )
 def test_vmap_over_one_argument(mapped, rule, kind):
@@ -373,7 +341,7 @@ def test_jacobian_of_every_reduction_in_every_argument(jacobian, rule, kind):
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("integer", "float32"), ("dense", "bfloat16")], indirect=["dtype"]
 )
-@pytest.mark.parametrize("rule", FORWARD)
+@pytest.mark.parametrize("rule", FORWARD_RULES)
 def test_jvp_along_every_argument(rule, kind, dtype):
     p = problem(kind, dtype)
     v = {name: cotangent(a.shape, a.dtype, seed=len(name)) for name, a in floats(p).items()}
@@ -390,7 +358,7 @@ def test_jvp_along_every_argument(rule, kind, dtype):
     assert_close(tangent, numerical_jacobian(along, 0))
 
 
-@pytest.mark.parametrize("rule", FORWARD)
+@pytest.mark.parametrize("rule", FORWARD_RULES)
 def test_linearize_and_its_transpose(rule, kind):
     p, g, x_dot = edges(kind), cotangent(), cotangent((N, K))
 
@@ -451,7 +419,7 @@ def test_hessian(rule, kind):
     def total(x):
         return jnp.vdot(g, row_loss(rule)(p | {"logits": x}))
 
-    ways = HESSIANS | (FORWARD_HESSIANS if rule in FORWARD else {})
+    ways = HESSIANS | (FORWARD_HESSIANS if rule in FORWARD_RULES else {})
     hessians = quick_jit(lambda x: {name: way(total)(x) for name, way in ways.items()})(p["logits"])
     for hessian in hessians.values():
         assert_close(hessian, literal_hessian(p, g))
@@ -467,7 +435,7 @@ def test_hessian_vector_product(rule, kind, dtype):
     def total(x):
         return jnp.vdot(g, row_loss(rule)(p | {"logits": x}))
 
-    ways = PRODUCTS | (FORWARD_PRODUCTS if rule in FORWARD else {})
+    ways = PRODUCTS | (FORWARD_PRODUCTS if rule in FORWARD_RULES else {})
     call = quick_jit(lambda x, v: {name: way(total, x, v) for name, way in ways.items()})
     expected = np.einsum("ikjl,jl->ik", literal_hessian(p, g), np.asarray(v).astype(np.float64))
     for name, product in call(p["logits"], v).items():
@@ -497,7 +465,7 @@ def test_derivative_of_the_gradient_in_every_argument(rule, kind):
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    ("mode", "rule"), [("rev", rule) for rule in RULES] + [("fwd", rule) for rule in FORWARD]
+    ("mode", "rule"), [("rev", rule) for rule in RULES] + [("fwd", rule) for rule in FORWARD_RULES]
 )
 def test_check_grads(mode, rule):
     p = {name: problem("dense", "float64")[name] for name in ("logits", "labels", "weights")}
@@ -697,11 +665,7 @@ def test_float32_stays_float32_among_float64_arguments(rule, kind):
         p[name] = p[name].astype(jnp.float64)
     p["labels"] = p["labels"].astype(jnp.int64 if kind == "integer" else jnp.float64)
 
-    def call(q):
-        value, pull = jax.vjp(lambda q: row_loss(rule)(p | q), q)
-        return value, *pull(g)
-
-    value, gradients = quick_jit(call)(floats(p))
+    value, gradients = quick_jit(with_gradients(row_loss(rule)))(p, g)
     assert value.dtype == jnp.float32
     assert {n: d.dtype for n, d in gradients.items()} == {n: a.dtype for n, a in floats(p).items()}
     assert_matches((value, gradients["logits"]), p, g)
@@ -756,7 +720,7 @@ some_wrappers = st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=2)
 @given(
     rule=st.sampled_from(RULES),
     kind=st.sampled_from(KINDS),
-    options=st.sets(st.sampled_from(OPTIONS)),
+    options=st.sets(st.sampled_from(EVERY_OF_LOGITS)),
     inner=some_wrappers,
     outer=some_wrappers,
 )
@@ -764,7 +728,7 @@ def test_composition(rule, kind, options, inner, outer):
     """Some transformations of the loss, then its gradient, then some more."""
     lead = (2,) * sum(name in ("vmap", "map", "scan") for name in inner + outer)
     p, g = problem(kind, lead=lead), cotangent((*lead, N))
-    p = {name: a for name, a in p.items() if name not in set(OPTIONS) - options}
+    p = {name: a for name, a in p.items() if name not in set(EVERY_OF_LOGITS) - options}
     call = row_loss(rule)
     for name in inner:
         call = WRAPPERS[name](call)

@@ -28,3 +28,10 @@ FLOAT64_BAR = 1e-13
 # 3. Two float32 computations of one number, by different programs: eager and jitted, before and
 # after export, in blocks and in one tile. Each may be off by a few units in the last place.
 SAME_FLOAT32 = 1e-6
+
+# An entry of float32 that is 0, or the small rest of terms of size 1 that cancel.
+ZERO = 1e-6
+
+# 4. Central differences of a float64 gradient of size 1, with steps of 1e-4: their own error is the
+# square of the step, and rounding divided by the step.
+CENTRAL_DIFFERENCES = 1e-8
