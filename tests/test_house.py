@@ -78,7 +78,7 @@ def test_no_circle_of_modules():
 
 
 def test_platforms_and_versions_are_facts_of_the_backend():
-    """The losses ask ``Backend``. Tools may ask JAX, and a mesh names the platform of its devices."""
+    """The losses ask ``Backend``. Tools may ask JAX; a mesh names the platform of its devices."""
     asking = set()
     for path in modules():
         name = path.relative_to(PACKAGE).as_posix()

@@ -75,6 +75,17 @@ def test_the_state_of_a_row_is_exact(backend, lead):
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_the_state_of_logits_that_are_computed_twice(backend):
+    """XLA may compute 1.3 u + b once for the maximum and once more for a sum, rounded otherwise."""
+    rng = np.random.default_rng(0)
+    u, b = np.float32(rng.normal(size=(500, 40)) * 20), np.float32(rng.normal(size=40))
+    state = jax.jit(lambda u: twins.normalize(np.float32(1.3) * u + b[None, :], backend))(u)
+    expected = [true_state(np.float64(np.float32(1.3)) * row + b) for row in u]
+    log1p_r = np.log1p([r for _, r in expected])
+    np.testing.assert_allclose(state.log1p_r, log1p_r, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_twins_of_the_normalizer_are_equal(backend, dtype, classes):

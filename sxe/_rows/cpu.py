@@ -62,7 +62,16 @@ def _normalize_block(x: Array, backend: Backend, *, fewest: int) -> tuple[Array,
     enough = jnp.sum(confident, dtype=jnp.int32) >= fewest
     m_apart = apart(m, total, backend)
     rest = lax.cond(enough, lambda: _rest(x, m_apart), lambda: total)
-    return m, jnp.where(confident & enough, rest, total - 1), confident & ~enough
+    return m, _confident(total, rest), confident & ~enough
+
+
+def _confident(total: Array, rest: Array) -> Array:
+    """r of rows, from the sum of all their terms and, of confident ones, that of all but one.
+
+    XLA may compute the logits again for a sum, from what the caller made them of, and round them in
+    another way. Then the maximum may be missed, and the rest has all terms. It is at least 1.
+    """
+    return jnp.where((total < 1.5) & (rest < 0.75), rest, total - 1)
 
 
 def _rest(x: Array, m: Array) -> Array:
@@ -119,7 +128,7 @@ def _fill_rests(x: Array, state: Normalizer, missing: Array, backend: Backend) -
 
     groups = (rank[-1] + group) // group
     rests = lax.fori_loop(0, groups, of_group, jnp.zeros(slots, state.r.dtype))
-    return jnp.where(missing, rests[jnp.maximum(rank, 0)], state.r)
+    return jnp.where(missing, _confident(1 + state.r, rests[jnp.maximum(rank, 0)]), state.r)
 
 
 def _normalize_all(x: Array, backend: Backend) -> Normalizer:
@@ -131,8 +140,7 @@ def _normalize_all(x: Array, backend: Backend) -> Normalizer:
     e = exp_difference(x, apart(shift, total, backend)[..., None], SCALE)
     # Of a maximal element nothing is left, and of all others all.
     rest = jnp.sum(e - SCALE * jnp.floor(e / SCALE), axis=-1) / SCALE
-    r = jnp.where(total < 1.5, rest, total - 1)
-    return Normalizer(m, jnp.where(m == -jnp.inf, -1, r))
+    return Normalizer(m, jnp.where(m == -jnp.inf, -1, _confident(total, rest)))
 
 
 def _normalize_few(x: Array) -> Normalizer:

@@ -72,10 +72,13 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
     m = lax.stop_gradient(jnp.max(x, axis=-1))
     shift = finite_shift(m)[..., None]
     e = exp_difference(x, shift, scale)
-    maximal = x == shift
-    rest = jnp.sum(e - jnp.where(maximal, lax.stop_gradient(e), 0), axis=-1) / scale
+    # Of each class near the maximum, 1 is counted, and what e_k differs from 1 is summed. For a
+    # maximal one that is 0. It would not do to look for x = m: XLA may compute the logits again for
+    # the sums, from what the caller made them of, and round them in another way.
+    near = x >= shift - 0.25
+    rest = jnp.sum(e - jnp.where(near, scale, jnp.zeros_like(e)), axis=-1) / scale
     # An accelerator takes both sums in one read of x: they share x, and no exponential.
-    count = jnp.sum(maximal, axis=-1, dtype=rest.dtype)
+    count = jnp.sum(near, axis=-1, dtype=rest.dtype)
     return Normalizer(m, rest + (count - 1))
 
 
