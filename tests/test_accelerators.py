@@ -22,7 +22,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 import sxe
-from sxe._backend import Backend, backend_of
 
 MIB = 2**20
 N, D, K = 65536, 4096, 128256
@@ -44,29 +43,6 @@ def host_of_one(monkeypatch):
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-@pytest.mark.parametrize(
-    ("platform", "name"), [("tpu", "tpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("cpu", "cpu")]
-)
-def test_the_mesh_around_a_call_says_where_it_runs(platform, name):
-    with jax.sharding.use_abstract_mesh(abstract_mesh(platform, 4, 2)):
-        assert backend_of() == Backend(name, is_local=False)
-        found = sxe.plan(8192, 4096, 128256, "bfloat16")
-    if name != "cpu":  # where it depends on how many there are
-        assert found == sxe.plan(8192, 4096, 128256, "bfloat16", backend=name)
-    assert backend_of().platform == jax.default_backend()
-
-
-def test_the_types_of_arrays_say_where_they_are(host_of_one):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))
-    found = []
-    jax.jit(lambda x: found.append(backend_of(x * 2)))(x)
-    jax.jit(
-        jax.shard_map(lambda x: found.append(backend_of(x)), mesh=mesh, in_specs=P(), out_specs=P())
-    )(x)
-    assert found == [Backend("cpu", is_local=False), Backend("cpu", is_local=True)]
 
 
 def test_a_program_for_an_accelerator_has_nothing_that_serves_a_cpu():
