@@ -7,7 +7,6 @@ import re
 import fresh
 import jax
 import jax.numpy as jnp
-import mpmath
 import numpy as np
 import optax
 import option_cases
@@ -21,7 +20,6 @@ from programs import QUICK
 from tolerances import GRADIENT_BAR, LOSS_BAR, SMALLEST
 
 import sxe
-from sxe._head.projection import capped
 
 N, D, K = 13, 5, 11
 INF, NAN = np.inf, np.nan
@@ -583,37 +581,3 @@ def test_one_cpu_device_takes_blocks_of_classes():
     In a process of its own: here the tests see several devices, and blocks are ruled out.
     """
     fresh.run("-c", ONE_DEVICE)
-
-
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("cap", [1, 30, 1e4, 1e20, 1e30, 3e38])
-def test_the_softcap_and_its_derivatives_in_60_digits(cap, traced):
-    """Up to a cap that z over it underflows, and down to a slope that 1 - tanh^2 rounds away."""
-    z = np.array([1e-30, 1e-9, 1e-4, 0.1, 0.4, 0.6, 5, 10, 40, 1e4, 1e10, 1e30, 3e38], np.float32)
-    cap = np.float32(cap)
-    f = jax.vmap(jax.value_and_grad(capped, (0, 1)), (0, None))
-    run = jax.jit(f) if traced else jax.jit(lambda z, _: f(z, cap))
-    value, (by_z, by_cap) = run(z, cap)
-    with mpmath.workdps(oracle.DIGITS):
-        c = mpmath.mpf(float(cap))
-        for i, one in enumerate(z):
-            y = mpmath.mpf(float(one)) / c
-            slope = mpmath.sech(y) ** 2
-            for actual, exact in (
-                (value[i], c * mpmath.tanh(y)),
-                (by_z[i], slope),
-                (by_cap[i], mpmath.tanh(y) - y * slope),
-            ):
-                if exact > 1e-37:
-                    assert oracle.relative_error(actual, exact) < 2e-5, (one, cap)
-                assert np.isfinite(actual)
-
-
-def test_an_infinite_softcap_is_none():
-    z = jnp.array([-INF, -3e38, 0, 1e-30, 3e38, INF])
-    x, by_z = jax.vmap(jax.value_and_grad(capped), (0, None))(z, jnp.float32(INF))
-    np.testing.assert_array_equal(x, z)
-    assert (np.asarray(by_z) == 1).all()
-    assert (np.asarray(jax.vmap(jax.grad(capped, 1), (0, None))(z, jnp.float32(INF))) == 0).all()
-    assert capped(jnp.float32(-INF), jnp.float32(30)) == -30
-    assert jax.grad(capped, 1)(jnp.float32(-INF), jnp.float32(30)) == -1
