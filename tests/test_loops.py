@@ -1,0 +1,389 @@
+"""How the head divides its work, and the loops over the parts: each gives what one part gives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax import export, lax
+
+from sxe._backend import MIB, Backend
+from sxe._head.loops import (
+    Columns,
+    Tiling,
+    classes_per_block,
+    in_row_blocks,
+    over_chunks,
+    over_class_blocks,
+    tiling,
+)
+
+LOCAL_CPU = Backend("cpu", is_local=True)
+CPUS = Backend("cpu", is_local=False)
+BACKENDS = [
+    LOCAL_CPU,
+    Backend("cpu", True, (0, 10)),
+    CPUS,
+    Backend("gpu", is_local=True),
+    Backend("tpu", is_local=False),
+]
+VERSIONS = pytest.mark.parametrize("version", [(0, 10), (0, 12)], ids=str)
+
+
+# Chunks: how many, and how large.
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk_size", "local", "elsewhere"),
+    [
+        (0, 4, Tiling(1, 1, 1), Tiling(1, 1, 1)),
+        (1, 4, Tiling(1, 1, 0), Tiling(1, 1, 0)),
+        (1, 1, Tiling(1, 1, 0), Tiling(1, 1, 0)),
+        (12, 5, Tiling(3, 4, 0), Tiling(3, 4, 0)),
+        (9, 5, Tiling(3, 3, 0), Tiling(3, 3, 0)),  # half as many more
+        (10, 4, Tiling(3, 4, 2), Tiling(5, 2, 0)),  # nearly twice as many
+        (25, 9, Tiling(3, 9, 2), Tiling(5, 5, 0)),
+        (13, 4, Tiling(4, 4, 3), Tiling(4, 4, 3)),  # a prime
+        (13, 13, Tiling(1, 13, 0), Tiling(1, 13, 0)),
+        (13, 99, Tiling(1, 13, 0), Tiling(1, 13, 0)),
+    ],
+)
+def test_chunks_by_hand(rows, chunk_size, local, elsewhere):
+    for backend, expected in ((LOCAL_CPU, local), (CPUS, elsewhere)):
+        found = tiling(rows, 7, chunk_size=chunk_size, dtype=jnp.float32, backend=backend)
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "backend", "dtype", "expected"),
+    [
+        # 24 or 48 MiB of logits on a CPU, 32 MiB on others
+        (2**16, 1024, Backend("cpu", True, (0, 10)), "float32", Tiling(16, 4096, 0)),
+        (2**16, 1024, Backend("cpu", True, (0, 12)), "float32", Tiling(8, 8192, 0)),
+        (2**16, 1024, Backend("cpu", True, (0, 12)), "float64", Tiling(16, 4096, 0)),
+        (2**16, 1024, Backend("cpu", True, (0, 12)), "bfloat16", Tiling(8, 8192, 0)),
+        (2**16, 1024, Backend("gpu", True), "bfloat16", Tiling(8, 8192, 0)),
+        # as many rows as a matmul wants
+        (2**16, 2**17, Backend("cpu", True), "float32", Tiling(512, 128, 0)),
+        (2**16, 2**17, Backend("gpu", True), "bfloat16", Tiling(32, 2048, 0)),
+        (2**16, 2**17, Backend("gpu", True), "float16", Tiling(32, 2048, 0)),
+        (2**16, 2**17, Backend("gpu", True), "float32", Tiling(128, 512, 0)),
+        # but in so many chunks
+        (1031, 2**17, Backend("cpu", True, (0, 12)), "float32", Tiling(11, 94, 3)),
+        (1024, 2**19, Backend("cpu", True, (0, 12)), "float32", Tiling(16, 64, 0)),
+        (1024, 2**19, Backend("gpu", True), "bfloat16", Tiling(8, 128, 0)),
+        # a row at a time, at least
+        (9, 2**26, Backend("cpu", True), "float32", Tiling(9, 1, 0)),
+    ],
+)
+def test_default_chunks_by_hand(rows, classes, backend, dtype, expected):
+    dtype = jnp.dtype(dtype)
+    assert tiling(rows, classes, chunk_size=None, dtype=dtype, backend=backend) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(0, 2**17),
+    classes=st.integers(1, 2**18),
+    chunk_size=st.none() | st.integers(1, 2**17),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+    backend=st.sampled_from(BACKENDS),
+)
+@example(rows=0, classes=1, chunk_size=None, dtype="float32", backend=LOCAL_CPU)
+@example(rows=1, classes=1, chunk_size=None, dtype="float32", backend=CPUS)
+@example(rows=2**17 - 1, classes=2**18, chunk_size=None, dtype="float64", backend=BACKENDS[-1])
+def test_any_chunks(rows, classes, chunk_size, dtype, backend):
+    dtype = jnp.dtype(dtype)
+    chunks, size, padding = tiling(
+        rows, classes, chunk_size=chunk_size, dtype=dtype, backend=backend
+    )
+    assert chunks * size - padding == rows
+    assert 0 <= padding < max(chunks, 2)
+    assert chunks >= 1
+    if chunk_size is None:
+        limits = backend.chunk_limits(dtype)
+        of_a_row = classes * (8 if dtype == np.float64 else 4)
+        # Either the logits are small enough, or a matmul wants them, and there are enough chunks.
+        few = size * of_a_row <= limits.logits_bytes
+        wanted = size <= limits.wanted_rows and chunks >= limits.most_chunks
+        assert few or wanted or size == 1
+        if rows * of_a_row <= limits.logits_bytes:
+            assert chunks == 1
+    else:
+        assert size <= chunk_size
+        fewest = max(1, -(-rows // chunk_size))
+        most = fewest * 3 // 2 if backend.is_local else fewest * 2
+        assert fewest <= chunks <= most
+        # No smaller number would have done without padding, and with padding none more is taken.
+        assert not any(rows % n == 0 for n in range(fewest, chunks) if rows)
+        assert padding == 0 or chunks == fewest
+
+
+def test_chunks_of_any_number_of_rows():
+    (rows,) = export.symbolic_shape("n")
+    for chunk_size in (4, None):
+        chunks, size, padding = tiling(
+            rows, 7, chunk_size=chunk_size, dtype=jnp.float32, backend=LOCAL_CPU
+        )
+        assert chunks * size - padding == rows
+
+
+# Loops over chunks.
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 12])
+def test_chunks_give_what_all_rows_give(chunks):
+    """In the rows' order. Each chunk has every n-th row, and comes after those before it."""
+    rows = {"x": jnp.arange(12.0), "y": jnp.arange(24).reshape(12, 2), "none": None}
+    seen = []
+
+    def body(carry, rows):
+        total, first = carry
+        assert rows["none"] is None
+        seen.append(rows["x"].shape)
+        outputs = {
+            "x": 2 * rows["x"],
+            "y": rows["y"][:, ::-1],
+            "first": jnp.full(rows["x"].shape, rows["x"][0]),
+            "none": None,
+        }
+        return (total + jnp.sum(rows["x"]), 3 * first + rows["x"][0]), outputs
+
+    carry, outputs = over_chunks(body, (jnp.float32(1), jnp.float32(0)), rows, chunks)
+    assert set(seen) == {(12 // chunks,)}
+    assert carry[0] == 1 + 66
+    assert carry[1] == functools.reduce(lambda number, i: 3.0 * number + i, range(chunks), 0.0)
+    assert outputs["none"] is None
+    np.testing.assert_array_equal(outputs["x"], 2 * np.arange(12))
+    np.testing.assert_array_equal(outputs["y"], np.arange(24).reshape(12, 2)[:, ::-1])
+    np.testing.assert_array_equal(outputs["first"], np.arange(12) % chunks)
+
+
+def wide_rows(weight, x, chunks):
+    """Sums and rows of arrays [C, 500] that a backward pass needs."""
+
+    def body(total, x):
+        wide = jnp.sin(x[:, None] * weight[None])
+        return total + jnp.sum(wide), jnp.sum(wide**2, axis=1)
+
+    total, rows = over_chunks(body, jnp.float32(0), x, chunks)
+    return total + jnp.sum(rows * jnp.arange(1.0, 13))
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_gradients_through_chunks(chunks):
+    weight, x = jnp.linspace(0, 1, 500), jnp.linspace(-2, 3, 12)
+    gradients = [
+        jax.jit(jax.grad(wide_rows, (0, 1)), static_argnums=2)(weight, x, n) for n in (1, chunks)
+    ]
+    for whole, found in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_a_chunks_size_is_kept_for_the_backward_pass():
+    weight, x = jnp.linspace(0, 1, 500), jnp.linspace(-2, 3, 12)
+
+    def largest(chunks):
+        _, pullback = jax.vjp(functools.partial(wide_rows, chunks=chunks), weight, x)
+        return max(a.size for a in jax.tree.leaves(pullback))
+
+    assert largest(1) == 12 * 500
+    assert largest(4) == 500
+
+
+# Loops over blocks of rows.
+
+
+ROWS = {12: 4, 13: 4, 3: 3}  # by a block of 4: three of them, a rest of 1, and one block
+
+
+def in_blocks(rows, *, backend, replaces, traced=True):
+    """What the loop gives for so many rows of 3 classes, and the parts that its body saw."""
+    seen = []
+    tile = jnp.arange(3.0 * rows).reshape(rows, 3)
+    of_rows = {"i": jnp.arange(rows), "none": None}
+
+    def body(sums, part, of_rows):
+        seen.append(part.shape)
+        sums = {"total": sums["total"] + jnp.sum(part), "order": 3 * sums["order"] + part[0, 0]}
+        outputs = {"i": 5 * of_rows["i"], "sum": jnp.sum(part, axis=1), "none": of_rows["none"]}
+        return sums, 2 * part + 1 if replaces else None, outputs
+
+    def run(tile, of_rows):
+        sums = {"total": jnp.float32(7), "order": jnp.float32(0)}
+        return in_row_blocks(body, sums, tile, of_rows, backend=backend)
+
+    sums, new, outputs = (jax.jit(run) if traced else run)(tile, of_rows)
+    return np.asarray(tile), sums, new, outputs, seen
+
+
+@pytest.mark.parametrize("replaces", [True, False], ids=["replaced", "left"])
+@pytest.mark.parametrize("traced", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_blocks_of_rows_give_what_all_rows_give(monkeypatch, rows, replaces, traced):
+    monkeypatch.setattr(Backend, "row_block_bytes", 4 * 3 * 4 + 11)
+    tile, sums, new, outputs, seen = in_blocks(
+        rows, backend=LOCAL_CPU, replaces=replaces, traced=traced
+    )
+    size = ROWS[rows]
+    assert set(seen) == {(size, 3)} | ({(rows % size, 3)} if rows % size else set())
+    assert sums["total"] == 7 + tile.sum()
+    firsts = tile[::size, 0]
+    assert sums["order"] == functools.reduce(lambda number, x: 3 * number + x, firsts, 0)
+    np.testing.assert_array_equal(new, 2 * tile + 1 if replaces else tile)
+    np.testing.assert_array_equal(outputs["i"], 5 * np.arange(rows))
+    np.testing.assert_array_equal(outputs["sum"], tile.sum(axis=1))
+    assert outputs["none"] is None
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if not b.loops_over_rows], ids=str)
+def test_elsewhere_there_is_one_block(monkeypatch, backend):
+    monkeypatch.setattr(Backend, "row_block_bytes", 1)
+    tile, sums, new, outputs, seen = in_blocks(13, backend=backend, replaces=True)
+    assert seen == [(13, 3)]
+    assert sums["total"] == 7 + tile.sum()
+    np.testing.assert_array_equal(new, 2 * tile + 1)
+    np.testing.assert_array_equal(outputs["sum"], tile.sum(axis=1))
+
+
+def test_a_small_tile_is_one_block():
+    *_, seen = in_blocks(13, backend=LOCAL_CPU, replaces=True)
+    assert seen == [(13, 3)]
+
+
+# Loops over blocks of classes.
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "classes", "block_bytes", "expected"),
+    [
+        (4096, 8192, 8 * MIB, 512),
+        (4096, 8191, 8 * MIB, 512),  # a prime
+        (4096, 128256, 8 * MIB, 501),  # the largest that divides, if it is more than half
+        (1024, 8192, 8 * MIB, 2048),
+        (1, 8192, 8 * MIB, 2048),  # not more
+        (0, 8192, 8 * MIB, 2048),
+        (2**20, 8192, 8 * MIB, 256),  # not fewer
+        (1000, 8192, 2 * MIB, 512),  # of 524, a multiple of 64
+        (4096, 100, 8 * MIB, 100),
+    ],
+)
+def test_classes_per_block(monkeypatch, hidden_size, classes, block_bytes, expected):
+    monkeypatch.setattr(Backend, "class_block_bytes", block_bytes)
+    assert classes_per_block(hidden_size, classes, LOCAL_CPU) == expected
+    for backend in BACKENDS:
+        if not backend.loops_over_rows:
+            assert classes_per_block(hidden_size, classes, backend) == classes
+
+
+def test_classes_per_block_of_any_number_of_classes():
+    (classes,) = export.symbolic_shape("k")
+    assert classes_per_block(4096, classes, LOCAL_CPU) is classes
+    assert classes_per_block(classes, 8192, LOCAL_CPU) == 8192
+
+
+@VERSIONS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("classes", "sizes"), [(100, [None]), (512, [256]), (521, [256, 9])])
+def test_blocks_of_classes_are_each_column_once(monkeypatch, classes, sizes, dtype, version):
+    monkeypatch.setattr(Backend, "class_block_bytes", 1)
+    backend = Backend("cpu", True, version)
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, classes)), dtype)
+    seen = []
+
+    def body(carry, at):
+        total, copy = carry
+        seen.append(at.size)
+        part = at.take(kernel)
+        return total + jnp.sum(part.astype(np.float32)), at.put(copy, at.take(copy) - part)
+
+    @jax.jit
+    def run(kernel):
+        return over_class_blocks(body, (jnp.float32(0), 3 * kernel), kernel, backend)
+
+    total, copy = run(kernel)
+    assert seen == sizes
+    exact = np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(total, exact.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(copy, 3 * kernel - kernel)
+
+
+def test_classes_are_one_block_elsewhere(monkeypatch):
+    monkeypatch.setattr(Backend, "class_block_bytes", 1)
+    for backend in BACKENDS:
+        if not backend.loops_over_rows:
+            found = over_class_blocks(
+                lambda carry, at: [*carry, at], [], jnp.zeros((3, 521)), backend
+            )
+            assert found == [Columns(0, None, backend)]
+
+
+# Columns
+
+
+@VERSIONS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int16"])
+def test_columns_are_taken_and_replaced_bit_by_bit(dtype, version):
+    """NaN, -0 and subnormal numbers included."""
+    numbers = np.random.default_rng(0).integers(0, 2**16, size=(3, 11)).astype(np.uint16)
+    x = lax.bitcast_convert_type(jnp.asarray(numbers), jnp.float16).astype("float32")
+    if dtype != "float32":
+        x = lax.bitcast_convert_type(jnp.asarray(numbers), dtype)
+
+    def bits(x):
+        return np.asarray(x).view(np.uint32 if dtype == "float32" else np.uint16)
+
+    @jax.jit
+    def take(x, first):
+        return Columns(first, 4, Backend("cpu", True, version)).take(x)
+
+    @jax.jit
+    def put(x, part, first):
+        return Columns(first, 4, Backend("cpu", True, version)).put(x, part)
+
+    for first in (0, 3, 7):
+        part = take(x, first)
+        assert part.dtype == x.dtype
+        np.testing.assert_array_equal(bits(part), bits(x)[:, first : first + 4])
+        expected = bits(x).copy()
+        expected[:, first : first + 4] = expected[:, :4]
+        np.testing.assert_array_equal(bits(put(x, x[:, :4], first)), expected)
+
+
+@VERSIONS
+def test_all_columns_are_the_array_itself(version):
+    at = Columns(0, None, Backend("cpu", True, version))
+    x, y = jnp.ones((3, 5)), jnp.zeros((3, 5))
+    assert at.take(x) is x
+    assert at.put(x, y) is y
+
+
+@VERSIONS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_columns_are_linear(dtype, version):
+    """Though bits have no derivative."""
+    at = Columns(jnp.int32(3), 4, Backend("cpu", True, version))
+    x, g = jnp.arange(22, dtype=dtype).reshape(2, 11), jnp.arange(1, 9, dtype=dtype).reshape(2, 4)
+
+    @jax.jit
+    def derivatives(x, g):
+        (by_take,) = jax.vjp(at.take, x)[1](g)
+        (by_put,) = jax.vjp(lambda x: at.put(x, g), x)[1](x)
+        return jax.jvp(at.take, (x,), (2 * x,)), by_take, by_put
+
+    (value, tangent), by_take, by_put = derivatives(x, g)
+    np.testing.assert_array_equal(value, x[:, 3:7])
+    np.testing.assert_array_equal(tangent, 2 * x[:, 3:7])
+    np.testing.assert_array_equal(by_take, jnp.zeros_like(x).at[:, 3:7].set(g))
+    np.testing.assert_array_equal(by_put, x.at[:, 3:7].set(0))
+
+
+@VERSIONS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_loop_slices_integers_where_it_would_convert_all_of_the_array(dtype, version):
+    at = Columns(3, 4, Backend("cpu", True, version))
+    jaxpr = jax.make_jaxpr(at.take)(jnp.zeros((2, 11), dtype))
+    assert ("u16[2,4]" in str(jaxpr)) == (version == (0, 10) and dtype != "float32")
