@@ -220,7 +220,8 @@ def join_shards(inputs: CallInputs, class_axes: tuple[int, ...], *, ndim: int) -
 
     def join(path: tuple[Any, ...], x: Array) -> Array:
         spec = layout._spec(path[-1].name, x, ndim, class_axes)
-        return whole(x, names, spec.index(names)) if names in spec else x
+        split = [axis for axis, split_by in enumerate(spec) if axis_names(split_by) == names]
+        return whole(x, names, split[0]) if split else x
 
     inputs = jax.tree_util.tree_map_with_path(join, inputs)
     return inputs._replace(options=inputs.options.replace(axis_name=None))

@@ -6,7 +6,6 @@ there: comparisons, and terms that two sums share.
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -76,14 +75,12 @@ def _confident(total: Array, rest: Array) -> Array:
 
 def _rest(x: Array, m: Array) -> Array:
     """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for confident rows."""
-    # The terms are measured from an integer c between 0 or 2 m and m, at most 80 below m in
-    # float32. Then no difference that matters is rounded: |x_k - c| is at most about |x_k|, and
-    # both are multiples of the last bit of x_k. No term overflows in a confident row.
-    reach = round(0.9 * math.log(jnp.finfo(x.dtype).max))
-    c = jnp.round(m - jnp.minimum(jnp.abs(m), reach))
-    below = jnp.where(x < m[..., None], x - c[..., None], -jnp.inf)
-    half = jnp.exp((c - m) / 2)
-    return jnp.sum(jnp.exp(below), axis=-1) * half * half
+    # The others are measured from the largest of them. No difference that matters is then large
+    # enough to be rounded much, but that of the two largest logits.
+    others = jnp.where(x < m[..., None], x, -jnp.inf)
+    second = jnp.max(others, axis=-1)
+    sum_of_others = jnp.sum(jnp.exp(others - finite_shift(second)[..., None]), axis=-1)
+    return exp_difference(second, m, SCALE) * sum_of_others / SCALE
 
 
 def _normalize_in_blocks(x: Array, backend: Backend) -> tuple[Array, Array]:
