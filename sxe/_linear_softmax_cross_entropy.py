@@ -29,6 +29,7 @@ from sxe._call.rows import make_rows
 from sxe._errors import ArgumentValueError
 from sxe._head.chunked import Head, Outcome, Shared, results_by, single_rows, weighted_sum
 from sxe._head.loops import tiling
+from sxe._head.path import FORWARD, gradient_path
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import first_of
@@ -118,7 +119,7 @@ def _typed_alike(
 def _run(prepared: Prepared, options: Options) -> tuple[Outcome, Any]:
     """What comes out of the head, and the weighted loss of each row or their sum."""
     head, shared, hidden, rows = prepared
-    if options.rule == "vjp" and options.reduction != "none":
+    if gradient_path(options.rule, options.reduction) == FORWARD:
         outcome = weighted_sum(head, shared, hidden, rows)
         return outcome, outcome.value
     if options.rule == "vjp":
