@@ -101,6 +101,46 @@ class Backend:
         """
         return self.platform == "cpu" and self.jax_version < (0, 11)
 
+    @property
+    def writes_out_transformed_logits(self) -> bool:
+        """Whether XLA writes out a block of logits that bias, scale, softcap or a mask changed.
+
+        XLA's CPU backend does from JAX 0.11 on. Before, it computes them again for each use.
+        """
+        return self.platform == "cpu" and self.jax_version >= (0, 11)
+
+    @property
+    def copies_logits_with_dense_targets(self) -> bool:
+        """Whether a loop that puts gradients in the place of logits does so in a copy of them.
+
+        XLA's CPU backend does that in JAX 0.10 where the targets are dense.
+        """
+        return self.platform == "cpu" and self.jax_version < (0, 11)
+
+    @property
+    def copies_scaled_gradients(self) -> bool:
+        """Whether XLA puts a gradient that is scaled into another array than the unscaled one.
+
+        Its TPU backend does.
+        """
+        return self.platform == "tpu"
+
+    @property
+    def widens_what_it_exchanges(self) -> bool:
+        """Whether XLA converts a 16-bit kernel to float32 before it is gathered from devices.
+
+        XLA's CPU backend gathers in float32 alone.
+        """
+        return self.platform == "cpu"
+
+    @property
+    def class_multiple(self) -> int:
+        """Of how many classes a 16-bit product needs a multiple, or XLA pads its operands.
+
+        cuBLAS wants rows of whole 16 bytes.
+        """
+        return 8 if self.platform == "gpu" else 1
+
     def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
         """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
 

@@ -26,6 +26,10 @@ WHERE_TRUE = {
     "writes_out_comparisons": ("cpu", (True, False), VERSIONS),
     "takes_few_classes_one_by_one": ("cpu", (True,), VERSIONS[1:]),
     "widens_arrays_in_loops": ("cpu", (True, False), VERSIONS[:1]),
+    "writes_out_transformed_logits": ("cpu", (True, False), VERSIONS[1:]),
+    "copies_logits_with_dense_targets": ("cpu", (True, False), VERSIONS[:1]),
+    "copies_scaled_gradients": ("tpu", (True, False), VERSIONS),
+    "widens_what_it_exchanges": ("cpu", (True, False), VERSIONS),
 }
 
 
@@ -48,6 +52,11 @@ def test_the_version_is_that_of_the_jax_that_runs():
 def test_bytes_of_blocks():
     for backend in BACKENDS:
         assert (backend.row_block_bytes, backend.class_block_bytes) == (4 * MIB, 8 * MIB)
+
+
+def test_a_gpu_multiplies_whole_16_bytes_of_classes():
+    for backend in BACKENDS:
+        assert backend.class_multiple == (8 if backend.platform == "gpu" else 1)
 
 
 DTYPES = {

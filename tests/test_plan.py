@@ -20,10 +20,13 @@ from meshes import make_mesh
 
 import sxe
 from sxe.__main__ import main
+from sxe._backend import Backend
 
 TOLERANCE = 0.15
 RATES = {"flops": 8e14, "bytes": 3e12, "link-bytes": 4e11}
 BOTH = ("hidden", "kernel")
+# The tests' XLA flags leave out a fusion, and with it an array, that a program elsewhere has.
+AS_ELSEWHERE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 # N, D, K, dtype, what is differentiated, options of the call: ragged and even, one chunk and many.
 CALLS = [
@@ -37,6 +40,12 @@ CALLS = [
     (1024, 64, 50257, "float32", BOTH, {"label_smoothing": 0.1}),
     (512, 64, 256000, "float32", BOTH, {"reduction": "none"}),
     (2000, 1024, 8192, "bfloat16", ("kernel",), {}),
+    (2048, 512, 32768, "float32", BOTH, {"label_smoothing": 0.1, "softcap": 30.0}),
+    (2048, 512, 32768, "float32", BOTH, {"logit_scale": 2.0}),
+    (2048, 256, 16384, "float32", BOTH, {"chunk_size": 64}),
+    (512, 4096, 8192, "float32", BOTH, {}),
+    (512, 4096, 8192, "bfloat16", ("hidden",), {}),
+    (2048, 256, 32768, "float32", (), {"label_smoothing": 0.1, "softcap": 30.0}),
 ]
 
 
@@ -53,6 +62,9 @@ MESHES = [
     ),
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", ("hidden",), {})),
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", (), {})),
+    ({"data": 8}, {"fsdp": "data"}, (4096, 512, 16384, "float32", ("hidden",), {})),
+    ({"data": 2, "model": 4}, {"fsdp": "data"}, (32768, 1024, 4096, "bfloat16", BOTH, {})),
+    ({"data": 8}, {}, (8192, 512, 16384, "float32", BOTH, {"reduction": "none"})),
 ]
 
 
@@ -112,7 +124,7 @@ def call(rows, hidden, classes, dtype, differentiate, options, sizes=None, **axe
     inputs = [
         jax.ShapeDtypeStruct(*s, sharding=layout) for s, layout in zip(shapes, layouts, strict=True)
     ]
-    program = jax.jit(f).lower(*inputs).compile()
+    program = jax.jit(f).lower(*inputs).compile(AS_ELSEWHERE)
     names = {"reduction", "chunk_size", "rule"}
     plan = sxe.plan(
         rows,
@@ -157,6 +169,7 @@ def test_mesh(sizes, axes, each):
         found.append(("all-reduce", -4 * (sizes.get("data", 1) > 1)))  # the sum in ``call``
     expected = [(c.kind, c.bytes) for c in plan.collectives]
     assert bytes_by_kind(found) == bytes_by_kind(expected)
+    assert sum(plan.terms.values()) == plan.temporary_bytes
     for ratio in memory_ratio(program, plan):
         assert abs(ratio - 1) < TOLERANCE, memory_ratio(program, plan)
     chunk, count = plan.chunk_size, plan.chunks
@@ -244,6 +257,96 @@ def test_memory_within_15_percent_of_the_compiled_program():
             assert abs(ratio - 1) < TOLERANCE, (each, ratios)
 
 
+# N rows in chunks of C, and K classes in blocks of J.
+N, C, D, K, J = 4096, 1024, 512, 8192, 2048
+FOUR_CHUNKS = {"rows": N, "hidden": D, "classes": K, "chunk_size": C}
+ON_A_CPU = {"backend": "cpu", "mesh": {"data": 2}}  # as on one device, however many there are
+KERNEL_SCATTERED = {"mesh": {"data": 2}, "batch_axis_name": "data", "fsdp": "data"}
+TERMS = [
+    (
+        ON_A_CPU | {"differentiate": ()},
+        {
+            "logits of a chunk": 4 * C * K,
+            "row block: logits": "a block of rows",
+            "row block: smaller logits": "a block of rows",
+        },
+    ),
+    (
+        # The kernel's gradient is summed in its result. That of hidden holds a block of classes.
+        ON_A_CPU,
+        {
+            "logits of a chunk": 4 * C * K,
+            "gradient of hidden, float32": 4 * N * D,
+            "hidden of a chunk": 4 * C * D,
+            "gradient of hidden, a chunk": 4 * C * D,
+            "class block: kernel": 4 * D * J,
+        },
+    ),
+    (
+        # The result, in bfloat16, holds a chunk's hidden states.
+        {"backend": "gpu", "dtype": "bfloat16", "differentiate": ("kernel",)},
+        {
+            "logits of a chunk": 4 * C * K,
+            "gradient of kernel, float32": 4 * D * K,
+            "gradient of logits": 2 * C * K,
+        },
+    ),
+    (
+        {"backend": "gpu", "classes": K - 1, "dtype": "bfloat16", "differentiate": ("hidden",)},
+        {
+            "logits of a chunk": 4 * C * (K - 1),
+            "gradient of hidden, float32": 4 * N * D,
+            "kernel, padded": 2 * D * (K - 1),
+            "gradient of logits": 2 * C * (K - 1),
+            "gradient of logits, padded": 2 * C * (K - 1),
+        },
+    ),
+    (
+        {"backend": "tpu", "rows": N - 3, "options": ("softcap",), "reduction": "none"},
+        {
+            "logits of a chunk": 4 * C * K,
+            "logits before the softcap": 4 * C * K,
+            "hidden, padded": 4 * (N - 3) * D,
+        },
+    ),
+    (
+        {"backend": "tpu", "rows": 2 * N, "dtype": "bfloat16"} | KERNEL_SCATTERED,
+        {
+            "logits of a chunk": 4 * C * K,
+            "kernel, gathered": 2 * D * K,
+            "gradient of kernel, float32": 4 * D * K,
+            "gradient of hidden, float32": 4 * N * D,
+        },
+    ),
+    (
+        {"backend": "tpu", "mesh": {"model": 2}, "axis_name": "model", "chunk_size": 8},
+        {
+            "gradient of kernel, float32": 4 * D * K // 2,
+            "gradient of hidden, float32": 4 * N * D,
+            "gradient of hidden, scaled": 4 * N * D,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), TERMS, ids=str)
+def test_terms(options, expected):
+    plan = sxe.plan(**(FOUR_CHUNKS | options))
+    rows = Backend("cpu", is_local=True).row_block_bytes // (4 * K)
+    expected = {k: 4 * rows * K if v == "a block of rows" else v for k, v in expected.items()}
+    assert dict(plan.terms) == expected
+    assert plan.temporary_bytes == sum(expected.values())
+
+
+@pytest.mark.parametrize("mebibytes", [1, 4])
+def test_a_block_of_rows_is_as_large_as_the_backend_says(monkeypatch, mebibytes):
+    monkeypatch.setattr(Backend, "row_block_bytes", mebibytes * 2**20)
+    options = ON_A_CPU | {"options": ("softcap", "label_smoothing"), "reduction": "none"}
+    terms = sxe.plan(**FOUR_CHUNKS, **options, differentiate=()).terms
+    blocks = {size for name, size in terms.items() if name.startswith("row block")}
+    assert blocks == {mebibytes * 2**20}
+
+
 @pytest.mark.parametrize("chunk_size", [256, 64, 100], ids=["one chunk", "many", "padded"])
 @pytest.mark.parametrize(
     ("differentiate", "options", "products"),
@@ -302,6 +405,9 @@ def test_command_line(capsys):
         f"{plan.logits_bytes / 2**20:.1f} MiB",
     ):
         assert part in text
+    for name, size in plan.terms.items():
+        amount = f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size:,} bytes"
+        assert re.search(f"^  {name} +{amount}$", text, re.M)
     assert text.isascii()
 
 

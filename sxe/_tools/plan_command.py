@@ -7,11 +7,12 @@ from functools import partial
 
 import jax
 
-from sxe import _plan
+import sxe
 from sxe._backend import PLATFORMS
 from sxe._call.options import REDUCTIONS
 from sxe._errors import ArgumentError
-from sxe._plan import Plan
+from sxe._plan.plan import Plan
+from sxe._plan.work import INPUTS, TILE_OPTIONS
 from sxe._rows.rules import RULES
 from sxe._tools.arguments import positive, size
 
@@ -38,15 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--differentiate",
         nargs="*",
-        choices=_plan.INPUTS,
-        default=_plan.INPUTS,
+        choices=INPUTS,
+        default=INPUTS,
         help="what gets a gradient (default: both; none of them: the value alone)",
     )
     parser.add_argument("--reduction", choices=REDUCTIONS, default="mean")
     parser.add_argument("--rule", choices=tuple(RULES), default="vjp")
     parser.add_argument("--chunk-size", type=size, help="rows in a chunk, at most")
     parser.add_argument(
-        "--options", nargs="*", choices=_plan.TILE_OPTIONS, default=(), help="options in use"
+        "--options", nargs="*", choices=TILE_OPTIONS, default=(), help="options in use"
     )
     parser.add_argument("--backend", choices=PLATFORMS, help="where it will run (default: as here)")
     mesh = parser.add_argument_group("mesh")
@@ -92,7 +93,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         if axes[name] is None and default in (arguments.mesh or {}):
             axes[name] = default
     try:
-        plan = _plan.plan(
+        plan = sxe.plan(
             arguments.rows,
             arguments.hidden,
             arguments.classes,
@@ -132,6 +133,8 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
     yield "gradient of the logits", f"multiplied in {plan.gradient_dtype}"
     yield "matrix products", f"{plan.flops / 1e9:,.1f} GFLOP"
     yield "temporaries, about", _bytes(plan.temporary_bytes)
+    for name, n in plan.terms.items():
+        yield f"  {name}", _bytes(n)
     yield "peak, about", f"{_bytes(plan.peak_bytes)}, with arguments and results"
     yield "logits, if they existed", _bytes(plan.logits_bytes)
     yield "peak with logits, at least", _bytes(plan.logits_peak_bytes)

@@ -1,8 +1,8 @@
-"""What a call of the head would do, from its sizes alone: path, chunks, FLOPs, memory, and what it
-moves between the devices of a mesh."""
+"""``sxe.plan``: the path of a call, its chunks, FLOPs and memory, and what its devices exchange."""
 
 from __future__ import annotations  # so that help() names types shortly
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,22 +12,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sxe._arrays import AxisName, axis_names
-from sxe._backend import PLATFORMS, Backend, backend_of
+from sxe._backend import PLATFORMS, backend_of
 from sxe._call import arguments
 from sxe._call.options import REDUCTIONS
 from sxe._call.options import chunk_size as parse_chunk_size
 from sxe._errors import ArgumentTypeError, ArgumentValueError
-from sxe._head.loops import classes_per_block, tiling
-from sxe._rows.cpu import rows_per_block
+from sxe._plan.memory import temporaries
+from sxe._plan.work import INPUTS, TILE_OPTIONS, Work
 from sxe._rows.rules import RULES
 
-MIB = 2**20
 VALUE = "value alone"
-FORWARD = "gradients in the forward pass"
-RECOMPUTE = "logits again in the backward pass"
-INPUTS = ("hidden", "kernel")
-HIDDEN_GRADIENT, KERNEL_GRADIENT = "gradient of hidden", "gradient of kernel"
-TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
 
 
 class Collective(NamedTuple):
@@ -77,7 +71,9 @@ class Plan(NamedTuple):
       padding: the rows that are added to make them of one size.
       gradient_dtype: in which the gradient of the logits is multiplied with hidden and kernel.
       flops: of the matrix products, of all chunks.
-      temporary_bytes: estimated, what XLA allocates beside arguments and results.
+      terms: estimated, what XLA allocates beside arguments and results at the moment when it needs
+        most: the bytes of each array, by its name. An array in a result's memory is not named.
+      temporary_bytes: the sum of the terms.
       peak_bytes: estimated, with arguments and results.
       logits_bytes: what the [N, K] logits would take in the dtype in which they are computed.
       logits_peak_bytes: what a program that makes them needs at least: arguments, results, logits.
@@ -92,6 +88,7 @@ class Plan(NamedTuple):
     padding: int
     gradient_dtype: str
     flops: int
+    terms: Mapping[str, int]
     temporary_bytes: int
     peak_bytes: int
     logits_bytes: int
@@ -101,8 +98,7 @@ class Plan(NamedTuple):
     collectives: tuple[Collective, ...]
 
     def __hash__(self) -> int:
-        *others, mesh, collectives = self
-        return hash((*others, frozenset(mesh.items()), collectives))
+        return hash(tuple(frozenset(a.items()) if isinstance(a, Mapping) else a for a in self))
 
     def floor(
         self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
@@ -215,19 +211,22 @@ def plan(
         "fsdp": arguments.mesh_axes("fsdp", fsdp),
     }
     _check_mesh(sizes, axes, rule)
-    here = backend_of()
-    call = _Call(
+    runs_on = backend_of()
+    if backend is not None:
+        runs_on = dataclasses.replace(runs_on, platform=backend)
+    if sizes:  # Inside of shard_map a device is alone, whatever the number of devices here.
+        runs_on = dataclasses.replace(runs_on, is_local=True)
+    call = Work(
         rows,
         hidden,
         classes,
         dtype,
-        differentiate=tuple(differentiate),
+        differentiate=frozenset(differentiate),
         reduction=reduction,
         rule=rule,
         chunk_size=given,
-        options=tuple(options),
-        # Inside of shard_map a device is alone, whatever the number of devices here.
-        backend=Backend(backend or here.platform, here.is_local or bool(sizes)),
+        options=frozenset(options),
+        backend=runs_on,
     )
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
         raise ArgumentTypeError("memory_bytes", f"expected a number or None, got {memory_bytes!r}")
@@ -243,19 +242,6 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
     except TypeError:
         known = None
     return arguments.check_dtype("dtype", dtype if known is None else known)
-
-
-class _Call(NamedTuple):
-    rows: int
-    hidden: int
-    classes: int
-    dtype: jnp.dtype
-    differentiate: tuple[str, ...]
-    reduction: str
-    rule: str
-    chunk_size: int | None
-    options: tuple[str, ...]
-    backend: Backend
 
 
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
@@ -283,7 +269,7 @@ def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> 
 
 
 def _smallest_class_split(
-    call: _Call, sizes: dict[str, int], memory_bytes: float, **axes: AxisName
+    call: Work, sizes: dict[str, int], memory_bytes: float, **axes: AxisName
 ) -> Plan:
     for argument in ("axis_name", "batch_axis_name"):
         if len(axis_names(axes[argument])) != 1:
@@ -318,7 +304,7 @@ def _smallest_class_split(
 
 
 def _plan(
-    call: _Call,
+    call: Work,
     sizes: dict[str, int],
     *,
     axis_name: AxisName,
@@ -339,176 +325,49 @@ def _plan(
             raise ArgumentValueError(
                 argument, f"expected a multiple of {parts}, the devices along {axes}, got {size}"
             )
-    rows, hidden, classes = call.rows // groups, call.hidden, call.classes // shards
-    if not sizes:
-        return _on_a_device(call, sizes, ())
-
-    wide = 8 if call.dtype == jnp.float64 else 4
-    gathered_itemsize = (
-        wide if call.backend.platform == "cpu" else call.dtype.itemsize
-    )  # XLA widens it
-    kernel, all_hidden = hidden * classes, rows * hidden
-    want_hidden, want_kernel = (name in call.differentiate for name in INPUTS)
-    sums = {"mean": 2, "sum": 1, "none": 0}[call.reduction]
-    exchanged = [
-        ("all-reduce", "sums of losses and weights", groups, wide * sums),
-        # The maximum; the sum, the number of maxima, and the label's part of the loss.
-        ("all-reduce", "statistics of rows", shards, 4 * wide * rows),
-        ("all-reduce", HIDDEN_GRADIENT, shards, wide * all_hidden * want_hidden),
-        ("all-gather", "kernel", gathered, gathered_itemsize * kernel),
-        ("reduce-scatter", KERNEL_GRADIENT, gathered, wide * kernel * want_kernel),
-        (
-            "all-reduce",
-            KERNEL_GRADIENT,
-            groups // gathered,
-            wide * kernel // gathered * want_kernel,
-        ),
-    ]
-    collectives = tuple(Collective(*c) for c in exchanged if c[2] > 1 and c[3])
-    return _on_a_device(call._replace(rows=rows, classes=classes), sizes, collectives)
-
-
-def _on_a_device(call: _Call, sizes: dict[str, int], collectives: tuple[Collective, ...]) -> Plan:
-    rows, hidden, classes, dtype = call.rows, call.hidden, call.classes, call.dtype
-    chunks, size, padding = tiling(
-        rows, classes, chunk_size=call.chunk_size, dtype=dtype, backend=call.backend
+    work = dataclasses.replace(
+        call,
+        rows=call.rows // groups,
+        classes=call.classes // shards,
+        row_groups=groups,
+        class_shards=shards,
+        kernel_parts=gathered,
     )
-    wanted = [name in call.differentiate for name in INPUTS]
-    if not any(wanted):
-        path = VALUE
-    else:
-        path = FORWARD if call.rule == "vjp" and call.reduction != "none" else RECOMPUTE
-    # Of a single chunk XLA sees that both passes compute the same logits, and keeps them.
-    again = path == RECOMPUTE and chunks > 1
-    products = 1 + sum(wanted) + again
-
-    itemsize, wide = dtype.itemsize, 8 if dtype == jnp.float64 else 4
-    narrow_gradient = call.backend.gradient_dtype(dtype).itemsize
-    logits = rows * classes * wide
-    scattered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
-    kernel = hidden * classes // scattered
-    arguments = (rows * hidden + kernel) * itemsize + rows * 4
-    results = itemsize * (wanted[0] * rows * hidden + wanted[1] * kernel) + wide
-    if call.reduction == "none":
-        results += rows * wide
-    temporary = _temporary_bytes(call, size, chunks, path, wanted[0], wanted[1], collectives)
-    # The kernel is read for each product with it, and its gradient read and written, in each chunk.
-    # Logits are written, and read by both passes of the row rule; their gradient is written, and
-    # read for each product with it.
-    traffic = (
-        chunks * hidden * classes * ((1 + wanted[0] + again) * itemsize + wanted[1] * 2 * wide)
-    )
-    traffic += rows * hidden * itemsize * (1 + again + sum(wanted))
-    traffic += logits * (2 + any(wanted) + 2 * again)
-    traffic += rows * classes * narrow_gradient * (any(wanted) + sum(wanted))
+    chunks, size, padding = work.tiling
+    terms = temporaries(work)
+    temporary, others = sum(terms.values()), work.argument_bytes + work.result_bytes
     return Plan(
-        path=path,
+        path=work.path or VALUE,
         chunk_size=size,
         chunks=chunks,
         padding=padding,
-        gradient_dtype=str(call.backend.gradient_dtype(dtype)),
-        flops=2 * products * size * chunks * hidden * classes,
+        gradient_dtype=str(work.gradient_dtype),
+        flops=work.flops,
+        terms=terms,
         temporary_bytes=temporary,
-        peak_bytes=arguments + results + temporary,
-        logits_bytes=logits,
-        logits_peak_bytes=arguments + results + logits,
-        traffic_bytes=traffic,
+        peak_bytes=others + temporary,
+        logits_bytes=work.logits_bytes,
+        logits_peak_bytes=others + work.logits_bytes,
+        traffic_bytes=work.traffic_bytes,
         mesh=sizes,
-        collectives=collectives,
+        collectives=_collectives(work),
     )
 
 
-def _temporary_bytes(
-    call: _Call,
-    size: int,
-    chunks: int,
-    path: str,
-    want_hidden: bool,
-    want_kernel: bool,
-    collectives: tuple[Collective, ...],
-) -> int:
-    """What XLA allocates at the time when it needs most, as far as that follows from the sizes."""
-    rows, hidden, classes, dtype = call[:4]
-    platform = call.backend.platform
-    options = call.options
-    wide = 8 if dtype == jnp.float64 else 4
-    narrow = dtype.itemsize < wide
-    old = platform == "cpu" and call.backend.jax_version < (0, 11)
-    tile = size * classes * wide
-    all_hidden = rows * hidden * wide
-    chunk_hidden = size * hidden * wide
-    padded = size * chunks != rows
-    kernel = hidden * classes * wide
-    gathered = math.prod(c.devices for c in collectives if c.kind == "all-gather")
-    reduced = any(c.of == KERNEL_GRADIENT for c in collectives)
-    reduced_hidden = any(c.of == HIDDEN_GRADIENT for c in collectives)
-    if platform == "tpu":
-        # There XLA fuses the row rule with the products, except a tanh, and writes no result over
-        # what it is made of.
-        tiles = 1 + ("softcap" in options and path != VALUE)
-        scaled = path == FORWARD  # by the backward pass, into other arrays
-        kernels = kernel * (want_kernel and (narrow or reduced or scaled))
-        kernels += hidden * classes * dtype.itemsize * (gathered > 1)
-        copies = padded + (want_hidden and (narrow or reduced_hidden or scaled))
-        looping = tile * tiles + kernels + all_hidden * (copies if chunks > 1 else 0)
-        # After the loop, gradients are scaled, and reduced from other arrays than they were in.
-        twice = reduced_hidden and gathered == 1
-        after = kernel * want_kernel * (1 + reduced) + all_hidden * want_hidden * (1 + twice)
-        return max(looping, after) if scaled and (reduced or reduced_hidden) else looping
-
-    # The row rule's temporaries are as large as the rows it takes at a time, or the classes.
-    row_block = rows_per_block((size, classes), call.backend) * classes * wide
-    block = classes_per_block(hidden, classes, call.backend)
-    writes = len({*options, *(("where",) if padded else ())})
-    if "softcap" in options and "label_smoothing" not in options:
-        writes -= 1  # XLA does not write the capped logits: it computes them where it needs them
-    # The sum of a confident row is over a copy of its block without the maxima.
-    work = row_block * (2 + writes)
-    blocks = want_kernel or call.backend.gradient_dtype(dtype) != dtype
-    if path != VALUE and block < classes and blocks:
-        work = max(work, (size + hidden) * block * wide)
-    if platform == "gpu":
-        # There XLA fuses the row rule, options and all, but not with the products.
-        work = size * classes * call.backend.gradient_dtype(dtype).itemsize if path != VALUE else 0
-    work += chunk_hidden if chunks > 1 else 0
-    # The gradients of chunks, before they are in the rows' order.
-    stacked = want_hidden and (narrow or (want_kernel and platform == "cpu"))
-    if old and not padded:
-        # There they may be where they are returned; but narrow hidden states are widened.
-        stacked = narrow or (want_hidden and want_kernel and all_hidden < tile)
-    copies = all_hidden * (padded + stacked)
-    copies = copies if chunks > 1 else 0
-
-    buffers = [tile]
-    if old and path == FORWARD and not writes:
-        rows_at_once = rows_per_block((size, classes), call.backend)
-        if rows_at_once == 1 < size:
-            buffers.append(tile)  # its rows are not replaced in place
-    if old and narrow and want_hidden:
-        buffers.append(kernel // 2)  # as integers
-    if platform == "gpu" and narrow and classes % 8:
-        # cuBLAS wants whole blocks of 16 bytes, so that XLA pads what it multiplies.
-        buffers.append(kernel // 2)
-        work += work
-    if narrow and reduced_hidden:
-        buffers.append(all_hidden)  # what it was reduced to, before it is rounded
-
-    # A gradient that is rounded or reduced comes from another one when all is done: until then its
-    # own memory is free for something else.
-    if not want_kernel or not (narrow or reduced):
-        return sum(buffers) + work + copies
-    result = kernel // gathered // (2 if narrow else 1)
-    if not reduced:
-        fits = [b for b in buffers if b <= result]
-        if fits:
-            buffers.remove(max(fits))
-        return sum(buffers) + kernel + work + copies
-    rest = sorted((*buffers, work, copies), reverse=True)
-    if narrow:
-        whole = kernel // 2 if gathered > 1 else 0
-        return kernel + whole + max(kernel, sum(rest))
-    for part in rest[:]:
-        if part <= result:
-            result -= part
-            rest.remove(part)
-    return kernel * (2 if gathered > 1 else 1) + sum(rest)
+def _collectives(work: Work) -> tuple[Collective, ...]:
+    groups, shards, parts = work.row_groups, work.class_shards, work.kernel_parts
+    wide, kernel = work.wide_itemsize, work.hidden * work.classes
+    gathered = kernel * (wide if work.backend.widens_what_it_exchanges else work.dtype.itemsize)
+    d_hidden, d_kernel = (wide * (name in work.differentiate) for name in INPUTS)
+    d_hidden, d_kernel = d_hidden * work.rows * work.hidden, d_kernel * kernel
+    sums = {"mean": 2, "sum": 1, "none": 0}[work.reduction]
+    exchanged = (
+        Collective("all-reduce", "sums of losses and weights", groups, wide * sums),
+        # The maximum; the sum, the number of maxima, and the label's part of the loss.
+        Collective("all-reduce", "statistics of rows", shards, 4 * wide * work.rows),
+        Collective("all-reduce", "gradient of hidden", shards, d_hidden),
+        Collective("all-gather", "kernel", parts, gathered),
+        Collective("reduce-scatter", "gradient of kernel", parts, d_kernel),
+        Collective("all-reduce", "gradient of kernel", groups // parts, d_kernel // parts),
+    )
+    return tuple(c for c in exchanged if c.devices > 1 and c.bytes)

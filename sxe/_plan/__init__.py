@@ -1,0 +1,1 @@
+"""What a call of the head would do, from its sizes alone."""
