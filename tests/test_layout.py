@@ -180,7 +180,9 @@ def total_and_names(seen):
     return result
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+@pytest.mark.parametrize(
+    "kinds", [(AUTO, AUTO), (EXPLICIT, EXPLICIT), (AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=str
+)
 @pytest.mark.parametrize(
     ("rows", "classes", "part", "axis_name", "batch_axis_name"),
     [
@@ -190,8 +192,8 @@ def total_and_names(seen):
         ((), None, (8, 16), None, None),
     ],
 )
-def test_run_gives_each_device_its_part(kind, rows, classes, part, axis_name, batch_axis_name):
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+def test_run_gives_each_device_its_part(kinds, rows, classes, part, axis_name, batch_axis_name):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
     logits = jnp.arange(8.0 * 16).reshape(8, 16)
     layout, seen = Layout(mesh, rows, classes), []
     with jax.set_mesh(mesh):
@@ -199,6 +201,31 @@ def test_run_gives_each_device_its_part(kind, rows, classes, part, axis_name, ba
         total = layout.run(total_and_names(seen), inputs, (1,), ndim=2, out=P())
     assert total == jnp.sum(logits)
     assert seen == [(part, Options(axis_name=axis_name, batch_axis_name=batch_axis_name))]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "divided"),
+    [((EXPLICIT,), {"data"}), ((AUTO,), {"model"}), ((AUTO, EXPLICIT), {"data", "model"})],
+    ids=str,
+)
+def test_run_divides_along_mesh_axes_of_its_kinds_alone(kinds, divided):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(EXPLICIT, AUTO))
+    layout = Layout(
+        mesh,
+        rows=("data" if "data" in divided else None,),
+        classes="model" if "model" in divided else None,
+        kinds=kinds,
+    )
+
+    def result(inputs):
+        assert set(jax.sharding.get_abstract_mesh().manual_axes) == divided
+        return lax.psum(jnp.sum(inputs.logits), tuple(sorted(divided)))
+
+    logits = jnp.arange(8.0 * 16).reshape(8, 16)
+    with jax.set_mesh(mesh):
+        inputs = Arrays(logits, options=Options())
+        run = jax.jit(lambda inputs: layout.run(result, inputs, (1,), ndim=2, out=P()))
+        assert run(inputs) == jnp.sum(logits)
 
 
 # What types say on an Explicit mesh.

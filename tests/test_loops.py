@@ -239,6 +239,17 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch, rows, replaces, tra
     assert outputs["none"] is None
 
 
+def has_loop(backend, rows):
+    """Whether a program has one over blocks of so many rows."""
+    tile = jnp.zeros((rows, 3))
+    jaxpr = jax.make_jaxpr(
+        lambda tile: in_row_blocks(
+            lambda sums, part, of_rows: (sums, part, of_rows), (), tile, None, backend=backend
+        )
+    )(tile)
+    return "scan" in str(jaxpr)
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if not b.loops_over_rows], ids=str)
 def test_elsewhere_there_is_one_block(monkeypatch, backend):
     monkeypatch.setattr(Backend, "row_block_bytes", 1)
@@ -247,11 +258,14 @@ def test_elsewhere_there_is_one_block(monkeypatch, backend):
     assert sums["total"] == 7 + tile.sum()
     np.testing.assert_array_equal(new, 2 * tile + 1)
     np.testing.assert_array_equal(outputs["sum"], tile.sum(axis=1))
+    assert has_loop(LOCAL_CPU, 13)
+    assert not has_loop(backend, 13)
 
 
 def test_a_small_tile_is_one_block():
     *_, seen = in_blocks(13, backend=LOCAL_CPU, replaces=True)
     assert seen == [(13, 3)]
+    assert not has_loop(LOCAL_CPU, 13)
 
 
 # Loops over blocks of classes.
@@ -267,7 +281,7 @@ def test_a_small_tile_is_one_block():
         (1, 8192, 8 * MIB, 2048),  # not more
         (0, 8192, 8 * MIB, 2048),
         (2**20, 8192, 8 * MIB, 256),  # not fewer
-        (1000, 8192, 2 * MIB, 512),  # of 524, a multiple of 64
+        (1000, 8191, 2 * MIB, 512),  # of 524, a multiple of 64
         (4096, 100, 8 * MIB, 100),
     ],
 )
