@@ -199,8 +199,8 @@ def gather_rows(
 ) -> Array:
     """The rows of the kernel from all devices along these mesh axes, in a wider dtype.
 
-    It varies along the mesh axes named besides. The transpose sums over them in that dtype, the
-    scattered rows last, and rounds once.
+    It varies along the mesh axes named besides. The transpose sums in that dtype, first over the
+    axes that scatter the rows and then over the others, and rounds once.
     """
     return lax.all_gather(vary(kernel, names), axis_name, axis=0, tiled=True).astype(dtype)
 

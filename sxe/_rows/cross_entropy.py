@@ -23,8 +23,10 @@ from sxe._rows.normalizer import Normalizer, merge_over
 from sxe._rows.rules import Weighed
 from sxe._rows.targets import (
     Targets,
+    dense_cost,
     dense_gap,
     label_gap,
+    put_label,
     take_label,
     target_sum,
     target_tile,
@@ -117,10 +119,10 @@ class CrossEntropy:
         x = jnp.where(inside, wide(found), state.m)  # elsewhere it is of no use, but finite
         t_label = t[..., None], (total - t)[..., None]  # of one target, T - t is exactly 0
         at_label = row_gradient(x[..., None], t_label, state, g, self.backend)
-        return twins.put_label(d, label, at_label[..., 0], self.backend)
+        return put_label(d, label, at_label[..., 0])
 
     def target_gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Targets:
-        at_label, at_dense = self._minus_log_q(x, targets, state)
+        at_label, at_dense = self._minus_log_q(x, targets, state)  # D0 differentiated in t_k
         zeros = jax.tree.map(lambda a: vary_like(jnp.zeros_like(a), a), targets)
         d = Targets(None, None, zeros.dense, zeros.total)
         if targets.label_target is not None:
@@ -153,8 +155,7 @@ class CrossEntropy:
             cost = targets.label_target * label_gap(targets, x, lse, zero)
             loss = loss + psum(cost, self.axis_name)
         if targets.dense is not None:
-            t = targets.dense.t
-            cost = jnp.sum(t * dense_gap(targets, x, lse, zero), axis=-1)
+            cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # the plain twin
             loss = loss + psum(cost, self.axis_name)
         return Results(loss, origin + lse)
 

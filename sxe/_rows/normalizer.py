@@ -83,8 +83,11 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
 
 
 def _rest(state: Normalizer, m: Array) -> tuple[Array, Array]:
-    """The terms of a state, measured from m >= state.m, without those that equal 1; and how many
-    states of 0 or 1 have such a term left out."""
+    """What the classes of a state add to the r of a merged state with the maximum m.
+
+    The second number is 1 where m is the maximum of these classes too, and else 0. Where it is 1,
+    one maximal element of theirs is left out already.
+    """
     top = state.m == m
     rest = jnp.where(top, state.r, (1 + state.r) * exp_difference(state.m, finite_shift(m)))
     return rest, top.astype(rest.dtype)

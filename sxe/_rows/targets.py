@@ -89,7 +89,7 @@ def take_label(x: Array, label: Array) -> tuple[Array, Array]:
 
 
 def put_label(d: Array, label: Array, at_label: Array) -> Array:
-    """d [..., K] with at_label [...] at the label, where the tile holds it. The plain twin."""
+    """d [..., K] with at_label [...] at the label, where the tile holds it."""
     return jnp.where(is_label(label, d.shape[-1]), at_label[..., None], d)
 
 

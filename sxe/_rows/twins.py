@@ -75,8 +75,3 @@ def dense_targets(t: Array, axis_name: AxisName, backend: Backend) -> Dense:
     total = psum(total, axis_name)
     rest = lax.stop_gradient(dense.rest) + (total - lax.stop_gradient(total))
     return dense._replace(rest=rest)
-
-
-def put_label(d: Array, label: Array, at_label: Array, backend: Backend) -> Array:
-    """d [..., K] with at_label [...] at the label, where the tile holds it."""
-    return targets.put_label(d, label, at_label)
