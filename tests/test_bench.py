@@ -1,8 +1,11 @@
 """python -m sxe bench: right about what is right, and silent about nothing."""
 
+import argparse
 import importlib.util
 import json
+import os
 import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,8 @@ import pytest
 
 import sxe
 from sxe.__main__ import main
-from sxe._tools.bench import contestants, report
+from sxe._tools.bench import command, contestants, report
+from sxe._tools.bench import measure as measuring
 from sxe._tools.bench.measure import Measurement, Timing, measure
 from sxe._tools.bench.problem import Problem, errors, standard_problems, truth
 
@@ -41,6 +45,49 @@ def test_the_truth_is_that_of_the_oracle(problem):
     for actual, expected, i in zip(true.gradients, gradients, at, strict=False):
         np.testing.assert_allclose(actual, expected[i], rtol=1e-9, atol=1e-12)
     assert len(true.gradients) == len(gradients)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_the_truth_is_the_same_on_an_accelerator(problem, monkeypatch):
+    """There the arrays are JAX's and the products are those of float64."""
+    arguments = [
+        jnp.asarray(x, x.dtype if x.dtype == np.int32 else problem.dtype) for x in problem.data()
+    ]
+    expected = truth(problem, *(np.asarray(x) for x in arguments))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(measuring, "truth", lambda *a, **k: seen.update(k) or truth(*a, **k))
+    seen = {}
+    actual = measuring._truth(problem, *arguments)
+    assert seen["namespace"] is jnp
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-13)
+    for a, b in zip(actual.gradients, expected.gradients, strict=True):
+        assert a.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_data_depend_on_the_problem_alone(threads, monkeypatch):
+    problem = Problem(5, 2**21, hidden=2)  # several slices of the kernel and of the logits
+    expected = problem.data(), problem._replace(hidden=None).data()
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    found = problem.data(), problem._replace(hidden=None).data()
+    for a, b in zip(sum(found, ()), sum(expected, ()), strict=True):
+        np.testing.assert_array_equal(a, b)
+    logits = expected[1][0]
+    assert abs(logits.mean()) < 1e-2
+    assert logits.std() == pytest.approx(1, rel=1e-2)
+    assert len({row.tobytes() for row in logits}) == 5
+
+
+def test_the_arrays_on_the_device_have_the_dtype_of_the_problem(monkeypatch):
+    """Whatever the number of slices that they are converted in."""
+    x = np.random.default_rng(0).standard_normal((7, 5), np.float32)
+    whole = measuring._on_device(x, "bfloat16")
+    monkeypatch.setattr(measuring, "SLICE", 10)
+    sliced = measuring._on_device(x, "bfloat16")
+    assert whole.dtype == sliced.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(sliced))
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(jnp.asarray(x, "bfloat16")))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +291,128 @@ def test_a_sweep_as_table_json_and_plot(tmp_path, capsys):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+SUITE = [Problem(8, 11), Problem(16, 13, hidden=5), Problem(9, 7)]
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.setattr(command, "standard_problems", lambda quick, confident: SUITE)
+    return ["bench", "--suite", "--rounds", "2", "--peers", "optax"]
+
+
+def test_a_suite_is_a_table_for_each_problem(suite, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert main([*suite, "--chunk-size", "4", "16", "--json", str(file), "--budget", "600"]) == 0
+    text = capsys.readouterr()
+    for problem in SUITE:
+        assert re.search(rf"^{problem.name}, value and gradient +ms", text.out, re.M)
+    assert re.search(r"^sxe, chunk 4 .* GFLOP/s", text.out, re.M)
+    assert re.search(r"^\[ +\d+\.\d s\] sxe, chunk 16 compiled$", text.err, re.M)
+    for phase in ("data drawn", "truth computed", "floor compiled", "rounds measured"):
+        assert text.err.count(phase) == len(SUITE)
+    measured = json.loads(file.read_text())["measurements"]
+    assert [m["problem"]["rows"] for m in measured] == [8, 16, 9]
+    names = ["sxe", "sxe, chunk 4", "sxe, chunk 16", "optax", "floor"]
+    assert [t["name"] for t in measured[1]["timings"]] == names
+    assert all(t["temporary_bytes"] is not None for t in measured[1]["timings"])
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_suite_ends_before_its_budget_and_never_without_a_problem(suite, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert main([*suite, "--json", str(file), "--budget", "1e-3"]) == 0
+    assert len(json.loads(file.read_text())["measurements"]) == 1
+    assert f"no time left for {SUITE[1].name}" in capsys.readouterr().err
+
+
+def test_a_problem_that_fails_takes_nothing_from_the_others(suite, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "report.json"
+
+    def fails_once(problem, *arguments, **options):
+        if problem == SUITE[0]:
+            raise MemoryError("too large")
+        return measure(problem, *arguments, **options)
+
+    monkeypatch.setattr(measuring, "measure", fails_once)
+    assert main([*suite, "--json", str(file)]) == 1
+    assert f"failed at {SUITE[0].name}: MemoryError: too large" in capsys.readouterr().err
+    measured = json.loads(file.read_text())["measurements"]
+    assert [m["problem"]["rows"] for m in measured] == [16, 9]
+
+
+def test_the_suite_of_a_gpu_begins_with_the_head(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arguments = argparse.Namespace(quick=False, confident=0.25, chunk_size=None)
+    problems, chunk_sizes = command._suite(arguments)
+    assert problems[0] == Problem(16384, 131072, 4096, "bfloat16", confident=0.25)
+    assert len(set(problems)) == len(problems) == 11
+    assert chunk_sizes == {problems[0]: (1024, 2048, 4096, 8192)}
+
+
+def test_a_peer_that_fails_in_the_rounds_is_named(monkeypatch):
+    seconds = contestants.Contestant.seconds
+    calls = []
+
+    def fails_late(self, repeats=1):
+        if self.name == "optax":
+            calls.append(repeats)
+            if len(calls) > 2:  # after the call that finds the number of repeats, and a round
+                raise RuntimeError("out of memory")
+        return seconds(self, repeats)
+
+    monkeypatch.setattr(contestants.Contestant, "seconds", fails_late)
+    found = measure(Problem(8, 11), ("optax",), gradient=True, rounds=3, seconds=60.0)
+    timings = {t.name: t for t in found.timings}
+    assert timings["optax"].failed == "RuntimeError: out of memory"
+    assert len(timings["sxe"].seconds) == len(timings["floor"].seconds) == 3
+    assert len(calls) == 3
+    assert "RuntimeError: out of memory" in report.problem_table(found)
+
+
+WORKER = """
+import json, sys
+assert json.loads(sys.stdin.readline())["peers"] == ["torch"]
+print(json.dumps({"contestants": ["torch", "Liger", "CCE"]}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request.get("prepare") == "Liger":
+        print(json.dumps({"error": "OutOfMemoryError: too large"}), flush=True)
+    elif request.get("prepare") == "CCE":
+        break
+    else:
+        print(json.dumps({"compile_seconds": 1.5, "temporary_bytes": 2**20}), flush=True)
+"""
+
+
+def test_a_process_that_ends_is_named_and_stops_nothing(monkeypatch):
+    popen = subprocess.Popen
+
+    def other(command, **options):
+        return popen([command[0], "-c", WORKER], **options)
+
+    monkeypatch.setattr(contestants.subprocess, "Popen", other)
+    found = measure(Problem(8, 11), ("torch",), gradient=True, rounds=2, seconds=60.0)
+    failed = {t.name: t.failed for t in found.timings}
+    assert failed["sxe"] is failed["floor"] is None
+    assert failed["Liger"] == "RuntimeError: OutOfMemoryError: too large"
+    for name in ("torch", "CCE"):
+        assert "its process ended" in failed[name]
+
+
+def test_a_process_that_does_not_answer_is_ended(monkeypatch):
+    popen = subprocess.Popen
+
+    def other(command, **options):
+        return popen([command[0], "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr(contestants.subprocess, "Popen", other)
+    monkeypatch.setattr(contestants.TorchProcess, "answer_within", 0.2)
+    found = measure(Problem(8, 11), ("torch",), gradient=True, rounds=2, seconds=60.0)
+    timings = {t.name: t for t in found.timings}
+    assert "did not answer" in timings["torch"].failed
+    assert len(timings["sxe"].seconds) == 2
+
+
 def test_calls(capsys):
     assert main(["bench", "--calls", "--rounds", "1"]) == 0
     rows = capsys.readouterr().out.splitlines()[-4:]
@@ -259,7 +428,12 @@ def test_calls(capsys):
 def test_torch_in_its_own_process(problem):
     measured = measure(problem, ("torch",), gradient=True, rounds=2, seconds=60.0)
     found = {t.name: t for t in measured.timings}
-    names = ["torch"] if problem.hidden is None else ["torch", "torch chunked"]
+    import torch.nn.functional
+
+    names = ["torch"]
+    if problem.hidden is not None and hasattr(torch.nn.functional, "linear_cross_entropy"):
+        names.append("torch chunked")
+    assert set(found) == {"sxe", *names, "floor"}
     for name in names:
         assert found[name].failed is None
         assert found[name].gradient_error is not None

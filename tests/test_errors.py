@@ -1075,6 +1075,13 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         ),
         ([*PLAN, "--bytes-per-second", "0"], "--bytes-per-second", "expected .* 0, got '0'"),
         (["bench", "--rows", "8"], "--classes", "expected with --rows or --hidden"),
+        (["bench", "--budget", "60"], "--budget", "expected with --suite"),
+        ([*BENCH, "--chunk-size", "4"], "--chunk-size", "expected with --hidden or --suite"),
+        (
+            ["bench", "--suite", "--calls"],
+            "--calls",
+            "expected without --suite, which has its own problems",
+        ),
         (["bench", "--hidden", "8"], "--rows", "expected with --classes or --hidden"),
         (["bench", "--dense"], "--dense", "expected with --rows and --classes"),
         ([*BENCH, "--hidden", "3", "--dense"], "--dense", "expected logits, without --hidden"),

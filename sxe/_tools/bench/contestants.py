@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,13 +23,13 @@ import sxe
 from sxe._backend import backend_of
 from sxe._tools.bench.problem import Array, Outcome, Problem
 
-PEERS = ("optax", "tokamax", "jax-cce", "torch")
+TORCH_PEERS = ("torch", "liger-kernel", "cut-cross-entropy")
+PEERS = ("optax", "tokamax", "jax-cce", *TORCH_PEERS)
 
 
 def installed() -> dict[str, str]:
     """The version of each peer that can be imported."""
-    modules = {"jax-cce": "jax_cce"}
-    found = [name for name in PEERS if importlib.util.find_spec(modules.get(name, name))]
+    found = [name for name in PEERS if importlib.util.find_spec(name.replace("-", "_"))]
     return {name: importlib.metadata.version(name) for name in found}
 
 
@@ -78,47 +80,91 @@ class Contestant:
         return Outcome(float(loss), tuple(np.asarray(d, np.float64) for d in at))
 
 
-class Torch:
-    """The same for PyTorch, by way of its process; what it compiles or holds is not known."""
+class TorchProcess:
+    """Where PyTorch runs, and what is built on it: one process for one problem.
 
-    compile_seconds: float | None = None
-    temporary_bytes: int | None = None
+    It makes the data while this process makes its own.
+    """
 
-    def __init__(self, name: str, process: Any, problem: Problem, gradient: bool) -> None:
-        self.name, self._process = name, process
-        chunked = name == "torch chunked"
-        self._ask({"problem": problem, "chunked": chunked, "gradient": gradient})
+    answer_within = 90.0  # seconds, after which the process is ended
 
-    def _ask(self, request: dict[str, Any]) -> Any:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "its process ended"}')
+    def __init__(
+        self, process: "subprocess.Popen[str]", problem: Problem, request: dict[str, Any]
+    ) -> None:
+        self._process = process
+        self._send({"problem": problem, **request})
+
+    def names(self) -> list[str]:
+        """Waits for the data, and returns the contestants that the process has."""
+        return list(self._answer()["contestants"])
+
+    def ask(self, **request: Any) -> Any:
+        self._send(request)
+        return self._answer()
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise RuntimeError("its process ended") from None
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        timer = threading.Timer(self.answer_within, self._process.kill)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        answer = json.loads(line or '{"error": "its process ended, or did not answer"}')
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
 
+
+@contextmanager
+def torch_process(
+    problem: Problem, *, gradient: bool, peers: Sequence[str]
+) -> Iterator[TorchProcess]:
+    """PyTorch's threads sleep while they wait, so that they take nothing from the others.
+
+    It compiles without processes of its own, which would outlive it.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sxe._tools.bench.torch_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        text=True,
+    )
+    try:
+        yield TorchProcess(process, problem, {"gradient": gradient, "peers": list(peers)})
+    finally:
+        # It holds nothing but data, and its memory is needed for the next problem.
+        process.kill()
+        process.communicate()
+
+
+class Torch:
+    """The same for one contestant of that process, which has no compiled program to ask."""
+
+    def __init__(self, name: str, process: TorchProcess) -> None:
+        self.name, self._process = name, process
+        known = process.ask(prepare=name)
+        self.compile_seconds: float | None = known["compile_seconds"]
+        self.temporary_bytes: int | None = known["temporary_bytes"]
+
     def seconds(self, repeats: int = 1) -> float:
-        return float(self._ask({"repeats": repeats})["seconds"])
+        return float(self._process.ask(time=self.name, repeats=repeats)["seconds"])
 
     def outcome(self, problem: Problem, labels: Array) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "gradients.npz")
-            loss = self._ask({"outcome": file})["loss"]
+            loss = self._process.ask(outcome=self.name, file=file)["loss"]
             with np.load(file) as saved:
                 return Outcome(loss, tuple(saved[name] for name in saved.files))
-
-
-@contextmanager
-def torch_process() -> Iterator[Any]:
-    """PyTorch's threads sleep while they wait, so that they take nothing from the others."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "sxe._tools.bench.torch_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
-        text=True,
-    ) as process:
-        yield process
 
 
 def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
@@ -214,13 +260,24 @@ def why(error: Exception) -> str:
 
 
 def contestants(
-    problem: Problem, gradient: bool, peers: tuple[str, ...], stack: ExitStack, *arguments: Any
-) -> tuple[list[Any], dict[str, str]]:
-    """sxe, and those peers that do what the problem asks for; and why others failed."""
-    found: list[Any] = []
+    problem: Problem,
+    peers: Sequence[str],
+    *arguments: Any,
+    gradient: bool,
+    chunk_sizes: Sequence[int] = (),
+    on_phase: Callable[[str], object] = lambda text: None,
+) -> tuple[list[Contestant], dict[str, str]]:
+    """sxe, and those of JAX's peers that do what the problem asks for; and why others failed."""
+    found: list[Contestant] = []
     failed: dict[str, str] = {}
     argnums = (0,) if problem.hidden is None else (0, 1)
-    for peer, functions in losses(problem).items():
+    by_peer = losses(problem)
+    chunked = {
+        f"sxe, chunk {size}": partial(sxe.linear_softmax_cross_entropy, chunk_size=size)
+        for size in chunk_sizes
+    }
+    by_peer["sxe"] = {**by_peer["sxe"], **chunked}
+    for peer, functions in by_peer.items():
         for name, f in functions.items() if peer in ("sxe", *peers) else ():
             given = arguments
             if peer == "jax-cce":  # it has the kernel as [K, D]
@@ -228,15 +285,26 @@ def contestants(
             try:
                 call = jax.value_and_grad(f, argnums) if gradient else f
                 found.append(Contestant(name, call, *given))
+                on_phase(f"{name} compiled")
             except Exception as error:
-                if peer == "sxe":
+                if name == "sxe":
                     raise
                 failed[name] = why(error)
-    if "torch" in peers:
-        for name in ("torch",) if problem.hidden is None else ("torch", "torch chunked"):
-            try:
-                process = stack.enter_context(torch_process())
-                found.append(Torch(name, process, problem, gradient))
-            except RuntimeError as error:
-                failed[name] = str(error)
+                on_phase(f"{name} failed: {failed[name]}")
+    return found, failed
+
+
+def torch_contestants(
+    process: TorchProcess, names: Sequence[str], on_phase: Callable[[str], object]
+) -> tuple[list[Torch], dict[str, str]]:
+    """Those of the other process, and why others failed."""
+    found: list[Torch] = []
+    failed: dict[str, str] = {}
+    for name in names:
+        try:
+            found.append(Torch(name, process))
+            on_phase(f"{name} prepared")
+        except RuntimeError as error:
+            failed[name] = why(error)
+            on_phase(f"{name} failed: {failed[name]}")
     return found, failed

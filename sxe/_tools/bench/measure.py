@@ -2,8 +2,9 @@
 
 import math
 import os
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -16,14 +17,20 @@ import sxe
 from sxe._backend import backend_of
 from sxe._rows.cpu import rows_per_block
 from sxe._tools.bench.contestants import (
+    TORCH_PEERS,
     Contestant,
+    Torch,
     contestants,
     floor,
     head_plan,
     installed,
+    torch_contestants,
+    torch_process,
     why,
 )
-from sxe._tools.bench.problem import TOLERANCES, Outcome, Problem, errors, truth
+from sxe._tools.bench.problem import TOLERANCES, Array, Outcome, Problem, errors, truth
+
+SLICE = 2**28  # numbers that are sent to the device at once
 
 
 def shortest(backend: str) -> float:
@@ -100,6 +107,7 @@ class Machine(NamedTuple):
       float32_products: in what float32 is multiplied, by all contestants.
       copy: bytes per second, read and written, of a copy of 1 GiB (256 MiB on a CPU).
       matmul: FLOPs per second of a product of two 8192 x 8192 matrices (2048 on a CPU), by dtype.
+      card: the GPU's name, driver and memory by nvidia-smi, or None without that program.
     """
 
     device: str
@@ -109,52 +117,139 @@ class Machine(NamedTuple):
     versions: dict[str, str]
     copy: float
     matmul: dict[str, float]
+    card: str | None = None
 
 
 def measure(
     problem: Problem,
-    peers: tuple[str, ...],
+    peers: Sequence[str],
     *,
     gradient: bool,
     rounds: int,
     seconds: float,
+    chunk_sizes: Sequence[int] = (),
     on_round: Callable[[], object] = lambda: None,
+    on_phase: Callable[[str], object] = lambda text: None,
 ) -> Measurement:
-    """Interleaved rounds of all contestants: so many, or 3 and more for that many seconds."""
-    dtype = jnp.dtype(problem.dtype)
-    data = problem.data()
-    arguments = [jnp.asarray(x, x.dtype if x.dtype == np.int32 else dtype) for x in data]
-    true = truth(problem, *(np.asarray(x) for x in arguments))
+    """Interleaved rounds of all contestants: so many, or 3 and more for that many seconds.
+
+    Args:
+      problem: what is computed.
+      peers: the names of those that are measured beside sxe.
+      gradient: the value and the gradient, not the value alone.
+      rounds: the most rounds.
+      seconds: after which no round is started, from the fourth on.
+      chunk_sizes: of the head, with each of which sxe is measured once more.
+      on_round: called after each round.
+      on_phase: called with a short text at the end of each phase.
+    """
+    of_torch = [name for name in TORCH_PEERS if name in peers]
+    failed: dict[str, str] = {}
+    torch_names: list[str] = []
     with ExitStack() as stack:
-        with products_in(problem.dtype):
-            runners, failed = contestants(problem, gradient, peers, stack, *arguments)
-            bound, times = floor(problem, gradient, *arguments)
-        judged = {}
-        for runner in runners:
+        if of_torch:
+            other = stack.enter_context(torch_process(problem, gradient=gradient, peers=of_torch))
+        data = problem.data()
+        on_phase("data drawn")
+        arguments = [_on_device(x, problem.dtype) for x in data]
+        labels = data[-1]
+        del data
+        true = _truth(problem, *arguments)
+        on_phase("truth computed")
+        if of_torch:
             try:
-                judged[runner.name] = _judge(problem, runner.outcome(problem, data[-1]), true)
-            except Exception as error:
-                if runner.name == "sxe":
-                    raise
-                failed[runner.name] = why(error)
-        runners = [r for r in runners if r.name in judged]
+                torch_names = other.names()
+            except RuntimeError as error:
+                failed["torch"] = why(error)
+            on_phase("PyTorch has the data")
+        with products_in(problem.dtype):
+            of_jax, failed_of_jax = contestants(
+                problem,
+                peers,
+                *arguments,
+                gradient=gradient,
+                chunk_sizes=chunk_sizes,
+                on_phase=on_phase,
+            )
+            bound, times = floor(problem, gradient, *arguments)
+        on_phase("floor compiled")
+        failed |= failed_of_jax
+        runners: list[Contestant | Torch] = [*of_jax]
+        if torch_names:
+            prepared, failed_of_torch = torch_contestants(other, torch_names, on_phase)
+            runners += prepared
+            failed |= failed_of_torch
         everyone = [(r, 1) for r in runners] + [(bound, times)]
+        judged: dict[str, tuple[float, float | None, bool]] = {}
+        repeats: dict[str, int] = {}
         least = shortest(jax.default_backend())
-        repeats = [max(1, math.ceil(least / r.seconds())) for r, _ in everyone]
-        taken: list[list[float]] = [[] for _ in everyone]
+        for runner, _ in everyone:
+            try:
+                if runner is not bound:
+                    outcome = runner.outcome(problem, labels)
+                    judged[runner.name] = _judge(problem, outcome, true)
+                repeats[runner.name] = max(1, math.ceil(least / runner.seconds()))
+            except Exception as error:
+                _fails(runner.name, error, failed)
+        on_phase("results compared")
+        taken: dict[str, list[float]] = {name: [] for name in repeats}
         start = time.perf_counter()
         for i in range(rounds):
             if i >= 3 and time.perf_counter() - start > seconds:
                 break
-            for (runner, factor), n, list_ in zip(everyone, repeats, taken, strict=True):
-                list_.append(runner.seconds(n) * factor)
+            for runner, factor in everyone:
+                if runner.name in failed:
+                    continue
+                try:
+                    one = runner.seconds(repeats[runner.name])
+                    taken[runner.name].append(one * factor)
+                except Exception as error:
+                    _fails(runner.name, error, failed)
             on_round()
+        on_phase("rounds measured")
     timings = [
-        Timing(r.name, tuple(t), r.temporary_bytes, r.compile_seconds, *judged.get(r.name, ()))
-        for (r, _), t in zip(everyone, taken, strict=True)
+        Timing(
+            r.name,
+            tuple(taken[r.name]),
+            r.temporary_bytes,
+            r.compile_seconds,
+            *judged.get(r.name, ()),
+        )
+        for r, _ in everyone
+        if r.name not in failed
     ]
     timings += [Timing(name, (), failed=text) for name, text in failed.items()]
     return Measurement(problem, gradient, _path(problem, gradient, arguments), tuple(timings))
+
+
+def _fails(name: str, error: Exception, failed: dict[str, str]) -> None:
+    """Only without sxe or the floor there is nothing to compare."""
+    if name in ("sxe", "floor"):
+        raise error
+    failed[name] = why(error)
+
+
+def _on_device(x: Array, dtype: str) -> Any:
+    """In that dtype, converted in slices of rows, so that the device never has all in float32.
+
+    The device converts them, because NumPy would do it in one thread.
+    """
+    if x.dtype == np.int32:
+        return jnp.asarray(x)
+    size = max(1, SLICE // x.shape[1])
+    slices = [
+        jax.block_until_ready(jnp.asarray(x[i : i + size]).astype(dtype))
+        for i in range(0, len(x), size)
+    ]
+    return jnp.concatenate(slices) if len(slices) > 1 else slices[0]
+
+
+def _truth(problem: Problem, *arguments: Any) -> Outcome:
+    """On an accelerator with JAX, because NumPy would take minutes for its problems."""
+    if jax.default_backend() == "cpu":
+        return truth(problem, *(np.asarray(x) for x in arguments))
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        return truth(problem, *arguments, namespace=jnp, compiled=jax.jit)
 
 
 def _judge(problem: Problem, outcome: Outcome, true: Outcome) -> tuple[float, float | None, bool]:
@@ -199,7 +294,17 @@ def machine() -> Machine:
         versions={"jax": jax.__version__, **installed()},
         copy=copy,
         matmul=rates,
+        card=_card() if backend == "gpu" else None,
     )
+
+
+def _card() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 class Calls(NamedTuple):

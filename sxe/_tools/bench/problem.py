@@ -3,6 +3,10 @@
 NumPy only, so that a process without JAX's backend can make the same data from the same seed.
 """
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +76,7 @@ class Problem(NamedTuple):
         # Spread over all rows, as in a batch. Its own generator leaves all other data as they are.
         confident = np.random.default_rng(2).permutation(N) < self.confident * N
         if self.hidden is None:
-            logits = rng.standard_normal((N, K), np.float32)
+            logits = _normal((N, K), seed=3)
             logits[np.arange(N)[confident], labels[confident]] += LEAD
             if self.dense:
                 targets = rng.random((N, K), np.float32)
@@ -81,8 +85,9 @@ class Problem(NamedTuple):
                 targets[np.arange(N)[confident], labels[confident]] += np.float32(0.9)
                 return logits, targets
             return logits, labels
-        hidden = rng.standard_normal((N, self.hidden), np.float32)
-        kernel = rng.standard_normal((self.hidden, K), np.float32) / np.float32(self.hidden**0.5)
+        hidden = _normal((N, self.hidden), seed=3)
+        kernel = _normal((self.hidden, K), seed=4)
+        kernel /= np.float32(self.hidden**0.5)
         at_label = kernel[:, labels[confident]].T
         scale = LEAD / np.maximum(np.sum(at_label**2, axis=1, keepdims=True), 1e-6)
         hidden[confident] += at_label * scale
@@ -94,6 +99,42 @@ class Problem(NamedTuple):
         rows = np.sort(rng.permutation(self.rows)[:SAMPLES])
         classes = rng.permutation(self.classes)[: SAMPLES // 4]
         return rows, classes if self.dense else np.union1d(classes, labels[rows])
+
+
+def _normal(shape: tuple[int, int], *, seed: int) -> Array:
+    """Draws slices of rows in threads, each from a generator of its own.
+
+    The result depends on the shape and the seed, and not on the number of threads.
+    """
+    result = np.empty(shape, np.float32)
+    size = max(1, 2**22 // shape[1])
+    slices = [result[first : first + size] for first in range(0, shape[0], size)]
+    seeds = np.random.SeedSequence(seed).spawn(len(slices))
+
+    def fill(rows: Array, seed: np.random.SeedSequence) -> None:
+        np.random.default_rng(seed).standard_normal(out=rows, dtype=np.float32)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, slices, seeds))
+    return result
+
+
+def gpu_problems(confident: float) -> list[Problem]:
+    """The standard grid of a GPU, the most important first."""
+    sizes: list[tuple[int, int | None, int, str]] = [
+        (16384, 4096, 131072, "bfloat16"),
+        (16384, None, 131072, "bfloat16"),
+        (8192, 4096, 128256, "bfloat16"),
+        (65536, None, 1000, "bfloat16"),
+        (8192, None, 32000, "bfloat16"),
+        (4096, None, 50257, "bfloat16"),
+        (32768, 2560, 128256, "bfloat16"),
+        (16384, None, 131072, "float32"),
+        (8192, None, 32000, "float32"),
+        (65536, None, 1000, "float32"),
+        (4096, None, 50257, "float32"),
+    ]
+    return [Problem(n, k, d, dtype, confident=confident) for n, d, k, dtype in sizes]
 
 
 def standard_problems(quick: bool, confident: float) -> list[Problem]:
@@ -117,28 +158,67 @@ class Outcome(NamedTuple):
     gradients: tuple[Array, ...]
 
 
-def truth(problem: Problem, *arguments: Array) -> Outcome:
-    """In float64, from D0 and D7, for inputs that are rounded to the problem's dtype."""
-    *inputs, labels = (x if x.dtype == np.int32 else x.astype(np.float64) for x in arguments)
-    rows, classes = problem.samples(labels)
-    size = max(1, 2**24 // problem.classes)  # rows at a time
-    losses, at_rows, at_classes = [], [], []
-    for first in range(0, problem.rows, size):
-        part = slice(first, first + size)
-        x = inputs[0][part] if problem.hidden is None else inputs[0][part] @ inputs[1]
-        m = x.max(axis=1, keepdims=True)
-        e = np.exp(x - m)
-        total = e.sum(axis=1, keepdims=True)
-        t = labels[part] if problem.dense else labels[part, None] == np.arange(problem.classes)
-        T = t.sum(axis=1, keepdims=True)
-        losses.append((t * (m - x)).sum(axis=1) + (T * np.log(total))[:, 0])
-        d = (T * e / total - t) / problem.rows
-        at_rows.append(d[rows[(rows >= first) & (rows < first + size)] - first])
-        at_classes.append(d[:, classes])
-    gradients: tuple[Array, ...] = (np.concatenate(at_rows),)
-    if problem.hidden is not None:
-        gradients = (gradients[0] @ inputs[1].T, inputs[0].T @ np.concatenate(at_classes))
-    return Outcome(float(np.mean(np.concatenate(losses))), gradients)
+def truth(
+    problem: Problem,
+    *arguments: Any,
+    namespace: Any = np,
+    compiled: Callable[[Any], Any] = lambda f: f,
+) -> Outcome:
+    """In float64, from D0 and D7, for inputs that are rounded to the problem's dtype.
+
+    Args:
+      problem: whose loss it is.
+      *arguments: the logits, or the hidden states and the kernel; and the labels.
+      namespace: ``numpy``, or ``jax.numpy`` where float64 is enabled.
+      compiled: ``jax.jit`` for the latter.
+    """
+    first, labels = arguments[0], arguments[-1]
+    kernel = None if problem.hidden is None else arguments[1].astype("float64")
+    rows, classes = problem.samples(np.asarray(labels))
+    of_rows = compiled(partial(_of_rows, problem, namespace))
+    of_classes = compiled(partial(_of_classes, problem, namespace))
+    # Rows at a time. An accelerator needs larger products; a few arrays of 1 GiB fit there. A
+    # power of two leaves most problems no remainder, which would be compiled once more.
+    most = max(1, (2**24 if namespace is np else 2**27) // problem.classes)
+    size = 1 << (most.bit_length() - 1)
+    losses, at_classes = [], []
+    for start in range(0, problem.rows, size):
+        part = slice(start, start + size)
+        loss, d = of_classes(first[part], kernel, labels[part], classes)
+        losses.append(np.asarray(loss))
+        at_classes.append(np.asarray(d))
+    _, d_rows = of_rows(first[rows], kernel, labels[rows])
+    gradients: tuple[Any, ...] = (d_rows,)
+    if kernel is not None:
+        d_classes = namespace.asarray(np.concatenate(at_classes))
+        gradients = (d_rows @ kernel.T, first.astype("float64").T @ d_classes)
+    mean = float(np.mean(np.concatenate(losses)))
+    return Outcome(mean, tuple(np.asarray(d) for d in gradients))
+
+
+def _of_rows(problem: Problem, xp: Any, x: Any, kernel: Any, labels: Any) -> tuple[Any, Any]:
+    """The losses of some of the rows, and the gradient of all rows' mean for their logits."""
+    x = x.astype("float64")
+    if kernel is not None:
+        x = x @ kernel
+    m = x.max(axis=1, keepdims=True)
+    e = xp.exp(x - m)
+    total = e.sum(axis=1, keepdims=True)
+    if problem.dense:
+        t = labels.astype("float64")
+    else:
+        at_label = labels[:, None] == xp.arange(problem.classes, dtype="int32")[None]
+        t = at_label.astype("float64")
+    T = t.sum(axis=1, keepdims=True)
+    losses = (t * (m - x)).sum(axis=1) + (T * xp.log(total))[:, 0]
+    return losses, (T * e / total - t) / problem.rows
+
+
+def _of_classes(
+    problem: Problem, xp: Any, x: Any, kernel: Any, labels: Any, classes: Array
+) -> tuple[Any, Any]:
+    losses, d = _of_rows(problem, xp, x, kernel, labels)
+    return losses, d[:, classes]
 
 
 def errors(outcome: Outcome, true: Outcome) -> tuple[float, float | None]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
 from sxe._tools.bench.measure import Calls, Machine, Measurement, Timing
@@ -14,8 +15,9 @@ from sxe._tools.bench.problem import Problem
 def heading(machine: Machine) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     rates = ", ".join(f"{dtype} {_flops(rate)}" for dtype, rate in machine.matmul.items())
+    device = machine.card or machine.device
     return (
-        f"{machine.device}, {machine.cores} CPU cores, {machine.devices} device(s); {versions}\n"
+        f"{device}, {machine.cores} CPU cores, {machine.devices} device(s); {versions}\n"
         f"copy {machine.copy / 1e9:,.1f} GB/s; matmul {rates}; "
         f"float32 products: {machine.float32_products}"
     )
@@ -57,6 +59,26 @@ def table(measurements: Sequence[Measurement]) -> str:
         rows.append([m.problem.name, what, *sxe_columns, *ratios, mib, _compile(by_name)])
     columns = ["N x K or N x D x K", "", "sxe, ms", "rate", "/ floor"]
     columns += [*(f"/ {name}" for name in peers), f"MiB: {'/'.join(known)}", "compile"]
+    return tabulate(rows, columns, disable_numparse=True)
+
+
+def problem_table(m: Measurement) -> str:
+    """One problem, with a row for each contestant."""
+    floor = next(t for t in m.timings if t.name == "floor")
+    rows = []
+    for t in m.timings:
+        if t.failed:
+            rows.append([t.name, *[""] * 6, t.failed[:100]])
+            continue
+        low, high = (1e3 * float(x) for x in np.percentile(t.seconds, [25, 75]))
+        times = f"{1e3 * t.median:.4g} ({low:.4g}..{high:.4g})"
+        rate = "" if t is floor else _rate(m, t)
+        share = f"{floor.median / t.median:.0%}"
+        compiling = "" if t.compile_seconds is None else f"{t.compile_seconds:.1f}"
+        error = "" if t.loss_error is None else f"{t.loss_error:.0e}"
+        error += "" if t.gradient_error is None else f", {t.gradient_error:.0e}"
+        rows.append([t.name, times, rate, share, _mib(t), compiling, error, "wrong" * t.wrong])
+    columns = [m.name, "ms", "rate", "floor's share", "MiB", "compile, s", "error", ""]
     return tabulate(rows, columns, disable_numparse=True)
 
 
