@@ -438,3 +438,38 @@ def test_torch_in_its_own_process(problem):
         assert found[name].failed is None
         assert found[name].gradient_error is not None
         assert not found[name].wrong
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not a dependency of the tests"
+)
+def test_what_writes_over_its_logits_is_judged_on_fresh_ones(tmp_path):
+    import torch
+
+    from sxe._tools.bench.torch_worker import Contestants
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, labels):
+            log_softmax = torch.log_softmax(logits.detach(), 1)
+            d = log_softmax.exp() - torch.nn.functional.one_hot(labels, logits.shape[1])
+            logits.data.copy_(d / len(labels))
+            ctx.save_for_backward(logits.detach())
+            return torch.nn.functional.nll_loss(log_softmax, labels)
+
+        @staticmethod
+        def backward(ctx, _):
+            return ctx.saved_tensors[0], None
+
+    found = Contestants(Problem(7, 11), gradient=True, peers=["torch"])
+    found.losses["Liger"] = InPlace.apply
+    files = {name: tmp_path / f"{name}.npz" for name in ("torch", "Liger")}
+    losses = {}
+    for name, file in files.items():
+        found.prepare(name)
+        assert found.seconds(name, 3) > 0
+        losses[name] = found.outcome(name, str(file))
+    assert losses["Liger"] == pytest.approx(losses["torch"], rel=1e-6)
+    assert losses["torch"] == found.outcome("torch", str(tmp_path / "again.npz"))
+    gradients = [np.load(file)["arr_0"] for file in files.values()]
+    np.testing.assert_allclose(gradients[1], gradients[0], atol=1e-6)
