@@ -11,9 +11,18 @@ and peak memory of both, lets the model write some code, and draws the loss curv
 On an accelerator, a last layer of the size that language models have, in bfloat16:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16
+
+To measure such a model without training it on text, `--measure speed` takes steps on random tokens
+and prints tokens per second and peak memory. `--measure largest-batch` takes none: it compiles the
+step for a few batches, reads how much memory each of them needs, and so finds the largest that fits
+on the device:
+
+    python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16 \
+        --batch-size 64 --steps 40 --measure speed
 """
 
 import argparse
+import math
 import multiprocessing
 import random
 import re
@@ -49,6 +58,13 @@ SKIPPED = {
 }
 
 MIB = 2**20
+
+WARM_UP_STEPS = 3  # not counted in the speed that --measure finds
+
+# Of the search for the largest batch.
+MOST_COMPILES = 5
+BATCH_MULTIPLE = 8
+CLOSE_TO_LIMIT = 0.97  # the search ends with a step that needs this part of the memory
 
 # Seconds rather than minutes, with the full vocabulary.
 SMOKE = {
@@ -158,6 +174,7 @@ class Transformer(nnx.Module):
 
 
 def optax_loss(hidden, kernel, labels):
+    """The logits are multiplied in the model's dtype, and the loss gets them in float32."""
     logits = (hidden @ kernel).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -194,14 +211,24 @@ def peak_memory():
     return "process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def train(name, args, tokens, held_out, prompt):
-    """Train with the loss of this name, and return a Run."""
-    model = Transformer(args, classes=args.classes, dtype=args.dtype, rngs=nnx.Rngs(args.seed))
-    graph, params = nnx.split(model, nnx.Param)
+def make_functions(name, args):
+    """The graph of the model, and `init()`, `loss_fn(params, windows)` and `step`.
+
+    `step(params, opt_state, windows)` returns the new params and opt_state, and the loss.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.steps // 10, args.steps
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+    def new_model():
+        return Transformer(args, classes=args.classes, dtype=args.dtype, rngs=nnx.Rngs(args.seed))
+
+    graph, _ = nnx.split(nnx.eval_shape(new_model), nnx.Param)
+
+    def init():
+        params = nnx.state(new_model(), nnx.Param)
+        return params, optimizer.init(params)
 
     def loss_fn(params, windows):
         model = nnx.merge(graph, params)
@@ -211,6 +238,30 @@ def train(name, args, tokens, held_out, prompt):
         loss, grads = jax.value_and_grad(loss_fn)(params, windows)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
+
+    return graph, init, loss_fn, step
+
+
+def compile_step(init, step, window_shape):
+    """Compile the step from the shapes of its arguments. It writes over params and opt_state."""
+    windows = jax.ShapeDtypeStruct(window_shape, jnp.int32)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(init), windows).compile()
+
+
+def step_bytes(compiled):
+    """The memory that a compiled step needs, with its arguments and its results."""
+    memory = compiled.memory_analysis()
+    arguments_and_results = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes  # results that are written over arguments
+    )
+    return arguments_and_results + memory.temp_size_in_bytes
+
+
+def train(name, args, tokens, held_out, prompt):
+    """Train with the loss of this name, and return a Run."""
+    graph, init, loss_fn, step = make_functions(name, args)
 
     @jax.jit
     def generate(params, tokens, length, key):
@@ -229,9 +280,8 @@ def train(name, args, tokens, held_out, prompt):
     starts = np.random.default_rng(args.seed).integers(
         len(tokens) - args.context, size=(args.steps, args.batch_size)
     )
-    opt_state = optimizer.init(params)
-    first = tokens[starts[0, :, None] + window]
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, first).compile()
+    params, opt_state = jax.jit(init)()
+    compiled = compile_step(init, step, (args.batch_size, args.context + 1))
     _, peak_bytes_before = peak_memory()
     losses, seconds = [], []
     progress = tqdm(starts, desc=f"training with {name}", unit="step")
@@ -263,6 +313,104 @@ def train(name, args, tokens, held_out, prompt):
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         sample=np.asarray(sample)[0].tolist(),
     )
+
+
+def measure_speed(name, args):
+    """Take steps on random tokens, and print tokens per second and memory."""
+    _, init, _, step = make_functions(name, args)
+    window_shape = (args.batch_size, args.context + 1)
+    began = time.perf_counter()
+    compiled = compile_step(init, step, window_shape)
+    print(f"{name}: compiled in {time.perf_counter() - began:.1f} s", flush=True)
+
+    params, opt_state = jax.block_until_ready(jax.jit(init)())
+    classes = args.classes or args.vocabulary
+    random_tokens = np.random.default_rng(args.seed).integers(classes, size=window_shape)
+    windows = jnp.asarray(random_tokens, jnp.int32)
+    _, peak_bytes_before = peak_memory()
+    seconds = []
+    for _ in range(WARM_UP_STEPS + args.steps):
+        began = time.perf_counter()
+        params, opt_state, loss = compiled(params, opt_state, windows)
+        jax.block_until_ready((params, opt_state, loss))
+        seconds.append(time.perf_counter() - began)
+    peak_of, peak_bytes = peak_memory()
+    median = float(np.median(seconds[WARM_UP_STEPS:]))
+    print(
+        f"{name}: {args.batch_size * args.context / median:,.0f} tokens per second, "
+        f"{1e3 * median:.1f} ms a step, loss {float(loss):.3f}\n"
+        f"{name}: peak memory of the {peak_of} {peak_bytes / MIB:,.0f} MiB, "
+        f"{peak_bytes_before / MIB:,.0f} MiB before the first step; "
+        f"the step as compiled needs {step_bytes(compiled) / MIB:,.0f} MiB, "
+        f"{compiled.memory_analysis().temp_size_in_bytes / MIB:,.0f} MiB of it temporaries",
+        flush=True,
+    )
+
+
+def memory_limit(args):
+    """The bytes that JAX may use of the device, or what --memory says."""
+    if args.memory is not None:
+        return args.memory * 2**30
+    stats = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    if "bytes_limit" not in stats:
+        raise SystemExit("this device has no limit of memory: pass --memory, in GiB")
+    return stats["bytes_limit"]
+
+
+def try_batch(name, args, batch_size):
+    """Compile the step for this batch, print and return the bytes that it needs; inf if it fails.
+
+    On a GPU the compiler runs the matrix products to choose among its programs for them, and there
+    may be too little memory even for that.
+    """
+    _, init, _, step = make_functions(name, args)
+    began = time.perf_counter()
+    try:
+        needed = step_bytes(compile_step(init, step, (batch_size, args.context + 1)))
+        found = f"needs {needed / MIB:,.0f} MiB"
+    except jax.errors.JaxRuntimeError as error:
+        needed, found = math.inf, f"does not compile: {str(error).splitlines()[0]}"
+    print(f"{name}: batch {batch_size:,} {found}, {time.perf_counter() - began:.1f} s", flush=True)
+    return needed
+
+
+def next_batch(needed, limit):
+    """The batch size to try after those of `needed`, a dict from batch size to bytes, or None."""
+    fits = max(size for size in needed if needed[size] <= limit)
+    too_large = min((size for size in needed if needed[size] > limit), default=math.inf)
+    first, last = next(iter(needed)), list(needed)[-1]
+    if len(needed) == 1:
+        candidates = [2 * fits]
+    elif math.inf in needed.values():
+        candidates = [(fits + too_large) // 2]
+    else:  # memory grows about linearly: to be safe, aim a little below the limit first
+        bytes_of_one = (needed[last] - needed[first]) / (last - first)
+        targets = ((1 + CLOSE_TO_LIMIT) / 2 * limit, limit)
+        candidates = [int(last + (target - needed[last]) / bytes_of_one) for target in targets]
+    multiples = [size - size % BATCH_MULTIPLE for size in candidates]
+    return next((size for size in multiples if fits < size < too_large), None)
+
+
+def measure_largest_batch(name, args):
+    """Compile steps, but run none, and print about the largest batch whose step fits."""
+    limit = memory_limit(args)
+    needed = {}  # bytes by batch size, in the order in which they were tried
+    batch_size = args.batch_size
+    while batch_size is not None and len(needed) < MOST_COMPILES:
+        needed[batch_size] = try_batch(name, args, batch_size)
+        if needed[args.batch_size] > limit:
+            raise SystemExit(f"{name}: batch {batch_size} does not fit: lower --batch-size")
+        largest = max(size for size in needed if needed[size] <= limit)
+        close = needed[largest] >= CLOSE_TO_LIMIT * limit
+        batch_size = None if close else next_batch(needed, limit)
+    print(
+        f"{name}: largest batch {largest:,}, {largest * args.context:,} tokens: needs "
+        f"{needed[largest] / MIB:,.0f} MiB of {limit / MIB:,.0f} MiB",
+        flush=True,
+    )
+
+
+MEASUREMENTS = {"speed": measure_speed, "largest-batch": measure_largest_batch}
 
 
 def in_new_process(function, *args):
@@ -342,12 +490,28 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", default="language_model.png", help="where to write the figure")
+    parser.add_argument(
+        "--measure",
+        choices=tuple(MEASUREMENTS),
+        help="measure the step instead of training on text",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        help="GiB that --measure largest-batch may fill; by default all that JAX has of the device",
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps")
     if parser.parse_args().smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args()
     if args.classes is not None and args.classes < args.vocabulary:
         parser.error(f"--classes: expected at least the vocabulary's {args.vocabulary}")
+
+    names = LOSSES if args.loss == "both" else (args.loss,)
+    if args.measure:
+        for name in names:
+            in_new_process(MEASUREMENTS[args.measure], name, args)
+        return
 
     texts, held_out_texts = read_sources(args.text_bytes, args.held_out_files)
     tokenizer = train_tokenizer(texts, args.vocabulary)
@@ -356,7 +520,6 @@ def main():
         raise SystemExit(f"{len(held_out)} held-out tokens are no batch: raise --held-out-files")
     print(f"{len(texts)} files, {len(tokens):,} tokens; {len(held_out_texts)} files held out")
 
-    names = LOSSES if args.loss == "both" else (args.loss,)
     prompt = tokenizer.encode(args.prompt).ids
     runs = {name: in_new_process(train, name, args, tokens, held_out, prompt) for name in names}
     report(runs)

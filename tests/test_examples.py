@@ -5,6 +5,7 @@ import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 from example_runs import assert_figure, needs_examples_extra, run_example
 
@@ -128,6 +129,46 @@ def test_language_model_in_bfloat16_with_more_classes_than_the_vocabulary(tmp_pa
     too_few = run_example("language_model.py", tmp_path, "--smoke", "--classes=9")
     assert too_few.returncode == 2
     assert "--classes: expected at least the vocabulary's 16384" in too_few.stderr
+
+
+def test_language_model_measures_the_speed_of_both_losses(tmp_path):
+    done = run_example("language_model.py", tmp_path, "--smoke", "--measure=speed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    speeds = re.findall(r"^(\w+): ([\d,]+) tokens per second, ", done.stdout, re.MULTILINE)
+    assert [name for name, _ in speeds] == ["optax", "sxe"]
+    assert all(int(speed.replace(",", "")) > 0 for _, speed in speeds)
+    needed = re.findall(r"the step as compiled needs ([\d,]+) MiB", done.stdout)
+    optax_mib, sxe_mib = (int(mib.replace(",", "")) for mib in needed)
+    assert sxe_mib < optax_mib - 64  # 8 * 128 tokens * 16,384 classes in float32
+    assert list(tmp_path.iterdir()) == []  # no figure
+
+
+def test_language_model_finds_the_largest_batch(tmp_path):
+    options = ("--smoke", "--vocabulary=4096", "--measure=largest-batch")
+    done = run_example("language_model.py", tmp_path, *options, "--batch-size=32", "--memory=0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(
+        r"^(\w+): largest batch ([\d,]+), ([\d,]+) tokens: needs ([\d,]+) MiB of 512 MiB$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    largest = {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in found}
+    assert list(largest) == ["optax", "sxe"]
+    for name, (batch, tokens, mib) in largest.items():
+        assert batch % 8 == 0
+        assert tokens == 128 * batch
+        assert 0.9 * 512 < mib <= 512, name  # eight more of optax's would take 7 % more
+    assert largest["sxe"][0] > 4 * largest["optax"][0]
+    too_little = run_example("language_model.py", tmp_path, *options, "--memory=0.001")
+    assert too_little.returncode == 1
+    assert "optax: batch 8 does not fit: lower --batch-size" in too_little.stderr
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator has a limit")
+def test_language_model_asks_for_a_limit_of_memory_where_the_device_has_none(tmp_path):
+    done = run_example("language_model.py", tmp_path, "--smoke", "--measure=largest-batch")
+    assert done.returncode == 1
+    assert "this device has no limit of memory: pass --memory, in GiB" in done.stderr
 
 
 def sharded_report(done):
