@@ -250,6 +250,38 @@ def test_an_accelerator_is_kept_busy(backend, waits, monkeypatch):
     assert len(set(waited)) == min(waits, 3)
 
 
+@pytest.mark.parametrize(("gradient", "flops"), [(False, 2), (True, 6)])
+def test_the_floor_of_a_head_on_an_accelerator_is_one_product_at_a_time(
+    gradient, flops, monkeypatch
+):
+    """Each in its own program, which writes over its last result."""
+    problem = Problem(2048, 24, hidden=5)
+    hidden, kernel, labels = (jnp.asarray(x) for x in problem.data())
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    bound, times = contestants.floor(problem, gradient, hidden, kernel, labels)
+    rows = 2048 // times
+    assert rows == contestants.head_plan(problem, gradient).chunk_size
+    programs = bound._programs
+    assert len(programs) == flops // 2
+    for program in programs:
+        assert "input_output_alias={ {}: (0, {}, may-alias) }" in program.as_text()
+    assert sum(p.cost_analysis()["flops"] for p in programs) == flops * rows * 5 * 24
+    assert bound.seconds(3) > 0
+    assert bound.temporary_bytes >= 0
+    monkeypatch.undo()
+    in_one, _ = contestants.floor(problem, gradient, hidden, kernel, labels)
+    assert type(in_one) is contestants.Contestant
+
+
+def test_what_the_floor_times(monkeypatch):
+    """The sum of what a call of each product takes, of any number of calls."""
+    clock = iter([0.0, 6.0, 10.0, 13.0])
+    product = (jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    floor = contestants.Products("floor", product, product)
+    monkeypatch.setattr(contestants.time, "perf_counter", lambda: next(clock))
+    assert floor.seconds(3) == 3.0
+
+
 def test_on_an_accelerator_optax_has_logits_in_bfloat16_too(monkeypatch):
     problem = Problem(9, 11, hidden=5, dtype="bfloat16")
     assert list(contestants.losses(problem)["optax"]) == ["optax"]
@@ -338,6 +370,12 @@ def test_a_problem_that_fails_takes_nothing_from_the_others(suite, tmp_path, mon
     assert f"failed at {SUITE[0].name}: MemoryError: too large" in capsys.readouterr().err
     measured = json.loads(file.read_text())["measurements"]
     assert [m["problem"]["rows"] for m in measured] == [16, 9]
+
+
+def test_a_suite_without_a_head(suite, monkeypatch, capsys):
+    monkeypatch.setattr(command, "standard_problems", lambda quick, confident: SUITE[:1])
+    assert main([*suite, "--chunk-size", "4"]) == 0
+    assert "chunk" not in capsys.readouterr().out
 
 
 def test_the_suite_of_a_gpu_begins_with_the_head(monkeypatch):

@@ -206,8 +206,9 @@ def _suite(arguments: argparse.Namespace) -> tuple[list[Problem], dict[Problem, 
         if on_cpu
         else gpu_problems(arguments.confident)
     )
-    first_head = next(p for p in problems if p.hidden is not None)
-    return problems, {first_head: arguments.chunk_size or (() if on_cpu else SUITE_CHUNKS)}
+    heads = [p for p in problems if p.hidden is not None]
+    sizes = arguments.chunk_size or (() if on_cpu else SUITE_CHUNKS)
+    return problems, dict.fromkeys(heads[:1], sizes)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from sxe._rows.cpu import rows_per_block
 from sxe._tools.bench.contestants import (
     TORCH_PEERS,
     Contestant,
+    Products,
     Torch,
     contestants,
     floor,
@@ -179,15 +180,20 @@ def measure(
             prepared, failed_of_torch = torch_contestants(other, torch_names, on_phase)
             runners += prepared
             failed |= failed_of_torch
-        everyone = [(r, 1) for r in runners] + [(bound, times)]
+        everyone: list[tuple[Contestant | Torch | Products, int]]
+        everyone = [*((r, 1) for r in runners), (bound, times)]
         judged: dict[str, tuple[float, float | None, bool]] = {}
         repeats: dict[str, int] = {}
         least = shortest(jax.default_backend())
-        for runner, _ in everyone:
+        for each in runners:
             try:
-                if runner is not bound:
-                    outcome = runner.outcome(problem, labels)
-                    judged[runner.name] = _judge(problem, outcome, true)
+                judged[each.name] = _judge(problem, each.outcome(problem, labels), true)
+            except Exception as error:
+                _fails(each.name, error, failed)
+        for runner, _ in everyone:
+            if runner.name in failed:
+                continue
+            try:
                 repeats[runner.name] = max(1, math.ceil(least / runner.seconds()))
             except Exception as error:
                 _fails(runner.name, error, failed)
