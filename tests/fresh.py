@@ -16,6 +16,16 @@ def environment(**more):
     return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(ROOT)} | more
 
 
+def run_tests(*arguments, **more):
+    """pytest in such a Python, where a warning of a plugin that happens to be installed would fail.
+
+    Of all plugins it has xdist, whose options pyproject.toml sets.
+    """
+    more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plugins = ("-p", "xdist.plugin", "-p", "no:cacheprovider")
+    return run("-m", "pytest", *plugins, "-n0", *arguments, **more)
+
+
 def run(*arguments, timeout=300, **more):
     """What Python prints, with warnings as errors, one CPU device, and more in its environment."""
     done = subprocess.run(

@@ -397,11 +397,11 @@ def test_with_all_optimizations():
     """All of the above, compiled as users' programs are."""
     flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
     flags += " --xla_cpu_use_fusion_emitters=true"
-    fresh.run("-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__, XLA_FLAGS=flags)
+    fresh.run_tests(__file__, XLA_FLAGS=flags)
 
 
 def test_on_one_device():
     """The same where confident rows are summed from their second largest logit: with one device."""
     flags = "--xla_force_host_platform_device_count=1"
     others = ("-k", "not test_on_one_device")  # this one would start itself again
-    fresh.run("-m", "pytest", "-n0", "-p", "no:cacheprovider", *others, __file__, XLA_FLAGS=flags)
+    fresh.run_tests(*others, __file__, XLA_FLAGS=flags)
