@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from sxe._head.loops import classes_per_block
 from sxe._head.path import AGAIN, FORWARD
-from sxe._plan.work import Work
+from sxe._plan.work import INPUTS, Work
 from sxe._rows.cpu import rows_per_block
 
 Terms = dict[str, int]
@@ -41,7 +41,7 @@ def _largest(moments: Iterable[Terms]) -> Terms:
 def _on_cpu(work: Work) -> Terms:
     in_loop = _in_loop(work) | _of_version(work)
     moments = [_of_rows(work), _of_products(work)]
-    moments = [_beside_results(work, in_loop | moment) for moment in moments]
+    moments = [_beside_results(work, in_loop | m, hold_gradients=True) for m in moments]
     return _largest([*moments, *_after_loop(work)])
 
 
@@ -113,7 +113,7 @@ def _on_gpu(work: Work) -> Terms:
     if work.is_narrow and work.classes % work.backend.class_multiple:
         terms["kernel, padded"] = work.kernel_bytes
         terms["gradient of logits, padded"] = gradient
-    return _largest([_beside_results(work, terms), *_after_loop(work)])
+    return _largest([_beside_results(work, terms, hold_gradients=False), *_after_loop(work)])
 
 
 # A TPU. XLA fuses the functions of rows with the products, except a tanh.
@@ -175,12 +175,19 @@ def _has_gradient_apart(work: Work, name: str) -> bool:
     return work.kernel_parts > 1 or (summed and work.path == AGAIN)
 
 
-def _beside_results(work: Work, terms: Terms) -> Terms:
-    """Without those that lie in the memory of results: the largest one that fits into each."""
+def _beside_results(work: Work, terms: Terms, *, hold_gradients: bool) -> Terms:
+    """Without those that lie in the memory of results: the largest one that fits into each.
+
+    Args:
+      work: the call.
+      terms: what exists at one moment.
+      hold_gradients: whether a result may hold the gradient from which the other one is made.
+    """
     left = dict(terms)
+    gradients = {name: _gradient_name(work, name) for name in INPUTS}
     for name in ("kernel", "hidden"):
-        gradient = _gradient_name(work, name)
-        fits = [t for t in left if t != gradient and left[t] <= work.input_bytes[name]]
+        apart = {gradients[name]} if hold_gradients else set(gradients.values())
+        fits = [t for t in left if t not in apart and left[t] <= work.input_bytes[name]]
         if _has_gradient_apart(work, name) and fits:
             del left[max(fits, key=left.__getitem__)]
     return left
