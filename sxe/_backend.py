@@ -39,11 +39,13 @@ class Backend:
       platform: "cpu", "gpu" or "tpu".
       is_local: whether each array of the program lies on one device whole.
       jax_version: of the JAX that traces it.
+      interprets_kernels: whether kernels for a GPU are interpreted on a CPU. Only tests do that.
     """
 
     platform: str
     is_local: bool
     jax_version: tuple[int, ...] = jax.__version_info__
+    interprets_kernels: bool = False
 
     @property
     def loops_over_rows(self) -> bool:
@@ -132,6 +134,28 @@ class Backend:
         XLA's CPU backend gathers in float32 alone.
         """
         return self.platform == "cpu"
+
+    @property
+    def needs_for_row_kernel(self) -> str | None:
+        """What the row kernel for GPUs would need instead of this backend, or None.
+
+        Older versions of JAX lack parts of its Pallas. XLA can't divide a kernel among devices.
+        """
+        if self.platform != "gpu":
+            return f"a program for a GPU, got one for a {self.platform}"
+        if self.jax_version < (0, 11, 2):
+            return f"JAX 0.11.2 or newer, got {'.'.join(map(str, self.jax_version))}"
+        if not self.is_local:
+            return "rows on one device; with several devices, call it inside of jax.shard_map"
+        return None
+
+    @property
+    def cores(self) -> int:
+        """The multiprocessors of a GPU, which the row kernel divides rows among.
+
+        An H100 and an H200 have 132. On another GPU some are idle, or some take two turns.
+        """
+        return 132
 
     @property
     def class_multiple(self) -> int:

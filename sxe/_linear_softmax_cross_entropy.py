@@ -140,7 +140,7 @@ def _result(inputs: _Inputs) -> Any:
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
-    value = sums.loss / reduction.denominator(sums, options.reduction)
+    value = sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
     if options.reduction == "none":
         value = rows_of(loss)
     if outcome.best is None:

@@ -15,13 +15,33 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from sxe._arrays import AxisName, axis_names, keep, pmax, reshard, sharding, vary, varying
+from sxe._arrays import (
+    AxisName,
+    axis_names,
+    keep,
+    pmax,
+    reshard,
+    sharding,
+    vary,
+    vary_like,
+    varying,
+)
 from sxe._backend import Backend, backend_of
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.layout import Layout, join_shards
-from sxe._call.options import LogitsGradientOptions, LogitsOptions, Options, Reduction, Rule, parse
+from sxe._call.options import (
+    Implementation,
+    LogitsGradientOptions,
+    LogitsOptions,
+    Options,
+    Reduction,
+    Rule,
+    parse,
+)
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
+from sxe._errors import ArgumentValueError
+from sxe._rows import gpu
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
@@ -51,7 +71,7 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 
 
 def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
-    """The logits [..., K] with zeros in rows that do not count, and the rows of the call."""
+    """The logits [..., K], and the rows of the call, which say what counts."""
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
@@ -60,7 +80,7 @@ def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
     rows = make_rows(
         labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=finite
     )
-    x, targets = _typed_alike(keep(rows.mask, logits), rows.targets, options.axis_name)
+    x, targets = _typed_alike(logits, rows.targets, options.axis_name)
     return x, rows._replace(targets=targets)
 
 
@@ -88,6 +108,13 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     f = CrossEntropy(options.axis_name, backend_of(given))
     inputs, class_mask = _masked(inputs)
     x, rows = _prepare(inputs, f.backend)
+    if options.implementation == "mosaic_gpu":
+        if class_mask is not None:
+            raise ArgumentValueError(
+                "implementation", "expected for 'mosaic_gpu' a mask of rows, got where of classes"
+            )
+        return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
+    x = keep(rows.mask, x)
     if with_gradient:
         results, state = results_and_state(f, x, rows.targets)
     else:
@@ -95,7 +122,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
     loss = f.weigh(results, rows.weight, z).value
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
-    divisor = reduction.denominator(sums, options.reduction)
+    divisor = reduction.denominator(sums.weight, sums.parts, options.reduction)
     value: Any = loss if options.reduction == "none" else sums.loss / divisor
     if options.return_metrics:
         predictions = first_of(best(inputs.logits), x.shape[-1], options.axis_name)
@@ -108,6 +135,44 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
         gradient = jnp.where(class_mask, gradient, 0)
     class_axes = axes.class_axes(options.axis, given.ndim)
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
+
+
+def _result_of_kernel(
+    f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
+) -> Any:
+    """``_result`` by the row kernel for GPUs; with the gradient if there are logits it is like."""
+    options = inputs.options
+    if why := gpu.unserved(f, x, rows) or _unserved(options):
+        raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
+    divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
+    # The rule's cotangents vary along mesh axes as x does, and so has every input to.
+    weighted, divisor = vary_like((rows._replace(norm=None), divisor), x)
+    if like is not None:
+        (mean, results), gradient = gpu.mean_and_gradient(f, x, weighted, divisor)
+    else:
+        mean, results = gpu.mean(f, x, weighted, divisor)
+    value: Any = axes.sum_over(mean, options.batch_axis_name)
+    if options.return_metrics:
+        loss = f.weigh(results, rows.weight, None).value
+        sums = reduction.sum_rows(jnp.sum(loss), rows, options)
+        predictions = first_of(best(inputs.logits), x.shape[-1], None)
+        assert results.lse is not None
+        value = value, reduction.metrics(sums, results.lse, rows, predictions)
+    if like is None:
+        return value
+    class_axes = axes.class_axes(options.axis, like.ndim)
+    return value, axes.classes_back(gradient, class_axes, like.shape)
+
+
+def _unserved(options: Options) -> str | None:
+    """Why the row kernel does not serve these options, or None."""
+    if options.rule != "vjp":
+        return f"rule 'vjp', got {options.rule!r}"
+    if options.reduction == "none":
+        return "reduction 'mean' or 'sum', got 'none'"
+    if options.z_loss is not None:
+        return "no z_loss"
+    return None
 
 
 @functools.partial(jax.jit, static_argnames=("with_gradient",), inline=True)
@@ -194,6 +259,7 @@ def softmax_cross_entropy(
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
     rule: Rule = "vjp",
+    implementation: Implementation = None,
 ) -> Array | tuple[Array, Metrics]:
     """Softmax cross-entropy of logits and labels, with its gradient in closed form.
 
@@ -243,10 +309,18 @@ def softmax_cross_entropy(
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
+      implementation: "mosaic_gpu": by one kernel for NVIDIA GPUs of the Hopper generation, which
+        reads the logits once and writes the gradient once. It is for value and gradient of a mean
+        or sum, by rule "vjp", of integer labels without ``label_smoothing`` or ``z_loss``, logits
+        of 16 or 32 bits in rows of a multiple of 16 bytes, and classes that no mesh axis splits,
+        and needs JAX 0.11.2; any other call is an error. There the gradient is made in the forward
+        pass, so that a cotangent other than 1 rounds one in 16 bits a second time, and a value
+        that is not differentiated is XLA's. "xla": by XLA. None: by XLA, so far.
 
-    ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names and ``rule`` are
-    Python values, static under ``jax.jit``: bind them by ``functools.partial``, or name them in
-    ``static_argnames``. Logits that an Explicit mesh splits need ``jax.set_mesh(mesh)``.
+    ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
+    ``implementation`` are Python values, static under ``jax.jit``: bind them by
+    ``functools.partial``, or name them in ``static_argnames``. Logits that an Explicit mesh splits
+    need ``jax.set_mesh(mesh)``.
 
     Returns:
       The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist
@@ -294,6 +368,7 @@ def softmax_cross_entropy(
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
         rule=rule,
+        implementation=implementation,
     )
 
 
@@ -328,6 +403,7 @@ def softmax_cross_entropy_with_gradient(
     return_metrics: bool = False,
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
+    implementation: Implementation = None,
 ) -> tuple[Array | tuple[Array, Metrics], Array]:
     """The loss and its gradient with respect to the logits, both from the closed form in one pass.
 
@@ -365,4 +441,5 @@ def softmax_cross_entropy_with_gradient(
         return_metrics=return_metrics,
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
+        implementation=implementation,
     )

@@ -17,7 +17,9 @@ from sxe._rows.rules import RULES
 
 Reduction = Literal["mean", "sum", "none"]
 Rule = Literal["vjp", "jvp", "autodiff"]
+Implementation = Literal["xla", "mosaic_gpu"] | None
 REDUCTIONS = ("mean", "sum", "none")
+IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 # The keyword arguments of the losses, for type checkers: what the result is depends on one of them.
@@ -37,12 +39,14 @@ class _CommonOptions(TypedDict, total=False):
 class LogitsGradientOptions(_CommonOptions, total=False):
     axis: int | tuple[int, ...]
     reduction: Literal["mean", "sum"]
+    implementation: Implementation
 
 
 class LogitsOptions(_CommonOptions, total=False):
     axis: int | tuple[int, ...]
     reduction: Reduction
     rule: Rule
+    implementation: Implementation
 
 
 class HeadOptions(_CommonOptions, total=False):
@@ -93,6 +97,10 @@ def _rule(name: str, value: str) -> str:
     return arguments.one_of(name, value, tuple(RULES))
 
 
+def _implementation(name: str, value: str | None) -> str | None:
+    return None if value is None else arguments.one_of(name, value, IMPLEMENTATIONS)
+
+
 def chunk_size(name: str, value: Any) -> int | None:
     size = arguments.integer_or_none(name, value)
     if size is not None and size < 1:
@@ -126,6 +134,7 @@ class Options:
     axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     batch_axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     rule: Rule = _option(_rule, "vjp", static=True)
+    implementation: Implementation = _option(_implementation, static=True)
     chunk_size: int | None = _option(chunk_size, static=True)
     layout: Layout | None = _option(lambda name, value: value, static=True)
 

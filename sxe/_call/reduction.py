@@ -47,30 +47,34 @@ class Sums(NamedTuple):
 
 def sum_rows(loss: Array, rows: Rows, options: Options) -> Sums:
     """``loss`` is the sum of this device's weighted row losses."""
+    return Sums(sum_over(loss, options.batch_axis_name), *sum_weights(rows, options))
+
+
+def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
+    """``weight`` and ``parts`` of the sums, which are known before the losses are."""
     batch_axis_name = options.batch_axis_name
-    weight = jnp.sum(rows.norm)
-    summed = sum_over(loss, batch_axis_name), sum_over(weight, batch_axis_name)
+    weight = sum_over(jnp.sum(rows.norm), batch_axis_name)
     if options.weights is None and options.class_weights is None:
-        return Sums(*summed, None)
+        return weight, None
     # A row whose label has class weight 0 adds nothing to the denominator, but with smoothing or a
     # z-loss it adds to the loss, and so has a part.
     z = 0 if options.z_loss is None else options.z_loss
     has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
     parts = jnp.sum(has_part, dtype=weight.dtype)
-    return Sums(*summed, sum_over(parts, batch_axis_name))
+    return weight, sum_over(parts, batch_axis_name)
 
 
-def denominator(sums: Sums, reduction: str) -> Array:
-    """What the sum of losses is divided by.
+def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
+    """What the sum of losses is divided by, from ``sum_weights``.
 
     A mean over nothing is 0, and so is its gradient. One over rows whose weights sum to 0 has no
     value: it is NaN, and so is its gradient.
     """
     if reduction == "sum":
-        return jnp.ones_like(sums.weight)
-    if sums.parts is None:
-        return jnp.where(sums.weight == 0, jnp.inf, sums.weight)
-    weight = jnp.where(sums.parts == 0, jnp.inf, sums.weight)
+        return jnp.ones_like(weight)
+    if parts is None:
+        return jnp.where(weight == 0, jnp.inf, weight)
+    weight = jnp.where(parts == 0, jnp.inf, weight)
     # 0 / 0 and not a constant NaN, which would trip debug_nans where the weights are good.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 

@@ -219,8 +219,12 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
             optax.softmax_cross_entropy_with_integer_labels,
             optax.softmax_cross_entropy,
         )
+        ours: dict[str, Callable[..., Any]] = {"sxe": sxe.softmax_cross_entropy}
+        if jax.default_backend() == "gpu" and not problem.dense:
+            kernel = partial(sxe.softmax_cross_entropy, implementation="mosaic_gpu")
+            ours["sxe, mosaic_gpu"] = kernel
         return {
-            "sxe": {"sxe": sxe.softmax_cross_entropy},
+            "sxe": ours,
             "optax": {"optax": lambda x, y: (dense if problem.dense else integer)(x, y).mean()},
         }
 

@@ -1,0 +1,119 @@
+"""Means and sums of rows by the row kernel for GPUs, with the gradient made in the forward pass.
+
+What a row weighs in a mean is known before its logits are read, so that the kernel, which has the
+row on the chip, writes the gradient at once. The backward pass only scales it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sxe._arrays import are_known, keep, vary_like
+from sxe._rows.cross_entropy import CrossEntropy, Results
+from sxe._rows.normalizer import Normalizer
+from sxe._rows.rules import results_and_state
+from sxe._rows.targets import Rows, gap
+
+
+class Mean(NamedTuple):
+    """What comes out of the rows of a call.
+
+    Attributes:
+      value: the sum of the rows' weighted losses over the divisor, a scalar.
+      results: of each row, [...], without gradient.
+    """
+
+    value: Array
+    results: Results
+
+
+def unserved(f: CrossEntropy, x: Array, rows: Rows) -> str | None:
+    """Why the kernel does not serve rows of these logits [..., K] and targets, or None."""
+    if needed := f.backend.needs_for_row_kernel:
+        return needed
+    if f.axis_name is not None:
+        return "all classes of a row on one device, got axis_name"
+    classes = x.shape[-1]
+    if x.dtype == jnp.float64:
+        return "bfloat16, float16 or float32 logits, got float64"
+    if not are_known(*x.shape) or x.size == 0:
+        return f"sizes that are known, and not 0, got shape {x.shape}"
+    if classes * x.dtype.itemsize % 16:
+        return (
+            f"rows of a multiple of 16 bytes, got {classes} classes of {x.dtype.itemsize} bytes; "
+            "pad them with logits of -inf"
+        )
+    if rows.targets.label is None or rows.targets.dense is not None:
+        return "integer labels without label_smoothing"
+    return None
+
+
+def _forward(
+    f: CrossEntropy, x: Array, rows: Rows, divisor: Array
+) -> tuple[Results, Normalizer, Array, Array]:
+    """The results and the state of rows, the label's part of D0, and the mean's gradient."""
+    from sxe._rows import gpu_kernel  # which takes a while, and is for those who ask for it
+
+    targets = rows.targets
+    assert targets.label is not None
+    assert targets.label_target is not None
+    shape = targets.label.shape
+    counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
+    # D7 of a label alone is T (q_l - [l = y]). T is NaN where the label is no class.
+    weight = rows.weight / divisor * targets.total
+    found = gpu_kernel.state_and_gradient(
+        x.reshape(-1, x.shape[-1]),
+        *(jnp.broadcast_to(a, shape).reshape(-1) for a in (targets.label, weight, counts)),
+        cores=f.backend.cores,
+        interpret=f.backend.interprets_kernels,
+    )
+    state, x_label, d = vary_like(found, x)  # JAX's types do not say so of a kernel's results
+    m, r, x_label = (jnp.where(counts, a.reshape(shape), 0) for a in (*state, x_label))
+    state = Normalizer(m, r)
+    cost = gap(targets.label_target, x_label, m, state.log1p_r)
+    loss = targets.label_target * cost + targets.total * state.log1p_r  # D0
+    return Results(loss, state.lse), state, cost, d.reshape(x.shape)
+
+
+def _mean(f: CrossEntropy, results: Results, rows: Rows, divisor: Array) -> Mean:
+    # Divided after the sum, as what is left of a confident row's loss may be too small before it.
+    return Mean(jnp.sum(f.weigh(results, rows.weight, None).value) / divisor, results)
+
+
+def mean_and_gradient(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> tuple[Mean, Array]:
+    """The weighted mean of the rows' losses, and its gradient for the logits."""
+    results, _, _, d = _forward(f, x, rows, divisor)
+    return _mean(f, results, rows, divisor), d
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mean(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> Mean:
+    """The weighted mean of the rows' losses. The kernel makes it where it is differentiated."""
+    results, _ = results_and_state(f, keep(rows.mask, x), rows.targets)
+    return _mean(f, results, rows, divisor)
+
+
+def _mean_fwd(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> tuple[Mean, Any]:
+    results, state, cost, d = _forward(f, x, rows, divisor)
+    found = _mean(f, results, rows, divisor)
+    # D0 differentiated in t_k, which counts what t_k adds to T.
+    d_target = rows.weight / divisor * (cost + state.log1p_r)
+    d_targets = rows.targets._replace(
+        label=None, label_target=d_target, total=jnp.zeros_like(rows.targets.total)
+    )
+    d_weight = f.weigh(results, rows.weight, None).d_weight / divisor
+    return found, (d, Rows(d_targets, d_weight, None, None), -found.value / divisor)
+
+
+def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Array], g: Mean) -> tuple[Any, ...]:
+    d, *others = res
+    # A factor that is the constant 1 costs nothing. By another one, a gradient in 16 bits is
+    # rounded a second time.
+    d_x = (g.value * d.astype(g.value.dtype)).astype(d.dtype)
+    return d_x, *jax.tree.map(lambda a: g.value * a, others)
+
+
+mean.defvjp(_mean_fwd, _mean_bwd)

@@ -1,0 +1,475 @@
+"""The row kernel for NVIDIA GPUs of the Hopper generation: state and gradient of rows at once.
+
+For logits x [N, K], labels y [N] and weights w [N], one launch computes of each row
+
+    (m, r)          the state of ``normalizer``
+    x_y             the label's logit
+    w (q_l - [l = y])   the gradient, which is D7 for a label alone, in the dtype of the logits
+
+Each logit is read from memory once and each component of the gradient written once. A row stays on
+the chip in between: short rows in registers, long ones in shared memory. Of a row that does not fit
+there, the first blocks are read again, soon enough that they are still in the L2 cache: of bfloat16
+rows of 131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB.
+
+Blocks of a row go through a ring of slots in shared memory. A slot is filled by a bulk copy, read
+twice, overwritten with the gradient, and emptied by a bulk copy. It then takes the next block at
+once, which may be of the next row, so that memory is read and written at all times.
+
+A Pallas "thread" is a warpgroup, 128 CUDA threads. No reduction here crosses warps: JAX gives all
+warpgroups of a block one scratch for it, and their results would mix.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from sxe._rows.normalizer import Normalizer
+
+plgpu: Any = mosaic_gpu  # its interface is not the same in all versions of JAX
+
+WARPS = 4  # of a warpgroup
+LANES = 32  # of a warp
+VECTOR_BYTES = 16  # the widest load of a lane, and what bulk copies are aligned to
+SHORT = 1024  # classes of a row that stays in registers
+BLOCK_BYTES = 8192  # of a long row, for one bulk copy
+LONG = (
+    4096  # vectors of a row; two longer ones do not fit into the shared memory of a multiprocessor
+)
+LOG2_E = 1.4426950408889634
+
+
+def state_and_gradient(
+    x: Array, label: Array, weight: Array, counts: Array, *, cores: int, interpret: bool = False
+) -> tuple[Normalizer, Array, Array]:
+    """(m, r) [N], the label's logit [N], and the gradient [N, K].
+
+    A label outside of [0, K) has no logit, and leaves what is there. A row that does not count has
+    a gradient of 0, whatever its logits are; its state may be anything.
+
+    Args:
+      x: [N, K], bfloat16, float16 or float32, in rows of a multiple of 16 bytes.
+      label: [N], int32.
+      weight: [N], float32.
+      counts: [N], bool.
+      cores: how many multiprocessors the GPU has.
+      interpret: on a CPU, for tests.
+    """
+    N, K = x.shape
+    vector = VECTOR_BYTES // x.dtype.itemsize
+    short = K <= SHORT
+    # Short rows come four at a time, so that the arrays of rows are padded to a multiple of it.
+    pad = -N % WARPS if short else 0
+    label, weight, counts = (
+        jnp.pad(a, (0, pad)) for a in (label, weight, counts.astype(jnp.int32))
+    )
+    varies = jax.typeof(x).manual_axis_type
+    of_rows = jax.ShapeDtypeStruct((N + pad,), jnp.float32, manual_axis_type=varies)
+    d = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
+    launch = (_short_launch if short else _long_launch)(N, K, vector, cores)
+    body = functools.partial(_short_rows if short else _long_rows, launch, interpret)
+    call = plgpu.kernel(
+        body,
+        out_type=[of_rows, of_rows, of_rows, d],
+        scratch_types=launch.scratch(x.dtype),
+        grid=(launch.blocks,),
+        grid_names=("block",),
+        num_threads=launch.groups,
+        thread_name="group",
+        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+    )
+    m, r, x_label, d = call(x, label, weight, counts)
+    return Normalizer(m[:N], r[:N]), x_label[:N], d
+
+
+class Launch(NamedTuple):
+    """How rows are divided.
+
+    Attributes:
+      rows, classes: N and K.
+      vector: how many logits a lane loads at once.
+      blocks: CUDA blocks, each of which takes every so many rows.
+      groups: warpgroups of a block.
+      slots: in the ring of a warpgroup.
+      slot: the shape of one, as it is read.
+    """
+
+    rows: int
+    classes: int
+    vector: int
+    blocks: int
+    groups: int
+    slots: int
+    slot: tuple[int, ...]
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """What a warpgroup reads at once: a row for each warp."""
+        return WARPS, LANES * self.vector
+
+    @property
+    def layout(self) -> Any:
+        """Of a tile in registers: neighbouring lanes hold neighbouring vectors."""
+        return plgpu.Layout.TILED(plgpu.Tiling((self.tile, (self.vector,))), (-3,), (-2,), -1)
+
+    def scratch(self, dtype: Any) -> list[Any]:
+        slots = self.groups * self.slots
+        ring = plgpu.SMEM((slots, *self.slot), dtype)
+        if len(self.slot) > 1:
+            return [ring, plgpu.Barrier(num_barriers=slots, num_arrivals=self.slot[0])]
+        parts = plgpu.SMEM((2, 2, WARPS * self.groups), jnp.float32)
+        met = plgpu.Barrier(num_arrivals=self.groups)
+        return [ring, plgpu.Barrier(num_barriers=slots), parts, met]
+
+
+def _exp_difference(x: Array, m: Array) -> Array:
+    """exp(x - m) for x <= m, of the exact difference, and 0 for x = -inf, whatever m is.
+
+    See ``normalizer.exp_difference``.
+    """
+    m = jnp.maximum(m, jnp.finfo(jnp.float32).min)
+    s = x - m
+    back = s - x
+    lost = (x - (s - back)) - (m + back)
+    e = jnp.exp(s)
+    return e + e * jnp.where(s > -104, lost, 0.0)  # beyond, e is 0, and lost may be NaN
+
+
+def _exp(x: Array, m: Array) -> Array:
+    """exp(x - m) for a gradient, whose last digits are rounded to the dtype of the logits."""
+    return jnp.exp2((x - m) * LOG2_E)
+
+
+def _merged(m: Array, r: Array) -> tuple[Array, Array]:
+    """The states of the lanes of each warp, [4, n], as one state a warp, [4]."""
+    top = jnp.max(m, axis=1)
+    of_lanes = lax.broadcast_in_dim(top, m.shape, (0,))
+    is_top = m == of_lanes
+    rest = jnp.sum(jnp.where(is_top, r, (1 + r) * _exp_difference(m, of_lanes)), axis=1)
+    return top, rest + (jnp.sum(jnp.where(is_top, 1.0, 0.0), axis=1) - 1)
+
+
+def _nan_where_infinite(m: Array, r: Array) -> Array:
+    """r, and NaN for a row with a logit of +inf, or with -inf alone."""
+    return r + (m - m)
+
+
+def _store(ref: Any, of_rows: Array) -> None:
+    """Four numbers, fewer than JAX 0.12 writes to memory without being told to."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, of_rows, optimized=False)
+    else:
+        ref[...] = of_rows
+
+
+# Long rows: all warpgroups of a block share one.
+
+
+def _long_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
+    part = WARPS * LANES * vector
+    largest = BLOCK_BYTES * vector // VECTOR_BYTES
+    block = min(largest, classes // part * part)
+    # Two blocks on a multiprocessor hide each other's waiting, while both keep their rows there.
+    twice = classes <= LONG * vector
+    per_core, slots = (2, 3) if twice else (1, 6)
+    return Launch(rows, classes, vector, min(rows, per_core * cores), 4, slots, (block,))
+
+
+def _long_rows(
+    launch: Launch,
+    interpret: bool,
+    x_ref: Any,
+    label_ref: Any,
+    weight_ref: Any,
+    counts_ref: Any,
+    m_ref: Any,
+    r_ref: Any,
+    x_label_ref: Any,
+    d_ref: Any,
+    ring: Any,
+    filled: Any,
+    parts: Any,
+    met: Any,
+) -> None:
+    first_row, group = lax.axis_index("block"), lax.axis_index("group")
+    K, slots, (block,) = launch.classes, launch.slots, launch.slot
+    tile, layout = launch.tile, launch.layout
+    part = tile[0] * tile[1]
+    blocks = -(-K // block)  # of a row. The last one ends with the row, and may overlap.
+    overlap = blocks * block - K
+    own = -(-blocks // launch.groups)  # blocks of this warpgroup, some of them past the end
+    again = max(0, own - slots)  # blocks that are read a second time
+    loads = own + again  # of a row
+    rows = (launch.rows - first_row + launch.blocks - 1) // launch.blocks
+
+    def slot_of(n: Array) -> Array:
+        return group * slots + lax.rem(n, slots)
+
+    def block_of(n: Array) -> Array:
+        """The block of a row that its load number n brings."""
+        return group * own + jnp.where(n < own, n, n - own)
+
+    def start_of(b: Array) -> Array:
+        start = b * block
+        return pl.multiple_of(jnp.minimum(start, K - block) if overlap else start, launch.vector)
+
+    def load(n: Array) -> None:
+        """Starts load number n of this warpgroup, counted over all of its rows."""
+        i = n // loads
+        b = block_of(n - i * loads)
+
+        @pl.when((n < rows * loads) & (b < blocks))
+        def start() -> None:
+            source = x_ref.at[first_row + i * launch.blocks, pl.ds(start_of(b), block)]
+            slot = slot_of(n)
+            plgpu.copy_gmem_to_smem(
+                source,
+                ring.at[slot],
+                filled.at[slot],
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )
+
+    def tile_of(slot: Array, i: int) -> Any:
+        return ring.at[slot, pl.ds(i * part, part)]
+
+    def read(slot: Array, i: int) -> Array:
+        if interpret:  # it has no reshaped references
+            return tile_of(slot, i)[...].reshape(tile).astype(jnp.float32)
+        x = plgpu.load(tile_of(slot, i).reshape(*tile), layout=layout, optimized=False)
+        return x.astype(jnp.float32)
+
+    def write(slot: Array, i: int, d: Array) -> None:
+        if interpret:
+            tile_of(slot, i)[...] = d.reshape(part)
+        else:
+            tile_of(slot, i).reshape(*tile)[...] = d
+
+    def full(value: float) -> Array:
+        return plgpu.layout_cast(jnp.full(tile, value, jnp.float32), layout)
+
+    def step(x: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """The states of the lanes with one more logit each, in one exponential."""
+        m, r = state
+        top = jnp.maximum(x, m)
+        e = _exp_difference(jnp.minimum(x, m), top)
+        return top, jnp.where(x > m, e + r * e, r + e)
+
+    def row_of(i: Array, _: Any) -> None:
+        row, begin = first_row + i * launch.blocks, i * loads
+
+        def forward(n: Array, state: Any) -> Any:
+            b = block_of(n)
+
+            def normalize(state: Any) -> Any:
+                slot = slot_of(begin + n)
+                plgpu.barrier_wait(filled.at[slot])
+
+                def tiles(skipped: int, state: Any) -> Any:
+                    for j in range(skipped // part, block // part):
+                        x = read(slot, j)
+                        if j * part < skipped:
+                            k = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout) * tile[1]
+                            k += plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
+                            x = jnp.where(k + j * part >= skipped, x, -jnp.inf)
+                        state = step(x, state)
+                    return state
+
+                if not overlap:
+                    return tiles(0, state)
+                last = b == blocks - 1
+                return lax.cond(
+                    last, functools.partial(tiles, overlap), functools.partial(tiles, 0), state
+                )
+
+            if own * launch.groups == blocks:
+                state = normalize(state)
+            else:
+                state = lax.cond(b < blocks, normalize, lambda state: state, state)
+            if again:
+
+                @pl.when(n < again)
+                def load_next() -> None:
+                    load(begin + n + slots)
+
+            return state
+
+        lanes = lax.fori_loop(0, own, forward, (full(-jnp.inf), full(-1.0)))
+        # The states of all warps, by way of shared memory. It is written anew for each row, so
+        # that the one before may still be read.
+        turn = lax.rem(i, 2)
+        at = pl.ds(WARPS * group, WARPS)
+        parts[turn, 0, at], parts[turn, 1, at] = _merged(*lanes)
+        plgpu.barrier_arrive(met)
+        plgpu.barrier_wait(met)
+        warps = range(WARPS * launch.groups)
+        m = functools.reduce(jnp.maximum, [parts[turn, 0, j] for j in warps])
+        rest, tops = jnp.float32(0), jnp.float32(-1)
+        for j in warps:
+            of_warp, r_of_warp = parts[turn, 0, j], parts[turn, 1, j]
+            is_top = of_warp == m
+            e = _exp_difference(of_warp, m)
+            rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * e)
+            tops += jnp.where(is_top, 1.0, 0.0)
+        r = _nan_where_infinite(m, rest + tops)
+        m_ref[row], r_ref[row] = m, r
+        label, counts = label_ref[row], counts_ref[row] != 0
+        scale = weight_ref[row] / (1 + r)
+        counted = plgpu.layout_cast(jnp.full(tile, counts_ref[row], jnp.int32), layout) != 0
+
+        def backward(n: Array, _: Any) -> None:
+            """Of the blocks that are still in the ring first, and then of those read again."""
+            number = again + n
+            b = block_of(number)
+
+            @pl.when(b < blocks)
+            def write_gradient() -> None:
+                slot = slot_of(begin + number)
+                if again:
+
+                    @pl.when(number >= own)
+                    def wait() -> None:
+                        plgpu.barrier_wait(filled.at[slot])
+
+                k = label - start_of(b)
+                here = (k >= 0) & (k < block)  # where two blocks overlap, in both of them
+                k = jnp.where(here, k, 0)
+                x_label = ring[slot, k].astype(jnp.float32)
+                for j in range(block // part):
+                    d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)
+                    write(slot, j, d.astype(d_ref.dtype))
+
+                @pl.when(here)
+                def put_label() -> None:
+                    x_label_ref[row] = x_label
+                    d = ((jnp.exp(x_label - m) - 1) - r) * scale
+                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(d_ref.dtype)
+
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(ring.at[slot], d_ref.at[row, pl.ds(start_of(b), block)])
+
+            # All copies but this one have left the ring, so that the slot before is free.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+
+            @pl.when(n > 0)
+            def load_freed() -> None:
+                load(begin + number - 1 + slots)
+
+        lax.fori_loop(0, own, backward, None)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        load(begin + loads - 1 + slots)
+
+    lax.fori_loop(0, slots, lambda n, _: load(n), None)
+    lax.fori_loop(0, rows, row_of, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# Short rows: each warp has one, whole in its registers.
+
+
+def _short_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
+    width = LANES * vector
+    fours = -(-rows // WARPS)
+    groups = 4
+    blocks = min(-(-fours // groups), cores)
+    return Launch(rows, classes, vector, blocks, groups, 3, (-(-classes // width), WARPS, width))
+
+
+def _short_rows(
+    launch: Launch,
+    interpret: bool,
+    x_ref: Any,
+    label_ref: Any,
+    weight_ref: Any,
+    counts_ref: Any,
+    m_ref: Any,
+    r_ref: Any,
+    x_label_ref: Any,
+    d_ref: Any,
+    ring: Any,
+    filled: Any,
+) -> None:
+    del interpret
+    group = lax.axis_index("group")
+    slots, (tiles, _, width) = launch.slots, launch.slot
+    tile, layout = launch.tile, launch.layout
+    team = lax.axis_index("block") * launch.groups + group
+    teams = launch.blocks * launch.groups
+    steps = (-(-launch.rows // WARPS) - team + teams - 1) // teams
+
+    def rows_of(i: Array) -> Any:
+        return pl.ds((team + i * teams) * WARPS, WARPS)
+
+    def columns(j: int) -> Any:
+        # A slice of a number that JAX knows may not reach past the end. The copies stop there.
+        return pl.ds(j * width + 0 * team, width)
+
+    def slot_of(i: Array) -> Array:
+        return group * slots + lax.rem(i, slots)
+
+    def load(i: Array) -> None:
+        @pl.when(i < steps)
+        def start() -> None:
+            slot = slot_of(i)
+            for j in range(tiles):
+                source = x_ref.at[rows_of(i), columns(j)]
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, j], filled.at[slot])
+
+    def of_rows(ref: Any, i: Array) -> Array:
+        """[4] of an array of rows."""
+        return plgpu.load(ref.at[rows_of(i)], layout=layout.reduce(1), optimized=False)
+
+    def wide(a: Array) -> Array:
+        return lax.broadcast_in_dim(a, tile, (0,))
+
+    def total(terms: Array) -> Array:
+        return jnp.sum(terms, axis=1)
+
+    def step(i: Array, _: Any) -> None:
+        slot = slot_of(i)
+        label, weight, counts = (of_rows(ref, i) for ref in (label_ref, weight_ref, counts_ref))
+        plgpu.barrier_wait(filled.at[slot])
+        k = plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
+
+        def read(j: int) -> Array:
+            x = plgpu.load(ring.at[slot, j], layout=layout, optimized=False).astype(jnp.float32)
+            inside = k < launch.classes - j * width
+            return x if (j + 1) * width <= launch.classes else jnp.where(inside, x, -jnp.inf)
+
+        top = jnp.max(functools.reduce(jnp.maximum, map(read, range(tiles))), axis=1)
+        m, zero = wide(top), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), layout)
+        rest, count, found, es = zero, zero, zero, []
+        for j in range(tiles):
+            x = read(j)
+            e = _exp_difference(x, m)
+            # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
+            near = jnp.where(x >= m - 0.25, 1.0, 0.0)
+            rest, count = rest + (e - near), count + near
+            found = found + jnp.where(k == wide(label) - j * width, x, 0.0)
+            es.append(e)
+        r = _nan_where_infinite(top, total(rest) + (total(count) - 1))
+        scale = wide(jnp.where(counts != 0, weight / (1 + r), 0.0))
+        counted = wide(counts) != 0
+        for j, e in enumerate(es):
+            d = jnp.where(k == wide(label) - j * width, (e - 1) - wide(r), e)
+            ring[slot, j] = jnp.where(counted, d * scale, 0.0).astype(d_ref.dtype)
+        plgpu.commit_smem()
+        for j in range(tiles):
+            plgpu.copy_smem_to_gmem(
+                ring.at[slot, j], d_ref.at[rows_of(i), columns(j)], commit_group=j == tiles - 1
+            )
+        for ref, of_row in ((m_ref, top), (r_ref, r), (x_label_ref, total(found))):
+            _store(ref.at[rows_of(i)], of_row)
+        # All copies but these have left the ring, so that the slot before is free.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+
+        @pl.when(i > 0)
+        def load_freed() -> None:
+            load(i - 1 + slots)
+
+    lax.fori_loop(0, slots, lambda i, _: load(i), None)
+    lax.fori_loop(0, steps, step, None)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,294 @@
+"""The row kernel for GPUs: on a GPU, or else interpreted, and compiled as far as JAX alone does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import sxe
+from sxe import _softmax_cross_entropy
+from sxe._backend import Backend
+
+BACKEND = Backend("gpu", is_local=True, interprets_kernels=jax.default_backend() != "gpu")
+
+needs_pallas = pytest.mark.skipif(
+    BACKEND.needs_for_row_kernel is not None, reason="needs JAX 0.11.2"
+)
+
+kernel_loss = functools.partial(sxe.softmax_cross_entropy, implementation="mosaic_gpu")
+kernel_gradient = functools.partial(
+    sxe.softmax_cross_entropy_with_gradient, implementation="mosaic_gpu"
+)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Calls as they are traced for a GPU. What is measured is the result of the kernel."""
+    monkeypatch.setattr(_softmax_cross_entropy, "backend_of", lambda *arrays: BACKEND)
+    jax.clear_caches()  # of calls that were traced for a CPU
+    yield BACKEND
+    jax.clear_caches()
+
+
+def problem(rows, classes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((rows, classes)) * 3
+    labels = rng.integers(0, classes, rows)
+    logits[0, labels[0]] += 40  # a confident row
+    return jnp.asarray(logits, dtype), jnp.asarray(labels, jnp.int32)
+
+
+def bound(dtype):
+    """Of a gradient's relative error, and below which numbers of the dtype lose digits."""
+    info = jnp.finfo(dtype)
+    return {"rtol": max(2e-5, float(info.eps)), "atol": float(info.smallest_normal)}
+
+
+# Rows of one tile and of several, of whole blocks and ragged ones, of fewer blocks than there are
+# warpgroups, that fit into the ring, and of more blocks than it has slots, which are read twice.
+SIZES = [
+    (5, 8, "bfloat16"),
+    (6, 1000, "bfloat16"),
+    (3, 388, "float32"),
+    (2, 1032, "float16"),
+    (3, 3000, "float32"),
+    (2, 16384, "bfloat16"),
+    (2, 32776, "float32"),
+]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SIZES)
+def test_it_agrees_with_the_oracle(rows, classes, dtype):
+    logits, labels = problem(rows, classes, dtype)
+    weights = np.random.default_rng(1).random(rows, np.float32) + 0.5
+    loss, gradient = jax.jit(kernel_gradient)(logits, labels, weights=jnp.asarray(weights))
+    given = np.asarray(logits, np.float64), np.asarray(labels)
+    np.testing.assert_allclose(loss, oracle.loss(*given, weights=weights), rtol=1e-6)
+    assert gradient.dtype == logits.dtype
+    assert_gradient(gradient, oracle.gradient(*given, weights=weights))
+
+
+def assert_gradient(actual, expected):
+    """Where float64 has digits for it: those of a confident label have a test of their own."""
+    actual, limits = np.asarray(actual, np.float64), bound(actual.dtype)
+    np.testing.assert_allclose(
+        actual, expected, rtol=limits["rtol"], atol=max(1e-14, limits["atol"])
+    )
+
+
+def exact_rows(classes):
+    """A lead of 5 to 80, an offset, ties, and classes that cannot occur."""
+    rng = np.random.default_rng(2)
+    for lead, offset in [(0, 0), (5, 1e4), (20, 0), (40, 0), (80, 0), (11, 1e8)]:
+        row = rng.standard_normal(classes)
+        row[7] = row.max() + lead
+        yield row + offset
+    yield np.full(classes, 1e30)
+    yield np.where(np.arange(classes) % 3 == 0, -np.inf, 2.0)
+    yield np.full(classes, float(np.finfo(np.float32).min))
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("classes", "kinds"), [(96, slice(None)), (1060, slice(0, 9, 4))])
+def test_its_digits_are_those_of_60(classes, kinds):
+    for x in np.array(list(exact_rows(classes)), np.float32)[kinds]:
+        for label in (7, 8):
+            given = jnp.asarray(x)[None], jnp.array([label])
+            loss, (gradient,) = kernel_gradient(*given, reduction="sum")
+            targets = np.arange(classes) == label
+            exact, _ = oracle.exact_row(x, targets)
+            # Of a lead of 80, exponentials are near the end of float32.
+            assert oracle.relative_error(loss, exact) < 1e-6 if exact > 1e-30 else loss < 1e-29
+            assert max(oracle.gradient_errors(np.asarray(gradient), x, targets)) < 2e-5
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [96, 1060])
+def test_rows_of_infinities_and_bad_labels(classes):
+    """The same rows are NaN as without the kernel, and no others."""
+    logits, _ = problem(8, classes, "float32")
+    logits = logits.at[1, 3].set(jnp.nan).at[2, 5].set(jnp.inf).at[3].set(-jnp.inf)
+    logits = logits.at[4, 9].set(-jnp.inf)
+    labels = jnp.array([1, 1, 1, 1, 9, classes, -1, 2])
+    where = jnp.array([True, False, False, False, True, False, False, True])
+    for i in range(8):
+        given = logits[i : i + 1], labels[i : i + 1]
+        ours = kernel_gradient(*given)
+        xla = sxe.softmax_cross_entropy_with_gradient(*given)
+        for a, b in zip(ours, xla, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-37)
+        assert bool(jnp.isnan(ours[0])) == (i in (1, 2, 3, 5, 6))
+    ours = kernel_gradient(logits, labels, where=where)
+    xla = sxe.softmax_cross_entropy_with_gradient(logits, labels, where=where)
+    assert float(ours[0]) == float(xla[0]) == np.inf  # the logit of the fourth label is -inf
+    np.testing.assert_allclose(ours[1], xla[1], rtol=2e-5, atol=1e-37)
+    assert not np.any(np.asarray(ours[1])[~np.asarray(where)])
+
+
+OPTIONS = [
+    {},
+    {"reduction": "sum"},
+    {"where": np.array([[True, False], [True, True], [False, True]])},
+    {"weights": np.array([[1.5, 0.0], [0.25, 1.0], [2.0, 3.0]], np.float32)},
+    {"class_weights": np.linspace(0.5, 2.0, 64, dtype=np.float32)},
+    {"ignore_index": 3},
+    {"axis": 0},
+]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "none")
+def test_options_as_without_it(options):
+    """Values, metrics and the gradient for all that has one, times a cotangent."""
+    rng = np.random.default_rng(3)
+    logits, labels = rng.standard_normal((3, 2, 64)), rng.integers(0, 64, (3, 2))
+    labels[1, 1] = 3
+    logits = jnp.asarray(np.moveaxis(logits, -1, options.get("axis", -1)), jnp.float32)
+    floats = {k: jnp.asarray(v) for k, v in options.items() if k in ("weights", "class_weights")}
+    others = {k: v for k, v in options.items() if k not in floats}
+
+    def loss(f, logits, floats):
+        value, metrics = f(logits, jnp.asarray(labels), return_metrics=True, **floats, **others)
+        return 0.7 * value, metrics
+
+    results = []
+    for f in (kernel_loss, sxe.softmax_cross_entropy):
+        run = jax.value_and_grad(functools.partial(loss, f), argnums=(0, 1), has_aux=True)
+        results.append(jax.tree.leaves(jax.jit(run)(logits, floats)))
+    for f in (kernel_gradient, sxe.softmax_cross_entropy_with_gradient):
+        found = f(logits, jnp.asarray(labels), return_metrics=True, **floats, **others)
+        results.append(jax.tree.leaves(found))
+    for i in (0, 2):
+        for a, b in zip(results[i], results[i + 1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+def test_value_without_gradient():
+    logits, labels = problem(5, 64, "float32")
+    value = kernel_loss(logits, labels)
+    np.testing.assert_allclose(value, sxe.softmax_cross_entropy(logits, labels), rtol=1e-6)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [64, 1056])
+def test_transformations(classes):
+    logits, labels = problem(6, classes, "float32")
+    logits, labels = logits.reshape(2, 3, classes), labels.reshape(2, 3)
+    expected = jax.vmap(jax.grad(sxe.softmax_cross_entropy))(logits, labels)
+    mapped = jax.jit(jax.vmap(jax.grad(kernel_loss)))(logits, labels)
+    scanned = jax.lax.map(lambda given: jax.grad(kernel_loss)(*given), (logits, labels))
+    for found in (mapped, scanned):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-9)
+
+
+UNSERVED = [
+    ({"rule": "jvp"}, "rule 'vjp', got 'jvp'"),
+    ({"reduction": "none"}, "reduction 'mean' or 'sum', got 'none'"),
+    ({"z_loss": 1e-4}, "no z_loss"),
+    ({"label_smoothing": 0.1}, "integer labels without label_smoothing"),
+    ({"where": np.ones((4, 64), bool)}, "a mask of rows, got where of classes"),
+]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("options", "why"), UNSERVED, ids=lambda a: a if a is str else None)
+def test_what_it_does_not_serve_is_an_error(options, why):
+    logits, labels = problem(4, 64, "float32")
+    with pytest.raises(ValueError, match=f"implementation: expected for 'mosaic_gpu' {why}"):
+        kernel_loss(logits, labels, **options)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+def test_rows_it_does_not_serve_are_an_error():
+    logits, labels = problem(4, 63, "float32")
+    with pytest.raises(
+        ValueError, match="rows of a multiple of 16 bytes, got 63 classes of 4 bytes"
+    ):
+        kernel_loss(logits, labels)
+    with pytest.raises(ValueError, match="integer labels without label_smoothing"):
+        kernel_loss(logits[:, :60], jnp.ones((4, 60)) / 60)
+    with pytest.raises(ValueError, match="not 0, got shape"):
+        kernel_loss(logits[:0, :60], labels[:0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [
+        (Backend("cpu", is_local=True), "a program for a GPU, got one for a cpu"),
+        (Backend("gpu", is_local=False, jax_version=(0, 12)), "rows on one device"),
+        (Backend("gpu", is_local=True, jax_version=(0, 11, 1)), "JAX 0.11.2 or newer, got 0.11.1"),
+    ],
+    ids=["cpu", "several devices", "older JAX"],
+)
+def test_where_it_does_not_run_is_an_error(backend, why, monkeypatch):
+    monkeypatch.setattr(_softmax_cross_entropy, "backend_of", lambda *arrays: backend)
+    jax.clear_caches()
+    logits, labels = problem(4, 64, "float32")
+    with pytest.raises(ValueError, match=f"expected for 'mosaic_gpu' {why}"):
+        kernel_loss(logits, labels)
+
+
+def test_xla_is_what_is_taken_by_default():
+    logits, labels = problem(4, 64, "float32")
+    expected = sxe.softmax_cross_entropy(logits, labels)
+    assert sxe.softmax_cross_entropy(logits, labels, implementation="xla") == expected
+    with pytest.raises(ValueError, match="implementation"):
+        sxe.softmax_cross_entropy(logits, labels, implementation="triton")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Calls as they are traced for a GPU, which are not run."""
+    monkeypatch.setattr(
+        _softmax_cross_entropy, "backend_of", lambda *arrays: Backend("gpu", is_local=True)
+    )
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def lowered(f, classes, dtype="float32", rows=64):
+    shapes = jax.ShapeDtypeStruct((rows, classes), dtype), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_pallas
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("classes", [1000, 131072])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_lowers_for_a_gpu(classes, dtype):
+    """As far as JAX alone compiles. No exponential is left to XLA."""
+    text = lowered(jax.value_and_grad(kernel_loss), classes, dtype)
+    assert text.count("@mosaic_gpu") == 1
+    assert "stablehlo.exponential" not in text
+
+
+@needs_pallas
+@pytest.mark.usefixtures("gpu")
+def test_it_lowers_under_transformations():
+    def of_shard(logits, labels):
+        return jax.value_and_grad(functools.partial(kernel_loss, batch_axis_name="d"))(
+            logits, labels
+        )
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("d")
+    sharded = jax.shard_map(
+        of_shard, mesh=mesh, in_specs=rows, out_specs=(jax.sharding.PartitionSpec(), rows)
+    )
+    checkpointed = jax.grad(jax.checkpoint(kernel_loss))
+    for f in (sharded, checkpointed):
+        assert "@mosaic_gpu" in lowered(f, 256)
