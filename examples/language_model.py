@@ -12,10 +12,10 @@ On an accelerator, a last layer of the size that language models have, in bfloat
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16
 
-To measure such a model without training it on text, `--measure speed` takes steps on random tokens
-and prints tokens per second and peak memory. `--measure largest-batch` takes none: it compiles the
-step for a few batches, reads how much memory each of them needs, and so finds the largest that fits
-on the device:
+To measure such a model without training it on text, `--measure speed` takes steps on one batch of
+random tokens, and prints tokens per second, peak memory, and the loss of the first and the last
+step. `--measure largest-batch` takes none: it compiles the step for a few batches, reads how much
+memory each of them needs, and so finds the largest that fits on the device:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16 \
         --batch-size 64 --steps 40 --measure speed
@@ -58,6 +58,11 @@ SKIPPED = {
 }
 
 MIB = 2**20
+
+DIM = 128
+# At this rate a model that is much wider than DIM amplifies differences in rounding, until the
+# curves of two losses that are both right are tenths of a nat apart.
+LEARNING_RATE = 4e-3
 
 WARM_UP_STEPS = 3  # not counted in the speed that --measure finds
 
@@ -316,7 +321,7 @@ def train(name, args, tokens, held_out, prompt):
 
 
 def measure_speed(name, args):
-    """Take steps on random tokens, and print tokens per second and memory."""
+    """Take steps on one batch of random tokens, and print tokens per second, losses and memory."""
     _, init, _, step = make_functions(name, args)
     window_shape = (args.batch_size, args.context + 1)
     began = time.perf_counter()
@@ -328,17 +333,19 @@ def measure_speed(name, args):
     random_tokens = np.random.default_rng(args.seed).integers(classes, size=window_shape)
     windows = jnp.asarray(random_tokens, jnp.int32)
     _, peak_bytes_before = peak_memory()
-    seconds = []
+    losses, seconds = [], []
     for _ in range(WARM_UP_STEPS + args.steps):
         began = time.perf_counter()
         params, opt_state, loss = compiled(params, opt_state, windows)
         jax.block_until_ready((params, opt_state, loss))
         seconds.append(time.perf_counter() - began)
+        losses.append(float(loss))
     peak_of, peak_bytes = peak_memory()
     median = float(np.median(seconds[WARM_UP_STEPS:]))
     print(
         f"{name}: {args.batch_size * args.context / median:,.0f} tokens per second, "
-        f"{1e3 * median:.1f} ms a step, loss {float(loss):.3f}\n"
+        f"{1e3 * median:.1f} ms a step\n"
+        f"{name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses) - 1} steps\n"
         f"{name}: peak memory of the {peak_of} {peak_bytes / MIB:,.0f} MiB, "
         f"{peak_bytes_before / MIB:,.0f} MiB before the first step; "
         f"the step as compiled needs {step_bytes(compiled) / MIB:,.0f} MiB, "
@@ -475,10 +482,14 @@ def main():
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=256, help="tokens that the model sees")
-    parser.add_argument("--dim", type=int, default=128, help="size of the hidden states")
+    parser.add_argument("--dim", type=int, default=DIM, help="size of the hidden states")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"by default {LEARNING_RATE:g} up to --dim {DIM}, and in proportion to 1 / dim above",
+    )
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument(
         "--classes", type=int, help="of the last layer, if more than the vocabulary has"
@@ -506,6 +517,8 @@ def main():
     args = parser.parse_args()
     if args.classes is not None and args.classes < args.vocabulary:
         parser.error(f"--classes: expected at least the vocabulary's {args.vocabulary}")
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATE * min(1, DIM / args.dim)
 
     names = LOSSES if args.loss == "both" else (args.loss,)
     if args.measure:

@@ -137,6 +137,12 @@ def test_language_model_measures_the_speed_of_both_losses(tmp_path):
     speeds = re.findall(r"^(\w+): ([\d,]+) tokens per second, ", done.stdout, re.MULTILINE)
     assert [name for name, _ in speeds] == ["optax", "sxe"]
     assert all(int(speed.replace(",", "")) > 0 for _, speed in speeds)
+    # The parameters are the same in the first step, and both losses learn the batch.
+    losses = re.findall(r": loss ([\d.]+) at first, ([\d.]+) after 10 steps$", done.stdout, re.M)
+    (optax_first, optax_last), (sxe_first, sxe_last) = ((float(a), float(b)) for a, b in losses)
+    assert abs(optax_first - sxe_first) < 2e-3
+    assert abs(optax_last - sxe_last) < 0.01
+    assert sxe_last < sxe_first - 0.1
     needed = re.findall(r"the step as compiled needs ([\d,]+) MiB", done.stdout)
     optax_mib, sxe_mib = (int(mib.replace(",", "")) for mib in needed)
     assert sxe_mib < optax_mib - 64  # 8 * 128 tokens * 16,384 classes in float32
