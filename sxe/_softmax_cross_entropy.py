@@ -314,8 +314,9 @@ def softmax_cross_entropy(
         or sum, by rule "vjp", of integer labels without ``label_smoothing`` or ``z_loss``, logits
         of 16 or 32 bits in rows of a multiple of 16 bytes, and classes that no mesh axis splits,
         and needs JAX 0.11.2; any other call is an error. There the gradient is made in the forward
-        pass, so that a cotangent other than 1 rounds one in 16 bits a second time, and a value
-        that is not differentiated is XLA's. "xla": by XLA. None: by XLA, so far.
+        pass, so that a cotangent other than 1 rounds one in 16 bits a second time. Second
+        derivatives, and a value that is not differentiated, are XLA's. "xla": by XLA. None: by XLA,
+        so far.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are Python values, static under ``jax.jit``: bind them by

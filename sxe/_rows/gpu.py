@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sxe._arrays import are_known, keep, vary_like
+from sxe._arrays import are_known, keep, vary_like, wide
+from sxe._rows import twins
 from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.normalizer import Normalizer
 from sxe._rows.rules import results_and_state
-from sxe._rows.targets import Rows, gap
+from sxe._rows.targets import Rows, Targets, gap, take_label
 
 
 class Mean(NamedTuple):
@@ -51,12 +52,40 @@ def unserved(f: CrossEntropy, x: Array, rows: Rows) -> str | None:
     return None
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_rows(
+    f: CrossEntropy, x: Array, label: Array, weight: Array, counts: Array
+) -> tuple[Normalizer, Array, Array]:
+    """Of rows [N, K]: the state, the label's logit, and weight (q_l - [l = label])."""
+    from sxe._rows import gpu_kernel  # which takes a while, and is for those who ask for it
+
+    found = gpu_kernel.state_and_gradient(
+        x, label, weight, counts, cores=f.backend.cores, interpret=f.backend.interprets_kernels
+    )
+    return vary_like(found, x)  # JAX's types do not say so of a kernel's results
+
+
+@_of_rows.defjvp
+def _of_rows_jvp(f: CrossEntropy, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
+    """Derivatives of the gradient are XLA's."""
+    x, label, weight, counts = primals
+
+    def by_xla(x: Array, weight: Array) -> tuple[Normalizer, Array, Array]:
+        kept, one = keep(counts, x), jnp.ones_like(weight)
+        state = twins.normalize(kept, f.backend)
+        targets = Targets(label, one, None, one)
+        d = keep(counts, f.gradient(kept, targets, state, Results(weight, None)))
+        x_label, inside = take_label(kept, label)
+        return state, jnp.where(inside, wide(x_label), 0), d.astype(x.dtype)
+
+    _, dots = jax.jvp(by_xla, (x, weight), (tangents[0], tangents[2]))
+    return _of_rows(f, *primals), dots
+
+
 def _forward(
     f: CrossEntropy, x: Array, rows: Rows, divisor: Array
 ) -> tuple[Results, Normalizer, Array, Array]:
     """The results and the state of rows, the label's part of D0, and the mean's gradient."""
-    from sxe._rows import gpu_kernel  # which takes a while, and is for those who ask for it
-
     targets = rows.targets
     assert targets.label is not None
     assert targets.label_target is not None
@@ -64,13 +93,8 @@ def _forward(
     counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
     # D7 of a label alone is T (q_l - [l = y]). T is NaN where the label is no class.
     weight = rows.weight / divisor * targets.total
-    found = gpu_kernel.state_and_gradient(
-        x.reshape(-1, x.shape[-1]),
-        *(jnp.broadcast_to(a, shape).reshape(-1) for a in (targets.label, weight, counts)),
-        cores=f.backend.cores,
-        interpret=f.backend.interprets_kernels,
-    )
-    state, x_label, d = vary_like(found, x)  # JAX's types do not say so of a kernel's results
+    of_rows = (jnp.broadcast_to(a, shape).reshape(-1) for a in (targets.label, weight, counts))
+    state, x_label, d = _of_rows(f, x.reshape(-1, x.shape[-1]), *of_rows)
     m, r, x_label = (jnp.where(counts, a.reshape(shape), 0) for a in (*state, x_label))
     state = Normalizer(m, r)
     cost = gap(targets.label_target, x_label, m, state.log1p_r)
