@@ -71,7 +71,10 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 
 
 def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
-    """The logits [..., K], and the rows of the call, which say what counts."""
+    """The logits [..., K] with zeros in rows that do not count, and the rows of the call.
+
+    The row kernel has its own way with these rows, and gets the logits as they are.
+    """
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
@@ -80,7 +83,8 @@ def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
     rows = make_rows(
         labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=finite
     )
-    x, targets = _typed_alike(logits, rows.targets, options.axis_name)
+    kept = logits if options.implementation == "mosaic_gpu" else keep(rows.mask, logits)
+    x, targets = _typed_alike(kept, rows.targets, options.axis_name)
     return x, rows._replace(targets=targets)
 
 
@@ -114,7 +118,6 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
                 "implementation", "expected for 'mosaic_gpu' a mask of rows, got where of classes"
             )
         return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
-    x = keep(rows.mask, x)
     if with_gradient:
         results, state = results_and_state(f, x, rows.targets)
     else:

@@ -9,7 +9,8 @@ For logits x [N, K], labels y [N] and weights w [N], one launch computes of each
 Each logit is read from memory once and each component of the gradient written once. A row stays on
 the chip in between: short rows in registers, long ones in shared memory. Of a row that does not fit
 there, the first blocks are read again, soon enough that they are still in the L2 cache: of bfloat16
-rows of 131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB.
+rows of 131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB. Of float32
+rows they are 320 of 512 KiB, together 41 MiB, which is about what that cache holds.
 
 Blocks of a row go through a ring of slots in shared memory. A slot is filled by a bulk copy, read
 twice, overwritten with the gradient, and emptied by a bulk copy. It then takes the next block at
@@ -37,9 +38,7 @@ LANES = 32  # of a warp
 VECTOR_BYTES = 16  # the widest load of a lane, and what bulk copies are aligned to
 SHORT = 1024  # classes of a row that stays in registers
 BLOCK_BYTES = 8192  # of a long row, for one bulk copy
-LONG = (
-    4096  # vectors of a row; two longer ones do not fit into the shared memory of a multiprocessor
-)
+LONG = 4096  # vectors of a row. Two longer ones do not fit on one multiprocessor.
 LOG2_E = 1.4426950408889634
 
 
@@ -351,8 +350,14 @@ def _long_rows(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(ring.at[slot], d_ref.at[row, pl.ds(start_of(b), block)])
 
-            # All copies but this one have left the ring, so that the slot before is free.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                # All copies but this one have left the ring, so that the slot before is free.
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+
+            if own * launch.groups != blocks:
+
+                @pl.when(b >= blocks)
+                def wait_for_last() -> None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(n > 0)
             def load_freed() -> None:
