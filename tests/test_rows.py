@@ -75,6 +75,18 @@ def test_the_state_of_a_row_is_exact(backend, lead):
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("classes", [3, 40])
+def test_the_smallest_number_is_not_minus_infinity(backend, classes):
+    """People mask classes with either, and a row may have both, and nothing else."""
+    x = np.full((4, classes), -np.inf, np.float32)
+    x[0, 1:] = x[1] = x[2, 1] = x[3, 2] = np.finfo(np.float32).min
+    x[2, 2] = 0
+    m, r = twins.normalize(jnp.asarray(x), backend)
+    np.testing.assert_array_equal(m, x.max(axis=1))
+    np.testing.assert_array_equal(r, [classes - 2, classes - 1, 0, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 def test_the_state_of_logits_that_are_computed_twice(backend):
     """XLA may compute 1.3 u + b once for the maximum and once more for a sum, rounded otherwise."""
     rng = np.random.default_rng(0)
