@@ -112,7 +112,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     f = CrossEntropy(options.axis_name, backend_of(given))
     inputs, class_mask = _masked(inputs)
     x, rows = _prepare(inputs, f.backend)
-    if options.implementation == "mosaic_gpu":
+    if options.implementation == "mosaic_gpu" and x.size:
         if class_mask is not None:
             raise ArgumentValueError(
                 "implementation", "expected for 'mosaic_gpu' a mask of rows, got where of classes"
@@ -145,7 +145,7 @@ def _result_of_kernel(
 ) -> Any:
     """``_result`` by the row kernel for GPUs; with the gradient if there are logits it is like."""
     options = inputs.options
-    if why := gpu.unserved(f, x, rows) or _unserved(options):
+    if why := gpu.unserved(f, x, rows, for_autodiff=like is None) or _unserved(options):
         raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
     # The rule's cotangents vary along mesh axes as x does, and so has every input to.
@@ -312,13 +312,13 @@ def softmax_cross_entropy(
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
-      implementation: "mosaic_gpu": by one kernel for NVIDIA GPUs of the Hopper generation, which
-        reads the logits once and writes the gradient once. It is for value and gradient of a mean
-        or sum, by rule "vjp", of integer labels without ``label_smoothing`` or ``z_loss``, logits
-        of 16 or 32 bits in rows of a multiple of 16 bytes, and classes that no mesh axis splits,
-        and needs JAX 0.11.2; any other call is an error. There the gradient is made in the forward
-        pass, so that a cotangent other than 1 rounds one in 16 bits a second time. Second
-        derivatives, and a value that is not differentiated, are XLA's. "xla": by XLA. None: by XLA,
+      implementation: "xla": by XLA. "mosaic_gpu": by one kernel for NVIDIA GPUs of the Hopper
+        generation, which reads the logits once and writes the gradient once. The kernel serves a
+        mean or sum by rule "vjp", of integer labels without ``label_smoothing`` and ``z_loss``, and
+        of bfloat16 or float32 logits whose rows are a multiple of 16 bytes; no mesh axis may split
+        the classes. It needs JAX 0.11.2. Any other call is an error. The gradient is made in the
+        forward pass, so that a cotangent other than 1 rounds a bfloat16 gradient a second time.
+        XLA still computes a value that is not differentiated, and second derivatives. None: "xla",
         so far.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
@@ -417,7 +417,8 @@ def softmax_cross_entropy_with_gradient(
 
     Args:
       logits, labels and options: as for ``softmax_cross_entropy``, static ones too, without
-        ``rule``, and with ``reduction`` "mean" or "sum".
+        ``rule``, and with ``reduction`` "mean" or "sum". Here ``implementation`` "mosaic_gpu"
+        serves float16 as well.
 
     Returns:
       ``(loss, gradient)``, or ``((loss, sxe.Metrics), gradient)`` with ``return_metrics``. With

@@ -31,17 +31,25 @@ class Mean(NamedTuple):
     results: Results
 
 
-def unserved(f: CrossEntropy, x: Array, rows: Rows) -> str | None:
-    """Why the kernel does not serve rows of these logits [..., K] and targets, or None."""
+def unserved(f: CrossEntropy, x: Array, rows: Rows, *, for_autodiff: bool) -> str | None:
+    """What the kernel would need instead of rows of these logits [..., K] and targets, or None.
+
+    ``for_autodiff`` says that the gradient meets a cotangent after it was rounded.
+    """
     if needed := f.backend.needs_for_row_kernel:
         return needed
     if f.axis_name is not None:
-        return "all classes of a row on one device, got axis_name"
+        return "all classes of a row on one device, got classes that mesh axes split"
     classes = x.shape[-1]
     if x.dtype == jnp.float64:
         return "bfloat16, float16 or float32 logits, got float64"
-    if not are_known(*x.shape) or x.size == 0:
-        return f"sizes that are known, and not 0, got shape {x.shape}"
+    if for_autodiff and x.dtype == jnp.float16:
+        return (
+            "bfloat16 or float32 logits, got float16, in which a gradient has to be scaled before "
+            "it is rounded; sxe.softmax_cross_entropy_with_gradient takes it"
+        )
+    if not are_known(*x.shape):
+        return f"sizes that are known, got shape {x.shape}"
     if classes * x.dtype.itemsize % 16:
         return (
             f"rows of a multiple of 16 bytes, got {classes} classes of {x.dtype.itemsize} bytes; "
@@ -134,8 +142,8 @@ def _mean_fwd(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> tuple[Me
 
 def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Array], g: Mean) -> tuple[Any, ...]:
     d, *others = res
-    # A factor that is the constant 1 costs nothing. By another one, a gradient in 16 bits is
-    # rounded a second time.
+    # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
+    # rounded a second time. One in float16 would have lost what is small: see ``unserved``.
     d_x = (g.value * d.astype(g.value.dtype)).astype(d.dtype)
     return d_x, *jax.tree.map(lambda a: g.value * a, others)
 

@@ -6,18 +6,20 @@ For logits x [N, K], labels y [N] and weights w [N], one launch computes of each
     x_y             the label's logit
     w (q_l - [l = y])   the gradient, which is D7 for a label alone, in the dtype of the logits
 
-Each logit is read from memory once and each component of the gradient written once. A row stays on
-the chip in between: short rows in registers, long ones in shared memory. Of a row that does not fit
-there, the first blocks are read again, soon enough that they are still in the L2 cache: of bfloat16
-rows of 131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB. Of float32
-rows they are 320 of 512 KiB, together 41 MiB, which is about what that cache holds.
+A row that fits on the chip is read from memory once, and its gradient is written once. Short rows
+stay in registers, and long ones in shared memory. Of a row that does not fit there, each warpgroup
+reads its first blocks again, soon enough that they are still in the L2 cache: of bfloat16 rows of
+131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB. Of float32 rows they
+are 320 of 512 KiB, together 41 MiB, which is about what that cache holds.
 
-Blocks of a row go through a ring of slots in shared memory. A slot is filled by a bulk copy, read
-twice, overwritten with the gradient, and emptied by a bulk copy. It then takes the next block at
-once, which may be of the next row, so that memory is read and written at all times.
+A block is some classes of a long row. Blocks go through a ring of slots in shared memory. A slot is
+filled by a bulk copy, read twice, overwritten with the gradient, and emptied by a bulk copy. It
+then takes the next block at once, which may be of the next row, so that memory is read and written
+at all times.
 
-A Pallas "thread" is a warpgroup, 128 CUDA threads. No reduction here crosses warps: JAX gives all
-warpgroups of a block one scratch for it, and their results would mix.
+A program of the grid is a CUDA block, and a Pallas "thread" is one of its warpgroups, 128 CUDA
+threads. No reduction here crosses warps: JAX gives all warpgroups of a program one scratch for it,
+and their results would mix.
 """
 
 import functools
@@ -38,7 +40,7 @@ LANES = 32  # of a warp
 VECTOR_BYTES = 16  # the widest load of a lane, and what bulk copies are aligned to
 SHORT = 1024  # classes of a row that stays in registers
 BLOCK_BYTES = 8192  # of a long row, for one bulk copy
-LONG = 4096  # vectors of a row. Two longer ones do not fit on one multiprocessor.
+LONG = 4096  # vectors of a row. Of shorter ones two fit on a multiprocessor, and parts of the next.
 LOG2_E = 1.4426950408889634
 
 
@@ -47,8 +49,8 @@ def state_and_gradient(
 ) -> tuple[Normalizer, Array, Array]:
     """(m, r) [N], the label's logit [N], and the gradient [N, K].
 
-    A label outside of [0, K) has no logit, and leaves what is there. A row that does not count has
-    a gradient of 0, whatever its logits are; its state may be anything.
+    Of a label outside of [0, K) the logit may be anything. A row that does not count has a gradient
+    of 0, whatever its logits are; its state may be anything too.
 
     Args:
       x: [N, K], bfloat16, float16 or float32, in rows of a multiple of 16 bytes.
@@ -75,13 +77,14 @@ def state_and_gradient(
         body,
         out_type=[of_rows, of_rows, of_rows, d],
         scratch_types=launch.scratch(x.dtype),
-        grid=(launch.blocks,),
-        grid_names=("block",),
+        grid=(launch.programs,),
+        grid_names=("program",),
         num_threads=launch.groups,
         thread_name="group",
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
-    m, r, x_label, d = call(x, label, weight, counts)
+    with jax.enable_x64(False):  # nothing in the kernel has 64 bits, and loops would count in them
+        m, r, x_label, d = call(x, label, weight, counts)
     return Normalizer(m[:N], r[:N]), x_label[:N], d
 
 
@@ -91,29 +94,29 @@ class Launch(NamedTuple):
     Attributes:
       rows, classes: N and K.
       vector: how many logits a lane loads at once.
-      blocks: CUDA blocks, each of which takes every so many rows.
-      groups: warpgroups of a block.
+      programs: of the grid, each of which takes every so many rows.
+      groups: warpgroups of a program.
       slots: in the ring of a warpgroup.
-      slot: the shape of one, as it is read.
+      slot: the shape of one: of a long row [block], of four short ones [fragments, 4, classes].
     """
 
     rows: int
     classes: int
     vector: int
-    blocks: int
+    programs: int
     groups: int
     slots: int
     slot: tuple[int, ...]
 
     @property
-    def tile(self) -> tuple[int, int]:
-        """What a warpgroup reads at once: a row for each warp."""
+    def fragment(self) -> tuple[int, int]:
+        """The shape of what a warpgroup has in registers: each warp has one of the four rows."""
         return WARPS, LANES * self.vector
 
     @property
     def layout(self) -> Any:
-        """Of a tile in registers: neighbouring lanes hold neighbouring vectors."""
-        return plgpu.Layout.TILED(plgpu.Tiling((self.tile, (self.vector,))), (-3,), (-2,), -1)
+        """Of a fragment: neighbouring lanes hold neighbouring vectors."""
+        return plgpu.Layout.TILED(plgpu.Tiling((self.fragment, (self.vector,))), (-3,), (-2,), -1)
 
     def scratch(self, dtype: Any) -> list[Any]:
         slots = self.groups * self.slots
@@ -165,14 +168,14 @@ def _store(ref: Any, of_rows: Array) -> None:
         ref[...] = of_rows
 
 
-# Long rows: all warpgroups of a block share one.
+# Long rows: all warpgroups of a program share one.
 
 
 def _long_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
     part = WARPS * LANES * vector
     largest = BLOCK_BYTES * vector // VECTOR_BYTES
     block = min(largest, classes // part * part)
-    # Two blocks on a multiprocessor hide each other's waiting, while both keep their rows there.
+    # Two programs on a multiprocessor hide each other's waiting, if it holds the rows of both.
     twice = classes <= LONG * vector
     per_core, slots = (2, 3) if twice else (1, 6)
     return Launch(rows, classes, vector, min(rows, per_core * cores), 4, slots, (block,))
@@ -194,16 +197,16 @@ def _long_rows(
     parts: Any,
     met: Any,
 ) -> None:
-    first_row, group = lax.axis_index("block"), lax.axis_index("group")
+    first_row, group = lax.axis_index("program"), lax.axis_index("group")
     K, slots, (block,) = launch.classes, launch.slots, launch.slot
-    tile, layout = launch.tile, launch.layout
-    part = tile[0] * tile[1]
+    fragment, layout = launch.fragment, launch.layout
+    size = fragment[0] * fragment[1]
     blocks = -(-K // block)  # of a row. The last one ends with the row, and may overlap.
     overlap = blocks * block - K
     own = -(-blocks // launch.groups)  # blocks of this warpgroup, some of them past the end
     again = max(0, own - slots)  # blocks that are read a second time
     loads = own + again  # of a row
-    rows = (launch.rows - first_row + launch.blocks - 1) // launch.blocks
+    rows = (launch.rows - first_row + launch.programs - 1) // launch.programs
 
     def slot_of(n: Array) -> Array:
         return group * slots + lax.rem(n, slots)
@@ -223,7 +226,7 @@ def _long_rows(
 
         @pl.when((n < rows * loads) & (b < blocks))
         def start() -> None:
-            source = x_ref.at[first_row + i * launch.blocks, pl.ds(start_of(b), block)]
+            source = x_ref.at[first_row + i * launch.programs, pl.ds(start_of(b), block)]
             slot = slot_of(n)
             plgpu.copy_gmem_to_smem(
                 source,
@@ -232,23 +235,23 @@ def _long_rows(
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
 
-    def tile_of(slot: Array, i: int) -> Any:
-        return ring.at[slot, pl.ds(i * part, part)]
+    def fragment_of(slot: Array, i: int) -> Any:
+        return ring.at[slot, pl.ds(i * size, size)]
 
     def read(slot: Array, i: int) -> Array:
         if interpret:  # it has no reshaped references
-            return tile_of(slot, i)[...].reshape(tile).astype(jnp.float32)
-        x = plgpu.load(tile_of(slot, i).reshape(*tile), layout=layout, optimized=False)
+            return fragment_of(slot, i)[...].reshape(fragment).astype(jnp.float32)
+        x = plgpu.load(fragment_of(slot, i).reshape(*fragment), layout=layout, optimized=False)
         return x.astype(jnp.float32)
 
     def write(slot: Array, i: int, d: Array) -> None:
         if interpret:
-            tile_of(slot, i)[...] = d.reshape(part)
+            fragment_of(slot, i)[...] = d.reshape(size)
         else:
-            tile_of(slot, i).reshape(*tile)[...] = d
+            fragment_of(slot, i).reshape(*fragment)[...] = d
 
     def full(value: float) -> Array:
-        return plgpu.layout_cast(jnp.full(tile, value, jnp.float32), layout)
+        return plgpu.layout_cast(jnp.full(fragment, value, jnp.float32), layout)
 
     def step(x: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         """The states of the lanes with one more logit each, in one exponential."""
@@ -258,45 +261,52 @@ def _long_rows(
         return top, jnp.where(x > m, e + r * e, r + e)
 
     def row_of(i: Array, _: Any) -> None:
-        row, begin = first_row + i * launch.blocks, i * loads
+        row, begin = first_row + i * launch.programs, i * loads
 
-        def forward(n: Array, state: Any) -> Any:
+        def add_block(n: Array, state: Any) -> Any:
             b = block_of(n)
 
-            def normalize(state: Any) -> Any:
+            def add(state: Any) -> Any:
                 slot = slot_of(begin + n)
                 plgpu.barrier_wait(filled.at[slot])
 
-                def tiles(skipped: int, state: Any) -> Any:
-                    for j in range(skipped // part, block // part):
+                def fragments(skipped: int, state: Any) -> Any:
+                    for j in range(skipped // size, block // size):
                         x = read(slot, j)
-                        if j * part < skipped:
-                            k = plgpu.broadcasted_iota(jnp.int32, tile, 0, layout=layout) * tile[1]
-                            k += plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
-                            x = jnp.where(k + j * part >= skipped, x, -jnp.inf)
+                        if j * size < skipped:
+                            k = (
+                                plgpu.broadcasted_iota(jnp.int32, fragment, 0, layout=layout)
+                                * fragment[1]
+                            )
+                            k += plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
+                            x = jnp.where(k + j * size >= skipped, x, -jnp.inf)
                         state = step(x, state)
                     return state
 
                 if not overlap:
-                    return tiles(0, state)
+                    return fragments(0, state)
                 last = b == blocks - 1
                 return lax.cond(
-                    last, functools.partial(tiles, overlap), functools.partial(tiles, 0), state
+                    last,
+                    functools.partial(fragments, overlap),
+                    functools.partial(fragments, 0),
+                    state,
                 )
 
             if own * launch.groups == blocks:
-                state = normalize(state)
+                state = add(state)
             else:
-                state = lax.cond(b < blocks, normalize, lambda state: state, state)
+                state = lax.cond(b < blocks, add, lambda state: state, state)
             if again:
 
                 @pl.when(n < again)
                 def load_next() -> None:
+                    plgpu.commit_smem()  # a copy may not overtake what was read before it
                     load(begin + n + slots)
 
             return state
 
-        lanes = lax.fori_loop(0, own, forward, (full(-jnp.inf), full(-1.0)))
+        lanes = lax.fori_loop(0, own, add_block, (full(-jnp.inf), full(-1.0)))
         # The states of all warps, by way of shared memory. It is written anew for each row, so
         # that the one before may still be read.
         turn = lax.rem(i, 2)
@@ -314,12 +324,12 @@ def _long_rows(
             rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * e)
             tops += jnp.where(is_top, 1.0, 0.0)
         r = _nan_where_infinite(m, rest + tops)
-        m_ref[row], r_ref[row] = m, r
+        m_ref[row], r_ref[row] = m, r  # all warpgroups write the same
         label, counts = label_ref[row], counts_ref[row] != 0
         scale = weight_ref[row] / (1 + r)
-        counted = plgpu.layout_cast(jnp.full(tile, counts_ref[row], jnp.int32), layout) != 0
+        counted = plgpu.layout_cast(jnp.full(fragment, counts_ref[row], jnp.int32), layout) != 0
 
-        def backward(n: Array, _: Any) -> None:
+        def differentiate(n: Array, _: Any) -> None:
             """Of the blocks that are still in the ring first, and then of those read again."""
             number = again + n
             b = block_of(number)
@@ -337,7 +347,7 @@ def _long_rows(
                 here = (k >= 0) & (k < block)  # where two blocks overlap, in both of them
                 k = jnp.where(here, k, 0)
                 x_label = ring[slot, k].astype(jnp.float32)
-                for j in range(block // part):
+                for j in range(block // size):
                     d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)
                     write(slot, j, d.astype(d_ref.dtype))
 
@@ -363,7 +373,7 @@ def _long_rows(
             def load_freed() -> None:
                 load(begin + number - 1 + slots)
 
-        lax.fori_loop(0, own, backward, None)
+        lax.fori_loop(0, own, differentiate, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         load(begin + loads - 1 + slots)
 
@@ -399,10 +409,10 @@ def _short_rows(
 ) -> None:
     del interpret
     group = lax.axis_index("group")
-    slots, (tiles, _, width) = launch.slots, launch.slot
-    tile, layout = launch.tile, launch.layout
-    team = lax.axis_index("block") * launch.groups + group
-    teams = launch.blocks * launch.groups
+    slots, (fragments, _, width) = launch.slots, launch.slot
+    fragment, layout = launch.fragment, launch.layout
+    team = lax.axis_index("program") * launch.groups + group
+    teams = launch.programs * launch.groups
     steps = (-(-launch.rows // WARPS) - team + teams - 1) // teams
 
     def rows_of(i: Array) -> Any:
@@ -419,7 +429,7 @@ def _short_rows(
         @pl.when(i < steps)
         def start() -> None:
             slot = slot_of(i)
-            for j in range(tiles):
+            for j in range(fragments):
                 source = x_ref.at[rows_of(i), columns(j)]
                 plgpu.copy_gmem_to_smem(source, ring.at[slot, j], filled.at[slot])
 
@@ -428,7 +438,7 @@ def _short_rows(
         return plgpu.load(ref.at[rows_of(i)], layout=layout.reduce(1), optimized=False)
 
     def wide(a: Array) -> Array:
-        return lax.broadcast_in_dim(a, tile, (0,))
+        return lax.broadcast_in_dim(a, fragment, (0,))
 
     def total(terms: Array) -> Array:
         return jnp.sum(terms, axis=1)
@@ -437,17 +447,17 @@ def _short_rows(
         slot = slot_of(i)
         label, weight, counts = (of_rows(ref, i) for ref in (label_ref, weight_ref, counts_ref))
         plgpu.barrier_wait(filled.at[slot])
-        k = plgpu.broadcasted_iota(jnp.int32, tile, 1, layout=layout)
+        k = plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
 
         def read(j: int) -> Array:
             x = plgpu.load(ring.at[slot, j], layout=layout, optimized=False).astype(jnp.float32)
             inside = k < launch.classes - j * width
             return x if (j + 1) * width <= launch.classes else jnp.where(inside, x, -jnp.inf)
 
-        top = jnp.max(functools.reduce(jnp.maximum, map(read, range(tiles))), axis=1)
-        m, zero = wide(top), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), layout)
+        top = jnp.max(functools.reduce(jnp.maximum, map(read, range(fragments))), axis=1)
+        m, zero = wide(top), plgpu.layout_cast(jnp.zeros(fragment, jnp.float32), layout)
         rest, count, found, es = zero, zero, zero, []
-        for j in range(tiles):
+        for j in range(fragments):
             x = read(j)
             e = _exp_difference(x, m)
             # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
@@ -462,9 +472,9 @@ def _short_rows(
             d = jnp.where(k == wide(label) - j * width, (e - 1) - wide(r), e)
             ring[slot, j] = jnp.where(counted, d * scale, 0.0).astype(d_ref.dtype)
         plgpu.commit_smem()
-        for j in range(tiles):
+        for j in range(fragments):
             plgpu.copy_smem_to_gmem(
-                ring.at[slot, j], d_ref.at[rows_of(i), columns(j)], commit_group=j == tiles - 1
+                ring.at[slot, j], d_ref.at[rows_of(i), columns(j)], commit_group=j == fragments - 1
             )
         for ref, of_row in ((m_ref, top), (r_ref, r), (x_label_ref, total(found))):
             _store(ref.at[rows_of(i)], of_row)
