@@ -41,7 +41,6 @@ from sxe._call.options import (
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
 from sxe._errors import ArgumentValueError
-from sxe._rows import gpu
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
@@ -113,10 +112,8 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     inputs, class_mask = _masked(inputs)
     x, rows = _prepare(inputs, f.backend)
     if options.implementation == "mosaic_gpu" and x.size:
-        if class_mask is not None:
-            raise ArgumentValueError(
-                "implementation", "expected for 'mosaic_gpu' a mask of rows, got where of classes"
-            )
+        if why := _unserved(options, class_mask):
+            raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
         return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     if with_gradient:
         results, state = results_and_state(f, x, rows.targets)
@@ -144,8 +141,10 @@ def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
     """``_result`` by the row kernel for GPUs; with the gradient if there are logits it is like."""
+    from sxe._rows import gpu  # Pallas takes a while to import, and is for those who ask for it
+
     options = inputs.options
-    if why := gpu.unserved(f, x, rows, for_autodiff=like is None) or _unserved(options):
+    if why := gpu.unserved(f, x, rows, for_autodiff=like is None):
         raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
     # The rule's cotangents vary along mesh axes as x does, and so has every input to.
@@ -167,8 +166,10 @@ def _result_of_kernel(
     return value, axes.classes_back(gradient, class_axes, like.shape)
 
 
-def _unserved(options: Options) -> str | None:
-    """Why the row kernel does not serve these options, or None."""
+def _unserved(options: Options, class_mask: Array | None) -> str | None:
+    """What the row kernel would need instead of these options, or None."""
+    if class_mask is not None:
+        return "a mask of rows, got where of classes"
     if options.rule != "vjp":
         return f"rule 'vjp', got {options.rule!r}"
     if options.reduction == "none":

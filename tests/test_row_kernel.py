@@ -58,8 +58,8 @@ def bound(dtype):
     return {"rtol": max(2e-5, float(info.eps)), "atol": float(info.smallest_normal)}
 
 
-# Rows of one tile and of several, of whole blocks and ragged ones, of fewer blocks than there are
-# warpgroups, that fit into the ring, and of more blocks than it has slots, which are read twice.
+# Short rows and long ones: of one fragment and of several, of whole blocks and ragged ones, of
+# fewer blocks than there are warpgroups, and of more than the ring has slots, which are read twice.
 SIZES = [
     (5, 8, "bfloat16"),
     (6, 1000, "bfloat16"),

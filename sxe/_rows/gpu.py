@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from sxe._arrays import are_known, keep, vary_like, wide
-from sxe._rows import twins
-from sxe._rows.cross_entropy import CrossEntropy, Results
+from sxe._rows import gpu_kernel, twins
+from sxe._rows.cross_entropy import CrossEntropy, Part, Results
 from sxe._rows.normalizer import Normalizer
 from sxe._rows.rules import results_and_state
 from sxe._rows.targets import Rows, Targets, gap, take_label
@@ -50,10 +50,10 @@ def unserved(f: CrossEntropy, x: Array, rows: Rows, *, for_autodiff: bool) -> st
         )
     if not are_known(*x.shape):
         return f"sizes that are known, got shape {x.shape}"
-    if classes * x.dtype.itemsize % 16:
+    if classes * x.dtype.itemsize % gpu_kernel.VECTOR_BYTES:
         return (
-            f"rows of a multiple of 16 bytes, got {classes} classes of {x.dtype.itemsize} bytes; "
-            "pad them with logits of -inf"
+            f"rows of a multiple of {gpu_kernel.VECTOR_BYTES} bytes, got {classes} classes of "
+            f"{x.dtype.itemsize} bytes; pad them with logits of -inf"
         )
     if rows.targets.label is None or rows.targets.dense is not None:
         return "integer labels without label_smoothing"
@@ -65,8 +65,6 @@ def _of_rows(
     f: CrossEntropy, x: Array, label: Array, weight: Array, counts: Array
 ) -> tuple[Normalizer, Array, Array]:
     """Of rows [N, K]: the state, the label's logit, and weight (q_l - [l = label])."""
-    from sxe._rows import gpu_kernel  # which takes a while, and is for those who ask for it
-
     found = gpu_kernel.state_and_gradient(
         x, label, weight, counts, cores=f.backend.cores, interpret=f.backend.interprets_kernels
     )
@@ -106,8 +104,8 @@ def _forward(
     m, r, x_label = (jnp.where(counts, a.reshape(shape), 0) for a in (*state, x_label))
     state = Normalizer(m, r)
     cost = gap(targets.label_target, x_label, m, state.log1p_r)
-    loss = targets.label_target * cost + targets.total * state.log1p_r  # D0
-    return Results(loss, state.lse), state, cost, d.reshape(x.shape)
+    results, _ = f.merge(Part(state, targets.label_target * cost, None), targets)  # D0
+    return results, state, cost, d.reshape(x.shape)
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, divisor: Array) -> Mean:

@@ -72,7 +72,9 @@ def state_and_gradient(
     of_rows = jax.ShapeDtypeStruct((N + pad,), jnp.float32, manual_axis_type=varies)
     d = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
     launch = (_short_launch if short else _long_launch)(N, K, vector, cores)
-    body = functools.partial(_short_rows if short else _long_rows, launch, interpret)
+    body = functools.partial(_long_rows, launch, interpret)
+    if short:
+        body = functools.partial(_short_rows, launch)
     call = plgpu.kernel(
         body,
         out_type=[of_rows, of_rows, of_rows, d],
@@ -86,6 +88,19 @@ def state_and_gradient(
     with jax.enable_x64(False):  # nothing in the kernel has 64 bits, and loops would count in them
         m, r, x_label, d = call(x, label, weight, counts)
     return Normalizer(m[:N], r[:N]), x_label[:N], d
+
+
+class Refs(NamedTuple):
+    """The arrays in memory: arguments and results of ``state_and_gradient``."""
+
+    x: Any
+    label: Any
+    weight: Any
+    counts: Any
+    m: Any
+    r: Any
+    x_label: Any
+    d: Any
 
 
 class Launch(NamedTuple):
@@ -172,31 +187,17 @@ def _store(ref: Any, of_rows: Array) -> None:
 
 
 def _long_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
-    part = WARPS * LANES * vector
+    size = WARPS * LANES * vector
     largest = BLOCK_BYTES * vector // VECTOR_BYTES
-    block = min(largest, classes // part * part)
+    block = min(largest, classes // size * size)
     # Two programs on a multiprocessor hide each other's waiting, if it holds the rows of both.
     twice = classes <= LONG * vector
     per_core, slots = (2, 3) if twice else (1, 6)
     return Launch(rows, classes, vector, min(rows, per_core * cores), 4, slots, (block,))
 
 
-def _long_rows(
-    launch: Launch,
-    interpret: bool,
-    x_ref: Any,
-    label_ref: Any,
-    weight_ref: Any,
-    counts_ref: Any,
-    m_ref: Any,
-    r_ref: Any,
-    x_label_ref: Any,
-    d_ref: Any,
-    ring: Any,
-    filled: Any,
-    parts: Any,
-    met: Any,
-) -> None:
+def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
+    at, (ring, filled, parts, met) = Refs(*refs[:8]), refs[8:]
     first_row, group = lax.axis_index("program"), lax.axis_index("group")
     K, slots, (block,) = launch.classes, launch.slots, launch.slot
     fragment, layout = launch.fragment, launch.layout
@@ -226,7 +227,7 @@ def _long_rows(
 
         @pl.when((n < rows * loads) & (b < blocks))
         def start() -> None:
-            source = x_ref.at[first_row + i * launch.programs, pl.ds(start_of(b), block)]
+            source = at.x.at[first_row + i * launch.programs, pl.ds(start_of(b), block)]
             slot = slot_of(n)
             plgpu.copy_gmem_to_smem(
                 source,
@@ -310,8 +311,8 @@ def _long_rows(
         # The states of all warps, by way of shared memory. It is written anew for each row, so
         # that the one before may still be read.
         turn = lax.rem(i, 2)
-        at = pl.ds(WARPS * group, WARPS)
-        parts[turn, 0, at], parts[turn, 1, at] = _merged(*lanes)
+        warps_here = pl.ds(WARPS * group, WARPS)
+        parts[turn, 0, warps_here], parts[turn, 1, warps_here] = _merged(*lanes)
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
         warps = range(WARPS * launch.groups)
@@ -324,10 +325,10 @@ def _long_rows(
             rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * e)
             tops += jnp.where(is_top, 1.0, 0.0)
         r = _nan_where_infinite(m, rest + tops)
-        m_ref[row], r_ref[row] = m, r  # all warpgroups write the same
-        label, counts = label_ref[row], counts_ref[row] != 0
-        scale = weight_ref[row] / (1 + r)
-        counted = plgpu.layout_cast(jnp.full(fragment, counts_ref[row], jnp.int32), layout) != 0
+        at.m[row], at.r[row] = m, r  # all warpgroups write the same
+        label, counts = at.label[row], at.counts[row] != 0
+        scale = at.weight[row] / (1 + r)
+        counted = plgpu.layout_cast(jnp.full(fragment, at.counts[row], jnp.int32), layout) != 0
 
         def differentiate(n: Array, _: Any) -> None:
             """Of the blocks that are still in the ring first, and then of those read again."""
@@ -348,17 +349,17 @@ def _long_rows(
                 k = jnp.where(here, k, 0)
                 x_label = ring[slot, k].astype(jnp.float32)
                 for j in range(block // size):
-                    d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)
-                    write(slot, j, d.astype(d_ref.dtype))
+                    d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)  # D7, t = 0
+                    write(slot, j, d.astype(at.d.dtype))
 
                 @pl.when(here)
                 def put_label() -> None:
-                    x_label_ref[row] = x_label
-                    d = ((jnp.exp(x_label - m) - 1) - r) * scale
-                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(d_ref.dtype)
+                    at.x_label[row] = x_label
+                    d = ((jnp.exp(x_label - m) - 1) - r) * scale  # D7, t = T
+                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(at.d.dtype)
 
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(ring.at[slot], d_ref.at[row, pl.ds(start_of(b), block)])
+                plgpu.copy_smem_to_gmem(ring.at[slot], at.d.at[row, pl.ds(start_of(b), block)])
 
                 # All copies but this one have left the ring, so that the slot before is free.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -393,21 +394,8 @@ def _short_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
     return Launch(rows, classes, vector, blocks, groups, 3, (-(-classes // width), WARPS, width))
 
 
-def _short_rows(
-    launch: Launch,
-    interpret: bool,
-    x_ref: Any,
-    label_ref: Any,
-    weight_ref: Any,
-    counts_ref: Any,
-    m_ref: Any,
-    r_ref: Any,
-    x_label_ref: Any,
-    d_ref: Any,
-    ring: Any,
-    filled: Any,
-) -> None:
-    del interpret
+def _short_rows(launch: Launch, *refs: Any) -> None:
+    at, (ring, filled) = Refs(*refs[:8]), refs[8:]
     group = lax.axis_index("group")
     slots, (fragments, _, width) = launch.slots, launch.slot
     fragment, layout = launch.fragment, launch.layout
@@ -430,7 +418,7 @@ def _short_rows(
         def start() -> None:
             slot = slot_of(i)
             for j in range(fragments):
-                source = x_ref.at[rows_of(i), columns(j)]
+                source = at.x.at[rows_of(i), columns(j)]
                 plgpu.copy_gmem_to_smem(source, ring.at[slot, j], filled.at[slot])
 
     def of_rows(ref: Any, i: Array) -> Array:
@@ -445,7 +433,7 @@ def _short_rows(
 
     def step(i: Array, _: Any) -> None:
         slot = slot_of(i)
-        label, weight, counts = (of_rows(ref, i) for ref in (label_ref, weight_ref, counts_ref))
+        label, weight, counts = (of_rows(ref, i) for ref in (at.label, at.weight, at.counts))
         plgpu.barrier_wait(filled.at[slot])
         k = plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
 
@@ -469,14 +457,14 @@ def _short_rows(
         scale = wide(jnp.where(counts != 0, weight / (1 + r), 0.0))
         counted = wide(counts) != 0
         for j, e in enumerate(es):
-            d = jnp.where(k == wide(label) - j * width, (e - 1) - wide(r), e)
-            ring[slot, j] = jnp.where(counted, d * scale, 0.0).astype(d_ref.dtype)
+            d = jnp.where(k == wide(label) - j * width, (e - 1) - wide(r), e)  # D7
+            ring[slot, j] = jnp.where(counted, d * scale, 0.0).astype(at.d.dtype)
         plgpu.commit_smem()
         for j in range(fragments):
             plgpu.copy_smem_to_gmem(
-                ring.at[slot, j], d_ref.at[rows_of(i), columns(j)], commit_group=j == fragments - 1
+                ring.at[slot, j], at.d.at[rows_of(i), columns(j)], commit_group=j == fragments - 1
             )
-        for ref, of_row in ((m_ref, top), (r_ref, r), (x_label_ref, total(found))):
+        for ref, of_row in ((at.m, top), (at.r, r), (at.x_label, total(found))):
             _store(ref.at[rows_of(i)], of_row)
         # All copies but these have left the ring, so that the slot before is free.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)

@@ -77,8 +77,8 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
     # the sums, from what the caller made them of, and round them in another way.
     near = x >= shift - 0.25
     rest = jnp.sum(e - jnp.where(near, scale, jnp.zeros_like(e)), axis=-1) / scale
-    # Where the maximum is the smallest number, all others are -inf, of which the difference took
-    # that number instead: there is no rest. (A derivative there is, as of any other row.)
+    # Where the maximum is the smallest number, all other logits are -inf. exp_difference took them
+    # for that number, so that the rest is set to 0 here. Its derivative stays as it is.
     rest = jnp.where(m <= jnp.finfo(x.dtype).min, rest - lax.stop_gradient(rest), rest)
     # An accelerator takes both sums in one read of x: they share x, and no exponential.
     count = jnp.sum(near, axis=-1, dtype=rest.dtype)
