@@ -245,8 +245,7 @@ def all_products(products):
     return jax.jit(
         lambda hidden, kernel, d_u, d_kernel: (
             products.u(hidden, kernel),
-            products.d_hidden(d_u, kernel),
-            products.add_d_kernel(d_kernel, hidden, d_u),
+            *products.backward(d_u, hidden, kernel, d_kernel=d_kernel, want_hidden=True),
         )
     )
 

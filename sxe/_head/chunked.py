@@ -193,13 +193,11 @@ def _products_bwd(
     head: Head, shared: Shared, sums: Sums, d_u_and_hidden: tuple[Array, Array]
 ) -> tuple[Sums, Array | None]:
     """The sums with d kernel; and d hidden. Where a row does not count, d_u and hidden are 0."""
-    (d_u, hidden), (value, d_shared), d_hidden = d_u_and_hidden, sums, None
-    if d_shared.kernel is not None:
-        d_kernel = head.products.add_d_kernel(d_shared.kernel, hidden, d_u)  # H7
-        d_shared = d_shared._replace(kernel=d_kernel)
-    if head.wanted[1]:
-        d_hidden = head.products.d_hidden(d_u, shared.kernel)  # H6
-    return (value, d_shared), d_hidden
+    (d_u, hidden), (value, d_shared) = d_u_and_hidden, sums
+    d_hidden, d_kernel = head.products.backward(  # H6, H7
+        d_u, hidden, shared.kernel, d_kernel=d_shared.kernel, want_hidden=head.wanted[1]
+    )
+    return (value, d_shared._replace(kernel=d_kernel)), d_hidden
 
 
 def _keep(mask: Array | None, results: T) -> T:

@@ -26,6 +26,8 @@ from sxe._arrays import AxisName, vary, wide_dtype, zeros_like
 from sxe._backend import Backend
 from sxe._head.loops import Columns, over_class_blocks
 
+Gradients = tuple[Array | None, Array | None]  # of hidden states and kernel
+
 
 class Transform(NamedTuple):
     """The parameters of H1 and H2: what makes logits of u. None: that part is off.
@@ -149,28 +151,30 @@ class Products:
         u = zeros_like(hidden, (len(hidden), kernel.shape[1]))
         return over_class_blocks(block, u, kernel, self.backend)
 
-    def d_hidden(self, d_u: Array, kernel: Array) -> Array:
-        """H6, [C, D]."""
-        dtype = self.backend.gradient_dtype(self.dtype)
-        d_u = d_u.astype(dtype)
-        if dtype == self.dtype:
-            return self._product(d_u, kernel, (1, 1))
-
-        def block(d_hidden: Array, at: Columns) -> Array:
-            return d_hidden + self._product(at.take(d_u), at.take(kernel).astype(dtype), (1, 1))
-
-        d_hidden = zeros_like(d_u, (len(d_u), len(kernel)))
-        return over_class_blocks(block, d_hidden, kernel, self.backend)
-
-    def add_d_kernel(self, d_kernel: Array, hidden: Array, d_u: Array) -> Array:
-        """d_kernel [D, K] with H7 of a chunk added, in place."""
+    def backward(
+        self, d_u: Array, hidden: Array, kernel: Array, *, d_kernel: Array | None, want_hidden: bool
+    ) -> Gradients:
+        """H6, [C, D], if it is wanted; and d_kernel [D, K] with H7 added in place, or None."""
         dtype = self.backend.gradient_dtype(self.dtype)
         hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
+        widens = dtype != self.dtype
+        d_hidden = None
+        if want_hidden:
+            zeros = zeros_like(d_u, hidden.shape)
+            d_hidden = zeros if widens else self._product(d_u, kernel, (1, 1))
 
-        def block(d_kernel: Array, at: Columns) -> Array:
-            return at.put(d_kernel, at.take(d_kernel) + self._product(hidden, at.take(d_u), (0, 0)))
+        def block(gradients: Gradients, at: Columns) -> Gradients:
+            d_hidden, d_kernel = gradients
+            part = at.take(d_u)
+            if d_hidden is not None and widens:
+                d_hidden += self._product(part, at.take(kernel).astype(dtype), (1, 1))
+            if d_kernel is not None:
+                d_kernel = at.put(d_kernel, at.take(d_kernel) + self._product(hidden, part, (0, 0)))
+            return d_hidden, d_kernel
 
-        return over_class_blocks(block, d_kernel, d_kernel, self.backend)
+        if d_kernel is None and not widens:
+            return d_hidden, None
+        return over_class_blocks(block, (d_hidden, d_kernel), kernel, self.backend)
 
     def _product(self, a: Array, b: Array, over: tuple[int, int]) -> Array:
         """The matrix product over one axis of each, accumulated in float32 or float64."""
