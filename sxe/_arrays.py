@@ -38,6 +38,20 @@ def keep(mask: Array | None, x: Array) -> Array:
     return jnp.where(mask if x.ndim == mask.ndim else mask[..., None], x, 0)
 
 
+@jax.custom_jvp
+def keep_tangent(mask: Array, x: Array) -> Array:
+    """x, with zeros in its tangents and cotangents where a mask of rows is False."""
+    return x
+
+
+@keep_tangent.defjvp
+def _keep_tangent_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (mask, x), (_, x_dot) = primals, tangents
+    return keep_tangent(mask, x), keep(mask, x_dot)
+
+
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
 

@@ -39,12 +39,14 @@ class Backend:
       platform: "cpu", "gpu" or "tpu".
       is_local: whether each array of the program lies on one device whole.
       jax_version: of the JAX that traces it.
+      uses_row_kernels: whether the kernels for GPUs compute what they serve, instead of XLA.
       interprets_kernels: whether kernels for a GPU are interpreted on a CPU. Only tests do that.
     """
 
     platform: str
     is_local: bool
     jax_version: tuple[int, ...] = jax.__version_info__
+    uses_row_kernels: bool = False
     interprets_kernels: bool = False
 
     @property
@@ -136,8 +138,8 @@ class Backend:
         return self.platform == "cpu"
 
     @property
-    def needs_for_row_kernel(self) -> str | None:
-        """What the row kernel for GPUs would need instead of this backend, or None.
+    def needs_for_row_kernels(self) -> str | None:
+        """What the row kernels for GPUs would need instead of this backend, or None.
 
         Older versions of JAX lack parts of its Pallas. XLA can't divide a kernel among devices.
         """
@@ -150,8 +152,16 @@ class Backend:
         return None
 
     @property
+    def bulk_copy_bytes(self) -> int:
+        """Of how many bytes a row is a multiple that one kernel reads once and writes once.
+
+        It moves rows by bulk copies, which are aligned to that.
+        """
+        return 16
+
+    @property
     def cores(self) -> int:
-        """The multiprocessors of a GPU, which the row kernel divides rows among.
+        """The multiprocessors of a GPU, which the row kernels divide rows among.
 
         An H100 and an H200 have 132. On another GPU some are idle, or some take two turns.
         """

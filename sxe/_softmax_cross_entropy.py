@@ -19,6 +19,7 @@ from sxe._arrays import (
     AxisName,
     axis_names,
     keep,
+    keep_tangent,
     pmax,
     reshard,
     sharding,
@@ -28,6 +29,7 @@ from sxe._arrays import (
 )
 from sxe._backend import Backend, backend_of
 from sxe._call import arguments, axes, checks, reduction
+from sxe._call.implementation import choose
 from sxe._call.layout import Layout, join_shards
 from sxe._call.options import (
     Implementation,
@@ -40,7 +42,6 @@ from sxe._call.options import (
 )
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
-from sxe._errors import ArgumentValueError
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
@@ -70,10 +71,7 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 
 
 def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
-    """The logits [..., K] with zeros in rows that do not count, and the rows of the call.
-
-    The row kernel has its own way with these rows, and gets the logits as they are.
-    """
+    """The logits [..., K], and the rows of the call."""
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
@@ -82,9 +80,22 @@ def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
     rows = make_rows(
         labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=finite
     )
-    kept = logits if options.implementation == "mosaic_gpu" else keep(rows.mask, logits)
-    x, targets = _typed_alike(kept, rows.targets, options.axis_name)
+    x, targets = _typed_alike(logits, rows.targets, options.axis_name)
     return x, rows._replace(targets=targets)
+
+
+def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
+    """Logits and targets from which rows that do not count have no influence; or the mask of rows.
+
+    They are zeros in the logits or, where there is a mask, whatever they are, and are then left out
+    of results and gradients.
+    """
+    if rows.mask is None or not backend.uses_row_kernels or rows.targets.dense is not None:
+        return keep(rows.mask, x), rows.targets, None
+    # XLA would write a copy of the logits for the kernel. Beside dense targets it has to: of those,
+    # a gradient may be a sum over all rows.
+    x, targets = jax.tree.map(functools.partial(keep_tangent, rows.mask), (x, rows.targets))
+    return x, targets, rows.mask
 
 
 def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
@@ -108,17 +119,19 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
 def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     """The loss, with metrics if they are wanted; and the gradient, if that is wanted."""
     given, options = inputs.logits, inputs.options
-    f = CrossEntropy(options.axis_name, backend_of(given))
     inputs, class_mask = _masked(inputs)
-    x, rows = _prepare(inputs, f.backend)
-    if options.implementation == "mosaic_gpu" and x.size:
-        if why := _unserved(options, class_mask):
-            raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
+    shape = inputs.logits.shape
+    backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
+    f = CrossEntropy(options.axis_name, backend)
+    x, rows = _prepare(inputs, backend)
+    if class_mask is None and _is_fused(inputs, backend, with_gradient=with_gradient):
         return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
+    x, targets, mask = _counted(x, rows, backend)
     if with_gradient:
-        results, state = results_and_state(f, x, rows.targets)
+        results, state = results_and_state(f, x, targets)
     else:
-        results = RULES[options.rule](f, x, rows.targets)
+        results = RULES[options.rule](f, x, targets)
+    results = jax.tree.map(functools.partial(keep, mask), results)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
     loss = f.weigh(results, rows.weight, z).value
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
@@ -130,22 +143,37 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     if not with_gradient:
         return value
     g = f.weigh(results, rows.weight / divisor, z).g
-    gradient = f.gradient(x, rows.targets, state, g)  # D7
+    gradient = keep(mask, f.gradient(x, targets, state, g))  # D7
     if class_mask is not None:
         gradient = jnp.where(class_mask, gradient, 0)
     class_axes = axes.class_axes(options.axis, given.ndim)
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
 
 
+def _is_fused(inputs: _Inputs, backend: Backend, *, with_gradient: bool) -> bool:
+    """Whether one kernel computes the state of rows and their gradient."""
+    logits, labels, options = inputs
+    aligned = logits.shape[-1] * logits.dtype.itemsize % backend.bulk_copy_bytes == 0
+    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
+    rounds_early = logits.dtype == jnp.float16 and not with_gradient
+    return (
+        backend.uses_row_kernels
+        and logits.size > 0
+        and aligned
+        and not rounds_early
+        and bool(jnp.issubdtype(labels.dtype, jnp.integer))
+        and (options.label_smoothing, options.z_loss, options.axis_name) == (None, None, None)
+        and (options.rule == "vjp" and options.reduction != "none")
+    )
+
+
 def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
-    """``_result`` by the row kernel for GPUs; with the gradient if there are logits it is like."""
+    """``_result`` by the kernel of ``gpu``; with the gradient if there are logits it is like."""
     from sxe._rows import gpu  # Pallas takes a while to import, and is for those who ask for it
 
     options = inputs.options
-    if why := gpu.unserved(f, x, rows, for_autodiff=like is None):
-        raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {why}")
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
     # The rule's cotangents vary along mesh axes as x does, and so has every input to.
     weighted, divisor = vary_like((rows._replace(norm=None), divisor), x)
@@ -164,19 +192,6 @@ def _result_of_kernel(
         return value
     class_axes = axes.class_axes(options.axis, like.ndim)
     return value, axes.classes_back(gradient, class_axes, like.shape)
-
-
-def _unserved(options: Options, class_mask: Array | None) -> str | None:
-    """What the row kernel would need instead of these options, or None."""
-    if class_mask is not None:
-        return "a mask of rows, got where of classes"
-    if options.rule != "vjp":
-        return f"rule 'vjp', got {options.rule!r}"
-    if options.reduction == "none":
-        return "reduction 'mean' or 'sum', got 'none'"
-    if options.z_loss is not None:
-        return "no z_loss"
-    return None
 
 
 @functools.partial(jax.jit, static_argnames=("with_gradient",), inline=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sxe._arrays import are_known, keep, vary_like, wide
+from sxe._arrays import keep, vary_like, wide
 from sxe._rows import gpu_kernel, twins
 from sxe._rows.cross_entropy import CrossEntropy, Part, Results
 from sxe._rows.normalizer import Normalizer
@@ -29,35 +29,6 @@ class Mean(NamedTuple):
 
     value: Array
     results: Results
-
-
-def unserved(f: CrossEntropy, x: Array, rows: Rows, *, for_autodiff: bool) -> str | None:
-    """What the kernel would need instead of rows of these logits [..., K] and targets, or None.
-
-    ``for_autodiff`` says that the gradient meets a cotangent after it was rounded.
-    """
-    if needed := f.backend.needs_for_row_kernel:
-        return needed
-    if f.axis_name is not None:
-        return "all classes of a row on one device, got classes that mesh axes split"
-    classes = x.shape[-1]
-    if x.dtype == jnp.float64:
-        return "bfloat16, float16 or float32 logits, got float64"
-    if for_autodiff and x.dtype == jnp.float16:
-        return (
-            "bfloat16 or float32 logits, got float16, in which a gradient has to be scaled before "
-            "it is rounded; sxe.softmax_cross_entropy_with_gradient takes it"
-        )
-    if not are_known(*x.shape):
-        return f"sizes that are known, got shape {x.shape}"
-    if classes * x.dtype.itemsize % gpu_kernel.VECTOR_BYTES:
-        return (
-            f"rows of a multiple of {gpu_kernel.VECTOR_BYTES} bytes, got {classes} classes of "
-            f"{x.dtype.itemsize} bytes; pad them with logits of -inf"
-        )
-    if rows.targets.label is None or rows.targets.dense is not None:
-        return "integer labels without label_smoothing"
-    return None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

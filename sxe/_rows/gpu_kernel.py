@@ -130,8 +130,7 @@ class Launch(NamedTuple):
 
     @property
     def layout(self) -> Any:
-        """Of a fragment: neighbouring lanes hold neighbouring vectors."""
-        return plgpu.Layout.TILED(plgpu.Tiling((self.fragment, (self.vector,))), (-3,), (-2,), -1)
+        return fragment_layout(self.vector)
 
     def scratch(self, dtype: Any) -> list[Any]:
         slots = self.groups * self.slots
@@ -141,6 +140,12 @@ class Launch(NamedTuple):
         parts = plgpu.SMEM((2, 2, WARPS * self.groups), jnp.float32)
         met = plgpu.Barrier(num_arrivals=self.groups)
         return [ring, plgpu.Barrier(num_barriers=slots), parts, met]
+
+
+def fragment_layout(vector: int) -> Any:
+    """Of [4, 32 vectors]: each warp has a row, and each lane a vector of it."""
+    fragment = WARPS, LANES * vector
+    return plgpu.Layout.TILED(plgpu.Tiling((fragment, (vector,))), (-3,), (-2,), -1)
 
 
 def _exp_difference(x: Array, m: Array) -> Array:
@@ -161,7 +166,15 @@ def _exp(x: Array, m: Array) -> Array:
     return jnp.exp2((x - m) * LOG2_E)
 
 
-def _merged(m: Array, r: Array) -> tuple[Array, Array]:
+def add_logits(x: Array, lanes: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The states of the lanes with one more logit each, in one exponential."""
+    m, r = lanes
+    top = jnp.maximum(x, m)
+    e = _exp_difference(jnp.minimum(x, m), top)
+    return top, jnp.where(x > m, e + r * e, r + e)
+
+
+def merge_lanes(m: Array, r: Array) -> tuple[Array, Array]:
     """The states of the lanes of each warp, [4, n], as one state a warp, [4]."""
     top = jnp.max(m, axis=1)
     of_lanes = lax.broadcast_in_dim(top, m.shape, (0,))
@@ -170,12 +183,12 @@ def _merged(m: Array, r: Array) -> tuple[Array, Array]:
     return top, rest + (jnp.sum(jnp.where(is_top, 1.0, 0.0), axis=1) - 1)
 
 
-def _nan_where_infinite(m: Array, r: Array) -> Array:
+def nan_where_infinite(m: Array, r: Array) -> Array:
     """r, and NaN for a row with a logit of +inf, or with -inf alone."""
     return r + (m - m)
 
 
-def _store(ref: Any, of_rows: Array) -> None:
+def store(ref: Any, of_rows: Array) -> None:
     """Four numbers, fewer than JAX 0.12 writes to memory without being told to."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, of_rows, optimized=False)
@@ -254,13 +267,6 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
     def full(value: float) -> Array:
         return plgpu.layout_cast(jnp.full(fragment, value, jnp.float32), layout)
 
-    def step(x: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The states of the lanes with one more logit each, in one exponential."""
-        m, r = state
-        top = jnp.maximum(x, m)
-        e = _exp_difference(jnp.minimum(x, m), top)
-        return top, jnp.where(x > m, e + r * e, r + e)
-
     def row_of(i: Array, _: Any) -> None:
         row, begin = first_row + i * launch.programs, i * loads
 
@@ -281,7 +287,7 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
                             )
                             k += plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
                             x = jnp.where(k + j * size >= skipped, x, -jnp.inf)
-                        state = step(x, state)
+                        state = add_logits(x, state)
                     return state
 
                 if not overlap:
@@ -312,7 +318,7 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
         # that the one before may still be read.
         turn = lax.rem(i, 2)
         warps_here = pl.ds(WARPS * group, WARPS)
-        parts[turn, 0, warps_here], parts[turn, 1, warps_here] = _merged(*lanes)
+        parts[turn, 0, warps_here], parts[turn, 1, warps_here] = merge_lanes(*lanes)
         plgpu.barrier_arrive(met)
         plgpu.barrier_wait(met)
         warps = range(WARPS * launch.groups)
@@ -324,7 +330,7 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
             e = _exp_difference(of_warp, m)
             rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * e)
             tops += jnp.where(is_top, 1.0, 0.0)
-        r = _nan_where_infinite(m, rest + tops)
+        r = nan_where_infinite(m, rest + tops)
         at.m[row], at.r[row] = m, r  # all warpgroups write the same
         label, counts = at.label[row], at.counts[row] != 0
         scale = at.weight[row] / (1 + r)
@@ -453,7 +459,7 @@ def _short_rows(launch: Launch, *refs: Any) -> None:
             rest, count = rest + (e - near), count + near
             found = found + jnp.where(k == wide(label) - j * width, x, 0.0)
             es.append(e)
-        r = _nan_where_infinite(top, total(rest) + (total(count) - 1))
+        r = nan_where_infinite(top, total(rest) + (total(count) - 1))
         scale = wide(jnp.where(counts != 0, weight / (1 + r), 0.0))
         counted = wide(counts) != 0
         for j, e in enumerate(es):
@@ -465,7 +471,7 @@ def _short_rows(launch: Launch, *refs: Any) -> None:
                 ring.at[slot, j], at.d.at[rows_of(i), columns(j)], commit_group=j == fragments - 1
             )
         for ref, of_row in ((at.m, top), (at.r, r), (at.x_label, total(found))):
-            _store(ref.at[rows_of(i)], of_row)
+            store(ref.at[rows_of(i)], of_row)
         # All copies but these have left the ring, so that the slot before is free.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 

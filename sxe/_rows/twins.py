@@ -1,4 +1,4 @@
-"""The functions of a tile of rows that have a fast twin for a CPU, and which of both is taken.
+"""The functions of a tile of rows that have a fast twin, and which of them is taken.
 
 The twins give the same results. A derivative is always that of the plain one.
 """
@@ -20,6 +20,10 @@ from sxe._rows.targets import Dense
 
 def normalize_constant(x: Array, backend: Backend) -> Normalizer:
     """The state of rows of logits that are constants, [..., K] to [...]."""
+    if backend.uses_row_kernels:
+        from sxe._rows import gpu_state  # Pallas takes a while to import
+
+        return gpu_state.normalize_tile(x, backend)
     twin = cpu if backend.writes_out_comparisons else normalizer
     return twin.normalize_tile(x, backend)
 
