@@ -152,14 +152,6 @@ class Backend:
         return None
 
     @property
-    def bulk_copy_bytes(self) -> int:
-        """Of how many bytes a row is a multiple that one kernel reads once and writes once.
-
-        It moves rows by bulk copies, which are aligned to that.
-        """
-        return 16
-
-    @property
     def cores(self) -> int:
         """The multiprocessors of a GPU, which the row kernels divide rows among.
 

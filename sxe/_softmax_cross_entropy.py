@@ -124,8 +124,12 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
     f = CrossEntropy(options.axis_name, backend)
     x, rows = _prepare(inputs, backend)
-    if class_mask is None and _is_fused(inputs, backend, with_gradient=with_gradient):
-        return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
+    summed = options.rule == "vjp" and options.reduction != "none"
+    if backend.uses_row_kernels and summed and class_mask is None:
+        from sxe._rows import gpu  # Pallas takes a while to import
+
+        if gpu.serves(f, x, rows.targets, for_autodiff=not with_gradient):
+            return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     x, targets, mask = _counted(x, rows, backend)
     if with_gradient:
         results, state = results_and_state(f, x, targets)
@@ -150,40 +154,24 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
 
 
-def _is_fused(inputs: _Inputs, backend: Backend, *, with_gradient: bool) -> bool:
-    """Whether one kernel computes the state of rows and their gradient."""
-    logits, labels, options = inputs
-    aligned = logits.shape[-1] * logits.dtype.itemsize % backend.bulk_copy_bytes == 0
-    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
-    rounds_early = logits.dtype == jnp.float16 and not with_gradient
-    return (
-        backend.uses_row_kernels
-        and logits.size > 0
-        and aligned
-        and not rounds_early
-        and bool(jnp.issubdtype(labels.dtype, jnp.integer))
-        and (options.label_smoothing, options.z_loss, options.axis_name) == (None, None, None)
-        and (options.rule == "vjp" and options.reduction != "none")
-    )
-
-
 def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
     """``_result`` by the kernel of ``gpu``; with the gradient if there are logits it is like."""
-    from sxe._rows import gpu  # Pallas takes a while to import, and is for those who ask for it
+    from sxe._rows import gpu
 
     options = inputs.options
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
+    z = None if options.z_loss is None else jnp.asarray(options.z_loss, divisor.dtype)
     # The rule's cotangents vary along mesh axes as x does, and so has every input to.
-    weighted, divisor = vary_like((rows._replace(norm=None), divisor), x)
+    weighted, share = vary_like((rows._replace(norm=None), gpu.Share(divisor, z)), x)
     if like is not None:
-        (mean, results), gradient = gpu.mean_and_gradient(f, x, weighted, divisor)
+        (mean, results), gradient = gpu.mean_and_gradient(f, x, weighted, share)
     else:
-        mean, results = gpu.mean(f, x, weighted, divisor)
+        mean, results = gpu.mean(f, x, weighted, share)
     value: Any = axes.sum_over(mean, options.batch_axis_name)
     if options.return_metrics:
-        loss = f.weigh(results, rows.weight, None).value
+        loss = f.weigh(results, rows.weight, z).value
         sums = reduction.sum_rows(jnp.sum(loss), rows, options)
         predictions = first_of(best(inputs.logits), x.shape[-1], None)
         assert results.lse is not None

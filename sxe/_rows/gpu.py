@@ -14,16 +14,29 @@ from jax import Array
 from sxe._arrays import keep, vary_like, wide
 from sxe._rows import gpu_kernel, twins
 from sxe._rows.cross_entropy import CrossEntropy, Part, Results
+from sxe._rows.gpu_kernel import Found, RowTerms
 from sxe._rows.normalizer import Normalizer
 from sxe._rows.rules import results_and_state
-from sxe._rows.targets import Rows, Targets, gap, take_label
+from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_label
+
+
+class Share(NamedTuple):
+    """How rows add up to a mean: sum_i w_i (loss_i + z lse_i^2) / divisor, for weights w of rows.
+
+    Attributes:
+      divisor: a scalar.
+      z_loss: z, a scalar, or None.
+    """
+
+    divisor: Array
+    z_loss: Array | None
 
 
 class Mean(NamedTuple):
     """What comes out of the rows of a call.
 
     Attributes:
-      value: the sum of the rows' weighted losses over the divisor, a scalar.
+      value: a scalar.
       results: of each row, [...], without gradient.
     """
 
@@ -31,88 +44,143 @@ class Mean(NamedTuple):
     results: Results
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _of_rows(
-    f: CrossEntropy, x: Array, label: Array, weight: Array, counts: Array
-) -> tuple[Normalizer, Array, Array]:
-    """Of rows [N, K]: the state, the label's logit, and weight (q_l - [l = label])."""
-    found = gpu_kernel.state_and_gradient(
-        x, label, weight, counts, cores=f.backend.cores, interpret=f.backend.interprets_kernels
+def serves(f: CrossEntropy, x: Array, targets: Targets, *, for_autodiff: bool) -> bool:
+    """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient.
+
+    ``for_autodiff`` says that the gradient meets a cotangent after it was rounded. In float16 it
+    has then lost what a loss scale would have kept.
+    """
+    classes, dense = x.shape[-1], targets.dense
+    return (
+        f.axis_name is None
+        and x.size > 0
+        and classes * x.dtype.itemsize % gpu_kernel.VECTOR_BYTES == 0
+        and not (for_autodiff and x.dtype == jnp.float16)
+        and targets.label is not None
+        and (dense is None or (dense.t.size == 1 and classes <= gpu_kernel.SHORT))
     )
-    return vary_like(found, x)  # JAX's types do not say so of a kernel's results
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms) -> Found:
+    """State and gradient of rows [N, K]."""
+    found = gpu_kernel.state_and_gradient(
+        x, terms, cores=f.backend.cores, interpret=f.backend.interprets_kernels
+    )
+    return vary_like(found, x)  # JAX's types do not say of a kernel's results that they vary
 
 
 @_of_rows.defjvp
-def _of_rows_jvp(f: CrossEntropy, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
+def _of_rows_jvp(f: CrossEntropy, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """Derivatives of the gradient are XLA's."""
-    x, label, weight, counts = primals
+    (x, terms), (x_dot, terms_dot) = primals, tangents
+    floats = ("weight", "lse_weight", "label_target", "uniform")
 
-    def by_xla(x: Array, weight: Array) -> tuple[Normalizer, Array, Array]:
-        kept, one = keep(counts, x), jnp.ones_like(weight)
+    def by_xla(x: Array, numbers: tuple[Array | None, ...]) -> Found:
+        label, counts, weight, lse_weight, label_target, uniform = terms._replace(
+            **dict(zip(floats, numbers, strict=True))
+        )
+        kept = keep(counts, x)
         state = twins.normalize(kept, f.backend)
-        targets = Targets(label, one, None, one)
-        d = keep(counts, f.gradient(kept, targets, state, Results(weight, None)))
+        one = jnp.ones_like(weight)
+        targets, sum_of_gaps = Targets(label, one, None, one), None
+        if uniform is not None:
+            each = uniform[:, None]
+            dense = Dense(each, uniform, uniform * (x.shape[-1] - 1))
+            targets = Targets(label, label_target, dense, one)
+            ones = jnp.ones_like(each)
+            sum_of_gaps = dense_cost(ones, kept, state.m, state.log1p_r)
+        g = Results(weight, lse_weight * state.lse)
+        d = keep(counts, f.gradient(kept, targets, state, g)).astype(x.dtype)
         x_label, inside = take_label(kept, label)
-        return state, jnp.where(inside, wide(x_label), 0), d.astype(x.dtype)
+        return Found(*state, jnp.where(inside, wide(x_label), 0), d, sum_of_gaps)
 
-    _, dots = jax.jvp(by_xla, (x, weight), (tangents[0], tangents[2]))
-    return _of_rows(f, *primals), dots
+    numbers, dots = (tuple(getattr(t, name) for name in floats) for t in (terms, terms_dot))
+    return _of_rows(f, x, terms), jax.jvp(by_xla, (x, numbers), (x_dot, dots))[1]
 
 
-def _forward(
-    f: CrossEntropy, x: Array, rows: Rows, divisor: Array
-) -> tuple[Results, Normalizer, Array, Array]:
-    """The results and the state of rows, the label's part of D0, and the mean's gradient."""
+class Forward(NamedTuple):
+    """Of the rows of a call: see ``Found``. ``minus_log_q`` is that of the label, [...]."""
+
+    results: Results
+    minus_log_q: Array
+    sum_of_minus_log_q: Array | None
+    d: Array
+
+
+def _forward(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Forward:
+    """The results of rows, D0 differentiated in their targets, and the mean's gradient."""
     targets = rows.targets
     assert targets.label is not None
     assert targets.label_target is not None
     shape = targets.label.shape
     counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
-    # D7 of a label alone is T (q_l - [l = y]). T is NaN where the label is no class.
-    weight = rows.weight / divisor * targets.total
-    of_rows = (jnp.broadcast_to(a, shape).reshape(-1) for a in (targets.label, weight, counts))
-    state, x_label, d = _of_rows(f, x.reshape(-1, x.shape[-1]), *of_rows)
-    m, r, x_label = (jnp.where(counts, a.reshape(shape), 0) for a in (*state, x_label))
-    state = Normalizer(m, r)
-    cost = gap(targets.label_target, x_label, m, state.log1p_r)
-    results, _ = f.merge(Part(state, targets.label_target * cost, None), targets)  # D0
-    return results, state, cost, d.reshape(x.shape)
+    g = rows.weight / share.divisor
+    z = 0 if share.z_loss is None else share.z_loss
+    terms = RowTerms(targets.label, counts, g * targets.total, 2 * z * g)
+    if targets.dense is not None:
+        # 0, or NaN where the label is no class.
+        terms = terms._replace(
+            weight=g + 0 * targets.total,
+            label_target=targets.label_target,
+            uniform=jnp.broadcast_to(targets.dense.t[..., 0], shape),
+        )
+    flat = jax.tree.map(lambda a: jnp.broadcast_to(a, shape).reshape(-1), terms)
+    found = _of_rows(f, x.reshape(-1, x.shape[-1]), flat)
+
+    def of_counted(a: Array | None) -> Any:
+        return None if a is None else jnp.where(counts, a.reshape(shape), 0)
+
+    state = Normalizer(of_counted(found.m), of_counted(found.r))
+    at_label = gap(targets.label_target, of_counted(found.x_label), state.m, state.log1p_r)
+    cost, sum_of_gaps, of_all = targets.label_target * at_label, of_counted(found.gap), None
+    if terms.uniform is not None:
+        # Where nothing is spread, no class costs anything, not even one that cannot occur.
+        cost = cost + jnp.where(terms.uniform == 0, 0, terms.uniform * sum_of_gaps)
+        of_all = sum_of_gaps + x.shape[-1] * state.log1p_r
+    results, _ = f.merge(Part(state, cost, None), targets)  # D0
+    return Forward(results, at_label + state.log1p_r, of_all, found.d.reshape(x.shape))
 
 
-def _mean(f: CrossEntropy, results: Results, rows: Rows, divisor: Array) -> Mean:
+def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Mean:
     # Divided after the sum, as what is left of a confident row's loss may be too small before it.
-    return Mean(jnp.sum(f.weigh(results, rows.weight, None).value) / divisor, results)
+    loss = f.weigh(results, rows.weight, share.z_loss).value
+    return Mean(jnp.sum(loss) / share.divisor, results)
 
 
-def mean_and_gradient(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> tuple[Mean, Array]:
+def mean_and_gradient(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Mean, Array]:
     """The weighted mean of the rows' losses, and its gradient for the logits."""
-    results, _, _, d = _forward(f, x, rows, divisor)
-    return _mean(f, results, rows, divisor), d
+    forward = _forward(f, x, rows, share)
+    return _mean(f, forward.results, rows, share), forward.d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mean(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> Mean:
-    """The weighted mean of the rows' losses. The kernel makes it where it is differentiated."""
+def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Mean:
+    """The weighted mean of the rows' losses. One kernel makes it where it is differentiated."""
     results, _ = results_and_state(f, keep(rows.mask, x), rows.targets)
-    return _mean(f, results, rows, divisor)
+    return _mean(f, results, rows, share)
 
 
-def _mean_fwd(f: CrossEntropy, x: Array, rows: Rows, divisor: Array) -> tuple[Mean, Any]:
-    results, state, cost, d = _forward(f, x, rows, divisor)
-    found = _mean(f, results, rows, divisor)
-    # D0 differentiated in t_k, which counts what t_k adds to T.
-    d_target = rows.weight / divisor * (cost + state.log1p_r)
-    d_targets = rows.targets._replace(
-        label=None, label_target=d_target, total=jnp.zeros_like(rows.targets.total)
-    )
-    d_weight = f.weigh(results, rows.weight, None).d_weight / divisor
-    return found, (d, Rows(d_targets, d_weight, None, None), -found.value / divisor)
+def _mean_fwd(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Mean, Any]:
+    forward = _forward(f, x, rows, share)
+    found = _mean(f, forward.results, rows, share)
+    weighed = f.weigh(forward.results, rows.weight, share.z_loss)
+    g = rows.weight / share.divisor
+    d_targets = jax.tree.map(jnp.zeros_like, rows.targets._replace(label=None))
+    d_targets = d_targets._replace(label_target=g * forward.minus_log_q)
+    if rows.targets.dense is not None:
+        d_t = jnp.sum(g * forward.sum_of_minus_log_q).reshape(rows.targets.dense.t.shape)
+        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
+    d_weight = weighed.d_weight / share.divisor
+    d_z = None if weighed.d_z is None else weighed.d_z / share.divisor
+    d_share = Share(-found.value / share.divisor, d_z)
+    return found, (forward.d, Rows(d_targets, d_weight, None, None), d_share)
 
 
-def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Array], g: Mean) -> tuple[Any, ...]:
+def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Share], g: Mean) -> tuple[Any, ...]:
     d, *others = res
     # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
-    # rounded a second time. One in float16 would have lost what is small: see ``unserved``.
+    # rounded a second time.
     d_x = (g.value * d.astype(g.value.dtype)).astype(d.dtype)
     return d_x, *jax.tree.map(lambda a: g.value * a, others)
 

@@ -31,8 +31,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from sxe._rows.normalizer import Normalizer
-
 plgpu: Any = mosaic_gpu  # its interface is not the same in all versions of JAX
 
 WARPS = 4  # of a warpgroup
@@ -44,40 +42,75 @@ LONG = 4096  # vectors of a row. Of shorter ones two fit on a multiprocessor, an
 LOG2_E = 1.4426950408889634
 
 
-def state_and_gradient(
-    x: Array, label: Array, weight: Array, counts: Array, *, cores: int, interpret: bool = False
-) -> tuple[Normalizer, Array, Array]:
-    """(m, r) [N], the label's logit [N], and the gradient [N, K].
+class RowTerms(NamedTuple):
+    """What the kernel is told of rows, [N].
 
-    Of a label outside of [0, K) the logit may be anything. A row that does not count has a gradient
-    of 0, whatever its logits are; its state may be anything too.
+    Attributes:
+      label: int32. It may lie outside of [0, K), and its logit may then be anything.
+      counts: bool. A row that does not count has a gradient of 0, whatever its logits are; its
+        state may be anything too.
+      weight: float32, g in D7. In rows of a label alone it is g T.
+      lse_weight: float32. lse times this is the cotangent of the row's lse.
+      label_target, uniform: float32, for targets t_k = label_target [k = label] + uniform. None in
+        rows of a label alone, where t_k is T [k = label].
+    """
 
-    Args:
-      x: [N, K], bfloat16, float16 or float32, in rows of a multiple of 16 bytes.
-      label: [N], int32.
-      weight: [N], float32.
-      counts: [N], bool.
-      cores: how many multiprocessors the GPU has.
-      interpret: on a CPU, for tests.
+    label: Array
+    counts: Array
+    weight: Array
+    lse_weight: Array
+    label_target: Array | None = None
+    uniform: Array | None = None
+
+
+class Found(NamedTuple):
+    """What the kernel finds.
+
+    Attributes:
+      m, r: [N], the state of ``normalizer``.
+      x_label: [N], the label's logit.
+      d: [N, K], the gradient, in the dtype of the logits.
+      gap: [N], the sum of all m - x_k, or None in rows of a label alone.
+    """
+
+    m: Any
+    r: Any
+    x_label: Any
+    d: Any
+    gap: Any = None
+
+
+def state_and_gradient(x: Array, terms: RowTerms, *, cores: int, interpret: bool = False) -> Found:
+    """State and gradient of rows of logits [N, K], bfloat16, float16 or float32.
+
+    A row has a multiple of 16 bytes and, where targets are uniform, at most ``SHORT`` classes.
+    ``cores`` is how many multiprocessors the GPU has. ``interpret`` is for tests, on a CPU.
     """
     N, K = x.shape
     vector = VECTOR_BYTES // x.dtype.itemsize
     short = K <= SHORT
     # Short rows come four at a time, so that the arrays of rows are padded to a multiple of it.
     pad = -N % WARPS if short else 0
-    label, weight, counts = (
-        jnp.pad(a, (0, pad)) for a in (label, weight, counts.astype(jnp.int32))
-    )
+    terms = terms._replace(counts=terms.counts.astype(jnp.int32))
+    terms = jax.tree.map(lambda a: jnp.pad(a, (0, pad)), terms)
     varies = jax.typeof(x).manual_axis_type
     of_rows = jax.ShapeDtypeStruct((N + pad,), jnp.float32, manual_axis_type=varies)
     d = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
+    results = Found(of_rows, of_rows, of_rows, d, None if terms.uniform is None else of_rows)
     launch = (_short_launch if short else _long_launch)(N, K, vector, cores)
-    body = functools.partial(_long_rows, launch, interpret)
-    if short:
-        body = functools.partial(_short_rows, launch)
+    leaves, structure = jax.tree.flatten((x, terms, results))
+
+    def body(*refs: Any) -> None:
+        given = jax.tree.unflatten(structure, refs[: len(leaves)])
+        scratch = refs[len(leaves) :]
+        if short:
+            _short_rows(launch, given, scratch)
+        else:
+            _long_rows(launch, given, scratch, interpret=interpret)
+
     call = plgpu.kernel(
         body,
-        out_type=[of_rows, of_rows, of_rows, d],
+        out_type=jax.tree.leaves(results),
         scratch_types=launch.scratch(x.dtype),
         grid=(launch.programs,),
         grid_names=("program",),
@@ -86,21 +119,11 @@ def state_and_gradient(
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )
     with jax.enable_x64(False):  # nothing in the kernel has 64 bits, and loops would count in them
-        m, r, x_label, d = call(x, label, weight, counts)
-    return Normalizer(m[:N], r[:N]), x_label[:N], d
+        found = Found(*call(x, *jax.tree.leaves(terms)))
+    return jax.tree.map(lambda a: a[:N] if a.ndim == 1 else a, found)
 
 
-class Refs(NamedTuple):
-    """The arrays in memory: arguments and results of ``state_and_gradient``."""
-
-    x: Any
-    label: Any
-    weight: Any
-    counts: Any
-    m: Any
-    r: Any
-    x_label: Any
-    d: Any
+Given = tuple[Any, RowTerms, Found]  # the arrays in memory: logits, arguments and results
 
 
 class Launch(NamedTuple):
@@ -161,6 +184,12 @@ def _exp_difference(x: Array, m: Array) -> Array:
     return e + e * jnp.where(s > -104, lost, 0.0)  # beyond, e is 0, and lost may be NaN
 
 
+def _log1p(r: Array) -> Array:
+    """log(1 + r), without the digits that 1 + r loses."""
+    total = 1 + r
+    return jnp.where(total == 1, r, jnp.log(total) * (r / jnp.where(total == 1, 1.0, total - 1)))
+
+
 def _exp(x: Array, m: Array) -> Array:
     """exp(x - m) for a gradient, whose last digits are rounded to the dtype of the logits."""
     return jnp.exp2((x - m) * LOG2_E)
@@ -209,8 +238,8 @@ def _long_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
     return Launch(rows, classes, vector, min(rows, per_core * cores), 4, slots, (block,))
 
 
-def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
-    at, (ring, filled, parts, met) = Refs(*refs[:8]), refs[8:]
+def _long_rows(launch: Launch, given: Given, scratch: Any, *, interpret: bool) -> None:
+    (x_ref, terms, found), (ring, filled, parts, met) = given, scratch
     first_row, group = lax.axis_index("program"), lax.axis_index("group")
     K, slots, (block,) = launch.classes, launch.slots, launch.slot
     fragment, layout = launch.fragment, launch.layout
@@ -240,7 +269,7 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
 
         @pl.when((n < rows * loads) & (b < blocks))
         def start() -> None:
-            source = at.x.at[first_row + i * launch.programs, pl.ds(start_of(b), block)]
+            source = x_ref.at[first_row + i * launch.programs, pl.ds(start_of(b), block)]
             slot = slot_of(n)
             plgpu.copy_gmem_to_smem(
                 source,
@@ -331,10 +360,11 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
             rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * e)
             tops += jnp.where(is_top, 1.0, 0.0)
         r = nan_where_infinite(m, rest + tops)
-        at.m[row], at.r[row] = m, r  # all warpgroups write the same
-        label, counts = at.label[row], at.counts[row] != 0
-        scale = at.weight[row] / (1 + r)
-        counted = plgpu.layout_cast(jnp.full(fragment, at.counts[row], jnp.int32), layout) != 0
+        found.m[row], found.r[row] = m, r  # all warpgroups write the same
+        label, counts = terms.label[row], terms.counts[row] != 0
+        g, g_lse = terms.weight[row], terms.lse_weight[row] * (m + _log1p(r))
+        scale = (g + g_lse) / (1 + r)
+        counted = plgpu.layout_cast(jnp.full(fragment, terms.counts[row], jnp.int32), layout) != 0
 
         def differentiate(n: Array, _: Any) -> None:
             """Of the blocks that are still in the ring first, and then of those read again."""
@@ -356,16 +386,17 @@ def _long_rows(launch: Launch, interpret: bool, *refs: Any) -> None:
                 x_label = ring[slot, k].astype(jnp.float32)
                 for j in range(block // size):
                     d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)  # D7, t = 0
-                    write(slot, j, d.astype(at.d.dtype))
+                    write(slot, j, d.astype(found.d.dtype))
 
                 @pl.when(here)
                 def put_label() -> None:
-                    at.x_label[row] = x_label
-                    d = ((jnp.exp(x_label - m) - 1) - r) * scale  # D7, t = T
-                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(at.d.dtype)
+                    found.x_label[row] = x_label
+                    e = jnp.exp(x_label - m)
+                    d = (((e - 1) - r) * g + e * g_lse) / (1 + r)  # D7, t = T
+                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(found.d.dtype)
 
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(ring.at[slot], at.d.at[row, pl.ds(start_of(b), block)])
+                plgpu.copy_smem_to_gmem(ring.at[slot], found.d.at[row, pl.ds(start_of(b), block)])
 
                 # All copies but this one have left the ring, so that the slot before is free.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -400,8 +431,8 @@ def _short_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
     return Launch(rows, classes, vector, blocks, groups, 3, (-(-classes // width), WARPS, width))
 
 
-def _short_rows(launch: Launch, *refs: Any) -> None:
-    at, (ring, filled) = Refs(*refs[:8]), refs[8:]
+def _short_rows(launch: Launch, given: Given, scratch: Any) -> None:
+    (x_ref, terms, found), (ring, filled) = given, scratch
     group = lax.axis_index("group")
     slots, (fragments, _, width) = launch.slots, launch.slot
     fragment, layout = launch.fragment, launch.layout
@@ -424,7 +455,7 @@ def _short_rows(launch: Launch, *refs: Any) -> None:
         def start() -> None:
             slot = slot_of(i)
             for j in range(fragments):
-                source = at.x.at[rows_of(i), columns(j)]
+                source = x_ref.at[rows_of(i), columns(j)]
                 plgpu.copy_gmem_to_smem(source, ring.at[slot, j], filled.at[slot])
 
     def of_rows(ref: Any, i: Array) -> Array:
@@ -439,39 +470,58 @@ def _short_rows(launch: Launch, *refs: Any) -> None:
 
     def step(i: Array, _: Any) -> None:
         slot = slot_of(i)
-        label, weight, counts = (of_rows(ref, i) for ref in (at.label, at.weight, at.counts))
+        label, counts, g, g_lse, label_target, uniform = jax.tree.map(
+            lambda ref: wide(of_rows(ref, i)), terms
+        )
         plgpu.barrier_wait(filled.at[slot])
         k = plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
 
+        def inside(j: int) -> Array:
+            return k < launch.classes - j * width
+
         def read(j: int) -> Array:
             x = plgpu.load(ring.at[slot, j], layout=layout, optimized=False).astype(jnp.float32)
-            inside = k < launch.classes - j * width
-            return x if (j + 1) * width <= launch.classes else jnp.where(inside, x, -jnp.inf)
+            return x if (j + 1) * width <= launch.classes else jnp.where(inside(j), x, -jnp.inf)
 
         top = jnp.max(functools.reduce(jnp.maximum, map(read, range(fragments))), axis=1)
         m, zero = wide(top), plgpu.layout_cast(jnp.zeros(fragment, jnp.float32), layout)
-        rest, count, found, es = zero, zero, zero, []
+        rest, count, x_label, es = zero, zero, zero, []
         for j in range(fragments):
             x = read(j)
             e = _exp_difference(x, m)
             # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
             near = jnp.where(x >= m - 0.25, 1.0, 0.0)
             rest, count = rest + (e - near), count + near
-            found = found + jnp.where(k == wide(label) - j * width, x, 0.0)
+            x_label = x_label + jnp.where(k == label - j * width, x, 0.0)
             es.append(e)
-        r = nan_where_infinite(top, total(rest) + (total(count) - 1))
-        scale = wide(jnp.where(counts != 0, weight / (1 + r), 0.0))
-        counted = wide(counts) != 0
+        r_of_row = nan_where_infinite(top, total(rest) + (total(count) - 1))
+        r, log1p_r = wide(r_of_row), wide(_log1p(r_of_row))
+        g, g_lse, gap = g / (1 + r), g_lse * (m + log1p_r) / (1 + r), zero
         for j, e in enumerate(es):
-            d = jnp.where(k == wide(label) - j * width, (e - 1) - wide(r), e)  # D7
-            ring[slot, j] = jnp.where(counted, d * scale, 0.0).astype(at.d.dtype)
+            is_label = k == label - j * width
+            if uniform is None:
+                d = jnp.where(is_label, (e - 1) - r, e) * g  # D7, times T
+            else:
+                x = read(j)
+                # See ``targets.gap``.
+                cost = jnp.where((uniform == 0) & (x == -jnp.inf), -log1p_r, m - x)
+                gap = gap + jnp.where(inside(j), cost, 0.0)
+                others = (launch.classes - 1) * uniform
+                t = jnp.where(is_label, uniform + label_target, uniform)
+                others = jnp.where(is_label, others, others + label_target)
+                d = (e * others - t * ((1 - e) + r)) * g  # D7
+            ring[slot, j] = jnp.where(counts != 0, d + e * g_lse, 0.0).astype(found.d.dtype)
+        of_row = Found(top, r_of_row, total(x_label), None, None if uniform is None else total(gap))
         plgpu.commit_smem()
         for j in range(fragments):
             plgpu.copy_smem_to_gmem(
-                ring.at[slot, j], at.d.at[rows_of(i), columns(j)], commit_group=j == fragments - 1
+                ring.at[slot, j],
+                found.d.at[rows_of(i), columns(j)],
+                commit_group=j == fragments - 1,
             )
-        for ref, of_row in ((at.m, top), (at.r, r), (at.x_label, total(found))):
-            store(ref.at[rows_of(i)], of_row)
+        for ref, values in zip(found._replace(d=None), of_row, strict=True):
+            if ref is not None:
+                store(ref.at[rows_of(i)], values)
         # All copies but these have left the ring, so that the slot before is free.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 
