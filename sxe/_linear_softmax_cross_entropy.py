@@ -22,8 +22,9 @@ from jax.typing import ArrayLike
 from sxe._arrays import AxisName, axis_names, sharding, vary, varying, wide_dtype
 from sxe._backend import backend_of
 from sxe._call import arguments, axes, checks, reduction
+from sxe._call.implementation import choose
 from sxe._call.layout import Layout, join_shards, layout_of
-from sxe._call.options import HeadOptions, Options, Reduction, Rule, parse
+from sxe._call.options import HeadOptions, Implementation, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics
 from sxe._call.rows import make_rows
 from sxe._errors import ArgumentValueError
@@ -50,11 +51,11 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     """A call as what the head takes, padded to whole chunks; and its rows as they came."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
-    dtype, backend = jnp.result_type(hidden, kernel), backend_of(hidden, kernel)
+    dtype, shape = jnp.result_type(hidden, kernel), (*rows_shape, classes)
+    backend = backend_of(hidden, kernel)
+    backend = choose(options.implementation, backend, dtype=dtype, shape=shape, rule=options.rule)
     finite = None if options.weights is None else jnp.all(jnp.isfinite(hidden), axis=-1)
-    rows = make_rows(
-        labels, options, backend, shape=(*rows_shape, classes), dtype=dtype, finite=finite
-    )
+    rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
     n = math.prod(rows_shape)
     chunks, _, padding = tiling(
         n, classes, chunk_size=options.chunk_size, dtype=dtype, backend=backend
@@ -252,6 +253,7 @@ def linear_softmax_cross_entropy(
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
     rule: Rule = "vjp",
+    implementation: Implementation = None,
 ) -> Array | tuple[Array, Metrics]:
     """Softmax cross-entropy of hidden states and a kernel, without the [N, K] logits.
 
@@ -291,9 +293,13 @@ def linear_softmax_cross_entropy(
         ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
         differentiates one chunk after the other, and matmuls are in float32.
         ``jax.experimental.jet`` needs "autodiff", no softcap, and one chunk.
+      implementation: as for ``softmax_cross_entropy``, with rule "vjp". "mosaic_gpu" computes the
+        functions of rows of each chunk; the products are XLA's. A bias, a logit_scale or a softcap
+        costs a copy of the chunk's logits more.
 
-    ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names and ``rule``
-    are Python values, static under ``jax.jit``: see ``softmax_cross_entropy``.
+    ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names, ``rule``
+    and ``implementation`` are Python values, static under ``jax.jit``: see
+    ``softmax_cross_entropy``.
 
     Returns:
       The loss, float32 (float64 if hidden or kernel is), or ``(loss, sxe.Metrics)``. Gradients
@@ -350,4 +356,5 @@ def linear_softmax_cross_entropy(
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
         rule=rule,
+        implementation=implementation,
     )

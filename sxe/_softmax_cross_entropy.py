@@ -125,10 +125,12 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     f = CrossEntropy(options.axis_name, backend)
     x, rows = _prepare(inputs, backend)
     summed = options.rule == "vjp" and options.reduction != "none"
-    if backend.uses_row_kernels and summed and class_mask is None:
+    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
+    rounds_early = given.dtype == jnp.float16 and not with_gradient
+    if backend.uses_row_kernels and summed and class_mask is None and not rounds_early:
         from sxe._rows import gpu  # Pallas takes a while to import
 
-        if gpu.serves(f, x, rows.targets, for_autodiff=not with_gradient):
+        if gpu.serves(f, x, rows.targets, d_dtype=given.dtype):
             return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     x, targets, mask = _counted(x, rows, backend)
     if with_gradient:

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import sxe
-from sxe import _softmax_cross_entropy
+from sxe import _linear_softmax_cross_entropy, _softmax_cross_entropy
 from sxe._backend import Backend
 from sxe._rows.normalizer import normalize_tile
 
@@ -28,7 +28,8 @@ kernel_gradient = functools.partial(
 @pytest.fixture
 def backend(monkeypatch):
     """Calls as they are traced for a GPU. What is measured is the result of the kernel."""
-    monkeypatch.setattr(_softmax_cross_entropy, "backend_of", lambda *arrays: BACKEND)
+    for module in (_softmax_cross_entropy, _linear_softmax_cross_entropy):
+        monkeypatch.setattr(module, "backend_of", lambda *arrays: BACKEND)
     jax.clear_caches()  # of calls that were traced for a CPU
     yield BACKEND
     jax.clear_caches()
@@ -205,6 +206,61 @@ def test_options_as_without_it(options, classes):
         for a, b in zip(results[i], results[i + 1], strict=True):
             assert np.isfinite(b).all()
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+HEAD_OPTIONS = [
+    {},
+    {"where": np.arange(5) % 2 == 0},
+    {"weights": np.array([1.5, 0, 0.25, 2, 3], np.float32), "ignore_index": 3},
+    {"z_loss": np.float32(0.01), "ignore_index": 3, "class_weights": "classes"},
+    {"label_smoothing": np.float32(0.1), "ignore_index": 3},
+    {"bias": "classes", "logit_scale": np.float32(0.7), "softcap": np.float32(5)},
+    {"reduction": "none", "ignore_index": 3, "class_weights": "classes"},
+    {"reduction": "none", "bias": "classes", "where": np.arange(5) % 2 == 0},
+    {"labels": "dense", "where": np.arange(5) % 2 == 0},
+]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("classes", "dtype"), [(64, "float32"), (1032, "bfloat16")])
+@pytest.mark.parametrize("options", HEAD_OPTIONS, ids=lambda options: " ".join(options) or "none")
+def test_the_head_as_without_it(options, classes, dtype):
+    """In two chunks, with a row that does not count and has a NaN."""
+    rng = np.random.default_rng(7)
+    hidden, kernel = rng.standard_normal((5, 4)), rng.standard_normal((4, classes)) / 2
+    labels = np.array([1, 3, 0, 60, 7])
+    options, masked = dict(options), "where" in options or "ignore_index" in options
+    hidden[1] = np.nan if masked else hidden[1]
+    if options.pop("labels", None):
+        labels = rng.random((5, classes)).astype(np.float32)
+    for name in ("class_weights", "bias"):
+        if name in options:
+            options[name] = np.linspace(0.5, 2.0, classes, dtype=np.float32)
+    names = (*FLOATS, "bias", "logit_scale", "softcap")
+    floats = {k: jnp.asarray(v) for k, v in options.items() if k in names}
+    others = {k: v for k, v in options.items() if k not in floats}
+    g = jnp.asarray(rng.standard_normal(5), jnp.float32)
+
+    def loss(f, hidden, kernel, floats):
+        given = hidden, kernel, jnp.asarray(labels)
+        value, metrics = f(*given, chunk_size=3, return_metrics=True, **floats, **others)
+        return jnp.sum((g if value.ndim else g[0]) * value), metrics
+
+    by_kernel = functools.partial(sxe.linear_softmax_cross_entropy, implementation="mosaic_gpu")
+    given = jnp.asarray(hidden, dtype), jnp.asarray(kernel, dtype), floats
+    ours, xla = (
+        jax.tree.leaves(
+            jax.jit(jax.value_and_grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(*given)
+        )
+        for f in (by_kernel, sxe.linear_softmax_cross_entropy)
+    )
+    for a, b in zip(ours, xla, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(b).all()
+        # Of bfloat16, gradients are sums of terms that were rounded to it.
+        tolerance = 2e-5 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max() + 1e-7)
 
 
 @needs_pallas

@@ -34,19 +34,18 @@ class _CommonOptions(TypedDict, total=False):
     ignore_index: int | None
     axis_name: AxisName
     batch_axis_name: AxisName
+    implementation: Implementation
 
 
 class LogitsGradientOptions(_CommonOptions, total=False):
     axis: int | tuple[int, ...]
     reduction: Literal["mean", "sum"]
-    implementation: Implementation
 
 
 class LogitsOptions(_CommonOptions, total=False):
     axis: int | tuple[int, ...]
     reduction: Reduction
     rule: Rule
-    implementation: Implementation
 
 
 class HeadOptions(_CommonOptions, total=False):

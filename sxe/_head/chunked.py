@@ -25,8 +25,9 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks
 from sxe._head.projection import Products, Transform, transform, transform_bwd
+from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import Best, best
-from sxe._rows.rules import RULES, RowFunction, own_targets, results_and_state
+from sxe._rows.rules import RULES, RowFunction, Weighed, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows, Targets
 
 T = TypeVar("T")
@@ -93,10 +94,11 @@ class Tile(NamedTuple):
     """Some rows on the way through the head, [C, ...].
 
     Attributes:
-      x: the logits.
-      u: what they come from, 0 in rows that do not count.
+      x: the logits. What stands in rows that do not count has no influence.
+      u: what they come from, 0 in these rows.
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
+      late_mask: the same where x has all rows as they are, so that gradients are to be masked.
       best: of the logits of all rows, or None where it is not wanted.
     """
 
@@ -104,6 +106,7 @@ class Tile(NamedTuple):
     u: Array
     targets: Targets
     mask: Array | None
+    late_mask: Array | None
     best: Best | None
 
 
@@ -114,11 +117,14 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
         largest = jnp.max(lax.stop_gradient(transform(u, shared.transform)), axis=-1)
         mask = _with_loss(head, rows, pmax(largest, head.f.axis_name))
     kept = keep(mask, u)
-    x, found = transform(kept, shared.transform), None
+    # For a kernel XLA would write a copy of u. Where rows share targets it has to: of those, a
+    # gradient is a sum over all rows.
+    late_mask = mask if head.f.backend.uses_row_kernels and shared.dense is None else None
+    x, found = transform(kept if late_mask is None else u, shared.transform), None
     if head.predicts:
         found = best(x if mask is None else transform(u, shared.transform))
     targets = rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
-    return Tile(x, kept, targets, mask, found)
+    return Tile(x, kept, targets, mask, late_mask, found)
 
 
 def _with_loss(head: Head, rows: Rows, m: Array) -> Array | None:
@@ -139,10 +145,8 @@ def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Su
 
     def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
         tile = _tile(head, shared, u, rows)  # H1, H2
-        results, state = results_and_state(head.f, tile.x, tile.targets)  # D0
-        results = _keep(tile.mask, results)
-        weighed = head.f.weigh(results, rows.weight, shared.z_loss)
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, (state, weighed.g))
+        results, weighed, gradients = _tile_results(head, shared, tile, rows)  # D0, D7
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
         d_shared = d_shared._replace(z_loss=weighed.d_z)
         sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
         d_rows = _only(head.wanted[2], Rows(d_targets, weighed.d_weight, None, None))
@@ -164,7 +168,8 @@ def _chunk_bwd(
     def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
         rows, state_and_g = at_rows
         tile = _tile(head, shared, u, rows)  # H1, H2
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, state_and_g)
+        gradients = _tile_gradients(head, tile, *state_and_g)  # D7
+        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
         d_targets = own_targets(d_targets, tile.x, head.f.axis_name)
         d_rows = _only(head.wanted[2], Rows(d_targets, None, None, None))
         return (sums[0], _add(sums[1], d_shared)), d_u, (tile.mask, d_rows)
@@ -175,13 +180,40 @@ def _chunk_bwd(
     return sums, (_keep(mask, d_hidden), d_rows)
 
 
+def _tile_results(
+    head: Head, shared: Shared, tile: Tile, rows: Rows
+) -> tuple[Any, Weighed, tuple[Array, Targets]]:
+    """The results of rows, what they add to their sum, and its gradients for logits and targets."""
+    f, transformed = head.f, shared.transform != Transform(None, None, None)
+    if f.backend.uses_row_kernels and isinstance(f, CrossEntropy) and not transformed:
+        from sxe._rows import gpu  # Pallas takes a while to import
+
+        d_dtype = head.products.gradient_dtype
+        if gpu.serves(f, tile.x, tile.targets, d_dtype=d_dtype):
+            rows = rows._replace(targets=tile.targets, mask=tile.mask)
+            share = gpu.Share(jnp.ones(()), shared.z_loss)
+            found = gpu.forward(f, tile.x, rows, share, d_dtype=d_dtype)
+            weighed = f.weigh(found.results, rows.weight, shared.z_loss)
+            return found.results, weighed, (found.d, found.d_targets)
+    results, state = results_and_state(head.f, tile.x, tile.targets)
+    results = _keep(tile.mask, results)
+    weighed = head.f.weigh(results, rows.weight, shared.z_loss)
+    return results, weighed, _tile_gradients(head, tile, state, weighed.g)
+
+
+def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, Targets]:
+    """The gradients for logits and targets, from the cotangents of the results."""
+    d_x = head.f.gradient(tile.x, tile.targets, state, g)
+    d_targets = head.f.target_gradient(tile.x, tile.targets, state, g)
+    return _keep(tile.late_mask, (d_x, d_targets))
+
+
 def _tile_bwd(
-    head: Head, shared: Shared, tile: Tile, state_and_g: tuple[Any, Any]
+    head: Head, shared: Shared, tile: Tile, gradients: tuple[Array, Targets]
 ) -> tuple[Array, Shared, Targets]:
     """d u, and the gradients of what rows share and of each row's targets."""
-    d_x = head.f.gradient(tile.x, tile.targets, *state_and_g)  # D7
-    d_targets = head.f.target_gradient(tile.x, tile.targets, *state_and_g)
-    d_u, d_transform = transform_bwd(d_x, tile.u, shared.transform)  # H3 to H5
+    d_x, d_targets = gradients
+    d_u, d_transform = transform_bwd(d_x, tile.u, shared.transform)
     d_shared = Shared(None, d_transform, None, None)
     if shared.dense is not None:
         d_shared = d_shared._replace(dense=d_targets.dense)

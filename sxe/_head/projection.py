@@ -138,6 +138,11 @@ class Products:
     precision: Any
     backend: Backend
 
+    @property
+    def gradient_dtype(self) -> jnp.dtype:
+        """In which the gradient of the logits is multiplied with hidden states and kernel."""
+        return self.backend.gradient_dtype(self.dtype)
+
     def u(self, hidden: Array, kernel: Array) -> Array:
         """H0, [C, K]."""
         dtype = self.backend.product_dtype(self.dtype)
@@ -155,7 +160,7 @@ class Products:
         self, d_u: Array, hidden: Array, kernel: Array, *, d_kernel: Array | None, want_hidden: bool
     ) -> Gradients:
         """H6, [C, D], if it is wanted; and d_kernel [D, K] with H7 added in place, or None."""
-        dtype = self.backend.gradient_dtype(self.dtype)
+        dtype = self.gradient_dtype
         hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
         widens = dtype != self.dtype
         d_hidden = None

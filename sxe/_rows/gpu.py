@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from sxe._arrays import keep, vary_like, wide
 from sxe._rows import gpu_kernel, twins
@@ -44,34 +45,37 @@ class Mean(NamedTuple):
     results: Results
 
 
-def serves(f: CrossEntropy, x: Array, targets: Targets, *, for_autodiff: bool) -> bool:
-    """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient.
-
-    ``for_autodiff`` says that the gradient meets a cotangent after it was rounded. In float16 it
-    has then lost what a loss scale would have kept.
-    """
+def serves(f: CrossEntropy, x: Array, targets: Targets, *, d_dtype: DTypeLike) -> bool:
+    """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient."""
     classes, dense = x.shape[-1], targets.dense
+    is_short, itemsize = classes <= gpu_kernel.SHORT, min(x.itemsize, jnp.dtype(d_dtype).itemsize)
     return (
         f.axis_name is None
         and x.size > 0
-        and classes * x.dtype.itemsize % gpu_kernel.VECTOR_BYTES == 0
-        and not (for_autodiff and x.dtype == jnp.float16)
+        and classes * itemsize % gpu_kernel.VECTOR_BYTES == 0
+        and not (is_short and d_dtype != x.dtype)
         and targets.label is not None
-        and (dense is None or (dense.t.size == 1 and classes <= gpu_kernel.SHORT))
+        and (dense is None or (is_short and dense.t.size == 1))
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms) -> Found:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> Found:
     """State and gradient of rows [N, K]."""
     found = gpu_kernel.state_and_gradient(
-        x, terms, cores=f.backend.cores, interpret=f.backend.interprets_kernels
+        x,
+        terms,
+        d_dtype=d_dtype,
+        cores=f.backend.cores,
+        interpret=f.backend.interprets_kernels,
     )
     return vary_like(found, x)  # JAX's types do not say of a kernel's results that they vary
 
 
 @_of_rows.defjvp
-def _of_rows_jvp(f: CrossEntropy, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _of_rows_jvp(
+    f: CrossEntropy, d_dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> Any:
     """Derivatives of the gradient are XLA's."""
     (x, terms), (x_dot, terms_dot) = primals, tangents
     floats = ("weight", "lse_weight", "label_target", "uniform")
@@ -91,25 +95,30 @@ def _of_rows_jvp(f: CrossEntropy, primals: tuple[Any, ...], tangents: tuple[Any,
             ones = jnp.ones_like(each)
             sum_of_gaps = dense_cost(ones, kept, state.m, state.log1p_r)
         g = Results(weight, lse_weight * state.lse)
-        d = keep(counts, f.gradient(kept, targets, state, g)).astype(x.dtype)
+        d = keep(counts, f.gradient(kept, targets, state, g)).astype(d_dtype)
         x_label, inside = take_label(kept, label)
         return Found(*state, jnp.where(inside, wide(x_label), 0), d, sum_of_gaps)
 
     numbers, dots = (tuple(getattr(t, name) for name in floats) for t in (terms, terms_dot))
-    return _of_rows(f, x, terms), jax.jvp(by_xla, (x, numbers), (x_dot, dots))[1]
+    return _of_rows(f, x, terms, d_dtype), jax.jvp(by_xla, (x, numbers), (x_dot, dots))[1]
 
 
 class Forward(NamedTuple):
-    """Of the rows of a call: see ``Found``. ``minus_log_q`` is that of the label, [...]."""
+    """What one kernel computes of rows of logits [..., K].
+
+    Attributes:
+      results: of each row, [...].
+      d: the mean's gradient for the logits, [..., K].
+      d_targets: the mean's gradients for the targets.
+    """
 
     results: Results
-    minus_log_q: Array
-    sum_of_minus_log_q: Array | None
     d: Array
+    d_targets: Targets
 
 
-def _forward(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Forward:
-    """The results of rows, D0 differentiated in their targets, and the mean's gradient."""
+def forward(f: CrossEntropy, x: Array, rows: Rows, share: Share, *, d_dtype: DTypeLike) -> Forward:
+    """The results of rows, and what is left to do of a backward pass: to scale this gradient."""
     targets = rows.targets
     assert targets.label is not None
     assert targets.label_target is not None
@@ -126,20 +135,26 @@ def _forward(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Forward:
             uniform=jnp.broadcast_to(targets.dense.t[..., 0], shape),
         )
     flat = jax.tree.map(lambda a: jnp.broadcast_to(a, shape).reshape(-1), terms)
-    found = _of_rows(f, x.reshape(-1, x.shape[-1]), flat)
+    found = _of_rows(f, x.reshape(-1, x.shape[-1]), flat, d_dtype)
 
     def of_counted(a: Array | None) -> Any:
         return None if a is None else jnp.where(counts, a.reshape(shape), 0)
 
     state = Normalizer(of_counted(found.m), of_counted(found.r))
-    at_label = gap(targets.label_target, of_counted(found.x_label), state.m, state.log1p_r)
-    cost, sum_of_gaps, of_all = targets.label_target * at_label, of_counted(found.gap), None
-    if terms.uniform is not None:
+    log1p_r = state.log1p_r
+    label_gap = gap(targets.label_target, of_counted(found.x_label), state.m, log1p_r)
+    cost = targets.label_target * label_gap
+    d_targets = jax.tree.map(jnp.zeros_like, targets._replace(label=None))
+    # D0 differentiated in t_k is -log q_k, which counts what t_k adds to T.
+    d_targets = d_targets._replace(label_target=g * (label_gap + log1p_r))
+    if targets.dense is not None:
+        gaps = of_counted(found.gap)
         # Where nothing is spread, no class costs anything, not even one that cannot occur.
-        cost = cost + jnp.where(terms.uniform == 0, 0, terms.uniform * sum_of_gaps)
-        of_all = sum_of_gaps + x.shape[-1] * state.log1p_r
+        cost = cost + jnp.where(terms.uniform == 0, 0, terms.uniform * gaps)
+        d_t = jnp.sum(g * (gaps + x.shape[-1] * log1p_r)).reshape(targets.dense.t.shape)
+        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
     results, _ = f.merge(Part(state, cost, None), targets)  # D0
-    return Forward(results, at_label + state.log1p_r, of_all, found.d.reshape(x.shape))
+    return Forward(results, found.d.reshape(x.shape), d_targets)
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Mean:
@@ -150,8 +165,8 @@ def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Mean:
 
 def mean_and_gradient(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Mean, Array]:
     """The weighted mean of the rows' losses, and its gradient for the logits."""
-    forward = _forward(f, x, rows, share)
-    return _mean(f, forward.results, rows, share), forward.d
+    found = forward(f, x, rows, share, d_dtype=x.dtype)
+    return _mean(f, found.results, rows, share), found.d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,19 +177,12 @@ def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Mean:
 
 
 def _mean_fwd(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Mean, Any]:
-    forward = _forward(f, x, rows, share)
-    found = _mean(f, forward.results, rows, share)
-    weighed = f.weigh(forward.results, rows.weight, share.z_loss)
-    g = rows.weight / share.divisor
-    d_targets = jax.tree.map(jnp.zeros_like, rows.targets._replace(label=None))
-    d_targets = d_targets._replace(label_target=g * forward.minus_log_q)
-    if rows.targets.dense is not None:
-        d_t = jnp.sum(g * forward.sum_of_minus_log_q).reshape(rows.targets.dense.t.shape)
-        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
-    d_weight = weighed.d_weight / share.divisor
+    results, d, d_targets = forward(f, x, rows, share, d_dtype=x.dtype)
+    found = _mean(f, results, rows, share)
+    weighed = f.weigh(results, rows.weight, share.z_loss)
+    d_rows = Rows(d_targets, weighed.d_weight / share.divisor, None, None)
     d_z = None if weighed.d_z is None else weighed.d_z / share.divisor
-    d_share = Share(-found.value / share.divisor, d_z)
-    return found, (forward.d, Rows(d_targets, d_weight, None, None), d_share)
+    return found, (d, d_rows, Share(-found.value / share.divisor, d_z))
 
 
 def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Share], g: Mean) -> tuple[Any, ...]:

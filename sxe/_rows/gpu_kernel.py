@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
+from jax.typing import DTypeLike
 
 plgpu: Any = mosaic_gpu  # its interface is not the same in all versions of JAX
 
@@ -80,11 +81,21 @@ class Found(NamedTuple):
     gap: Any = None
 
 
-def state_and_gradient(x: Array, terms: RowTerms, *, cores: int, interpret: bool = False) -> Found:
+def state_and_gradient(
+    x: Array, terms: RowTerms, *, d_dtype: DTypeLike, cores: int, interpret: bool = False
+) -> Found:
     """State and gradient of rows of logits [N, K], bfloat16, float16 or float32.
 
-    A row has a multiple of 16 bytes and, where targets are uniform, at most ``SHORT`` classes.
-    ``cores`` is how many multiprocessors the GPU has. ``interpret`` is for tests, on a CPU.
+    A row has a multiple of 16 bytes and, where targets are uniform, at most ``SHORT`` classes. If
+    it has more, the gradient may be in another dtype than the logits. Its rows have a multiple of
+    16 bytes as well.
+
+    Args:
+      x: the logits.
+      terms: what is known of their rows.
+      d_dtype: of the gradient.
+      cores: how many multiprocessors the GPU has.
+      interpret: on a CPU, for tests.
     """
     N, K = x.shape
     vector = VECTOR_BYTES // x.dtype.itemsize
@@ -95,9 +106,11 @@ def state_and_gradient(x: Array, terms: RowTerms, *, cores: int, interpret: bool
     terms = jax.tree.map(lambda a: jnp.pad(a, (0, pad)), terms)
     varies = jax.typeof(x).manual_axis_type
     of_rows = jax.ShapeDtypeStruct((N + pad,), jnp.float32, manual_axis_type=varies)
-    d = jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
+    d = jax.ShapeDtypeStruct(x.shape, d_dtype, manual_axis_type=varies)
     results = Found(of_rows, of_rows, of_rows, d, None if terms.uniform is None else of_rows)
-    launch = (_short_launch if short else _long_launch)(N, K, vector, cores)
+    launch = _short_launch(N, K, vector, cores)
+    if not short:
+        launch = _long_launch(N, K, vector, cores, narrows=d.dtype != x.dtype)
     leaves, structure = jax.tree.flatten((x, terms, results))
 
     def body(*refs: Any) -> None:
@@ -111,7 +124,7 @@ def state_and_gradient(x: Array, terms: RowTerms, *, cores: int, interpret: bool
     call = plgpu.kernel(
         body,
         out_type=jax.tree.leaves(results),
-        scratch_types=launch.scratch(x.dtype),
+        scratch_types=launch.scratch(x.dtype, d.dtype),
         grid=(launch.programs,),
         grid_names=("program",),
         num_threads=launch.groups,
@@ -136,6 +149,8 @@ class Launch(NamedTuple):
       groups: warpgroups of a program.
       slots: in the ring of a warpgroup.
       slot: the shape of one: of a long row [block], of four short ones [fragments, 4, classes].
+      narrows: whether the gradient has another dtype than the logits. Then it has slots of its own,
+        two for each warpgroup.
     """
 
     rows: int
@@ -145,6 +160,7 @@ class Launch(NamedTuple):
     groups: int
     slots: int
     slot: tuple[int, ...]
+    narrows: bool = False
 
     @property
     def fragment(self) -> tuple[int, int]:
@@ -155,14 +171,16 @@ class Launch(NamedTuple):
     def layout(self) -> Any:
         return fragment_layout(self.vector)
 
-    def scratch(self, dtype: Any) -> list[Any]:
+    def scratch(self, dtype: Any, d_dtype: Any) -> list[Any]:
+        """Shared memory: of rows that are long, for what warpgroups tell each other too."""
         slots = self.groups * self.slots
         ring = plgpu.SMEM((slots, *self.slot), dtype)
         if len(self.slot) > 1:
             return [ring, plgpu.Barrier(num_barriers=slots, num_arrivals=self.slot[0])]
         parts = plgpu.SMEM((2, 2, WARPS * self.groups), jnp.float32)
         met = plgpu.Barrier(num_arrivals=self.groups)
-        return [ring, plgpu.Barrier(num_barriers=slots), parts, met]
+        of_d = [plgpu.SMEM((2 * self.groups, *self.slot), d_dtype)] if self.narrows else []
+        return [ring, plgpu.Barrier(num_barriers=slots), parts, met, *of_d]
 
 
 def fragment_layout(vector: int) -> Any:
@@ -228,18 +246,29 @@ def store(ref: Any, of_rows: Array) -> None:
 # Long rows: all warpgroups of a program share one.
 
 
-def _long_launch(rows: int, classes: int, vector: int, cores: int) -> Launch:
+def _long_launch(rows: int, classes: int, vector: int, cores: int, *, narrows: bool) -> Launch:
+    """How long rows are divided.
+
+    A multiprocessor has 227 KiB of shared memory, and 65,536 registers for all threads. A thread
+    takes 72.
+    """
     size = WARPS * LANES * vector
-    largest = BLOCK_BYTES * vector // VECTOR_BYTES
+    # Two programs on a multiprocessor hide each other's waiting, if it holds the rows of both: six
+    # warpgroups together, each with a ring of 32 KiB.
+    per_core, groups, slots, block_bytes = 2, 3, 4, BLOCK_BYTES
+    if classes > LONG * vector:
+        per_core, groups, slots = 1, 4, 6
+    if narrows:  # Of the 227 KiB, the slots of the gradient take 24.
+        per_core, groups, slots, block_bytes = 1, 4, 8, 3 * BLOCK_BYTES // 4
+    largest = block_bytes * vector // VECTOR_BYTES
     block = min(largest, classes // size * size)
-    # Two programs on a multiprocessor hide each other's waiting, if it holds the rows of both.
-    twice = classes <= LONG * vector
-    per_core, slots = (2, 3) if twice else (1, 6)
-    return Launch(rows, classes, vector, min(rows, per_core * cores), 4, slots, (block,))
+    programs = min(rows, per_core * cores)
+    return Launch(rows, classes, vector, programs, groups, slots, (block,), narrows)
 
 
 def _long_rows(launch: Launch, given: Given, scratch: Any, *, interpret: bool) -> None:
-    (x_ref, terms, found), (ring, filled, parts, met) = given, scratch
+    (x_ref, terms, found), (ring, filled, parts, met, *others) = given, scratch
+    out = others[0] if launch.narrows else ring  # slots of the gradient
     first_row, group = lax.axis_index("program"), lax.axis_index("group")
     K, slots, (block,) = launch.classes, launch.slots, launch.slot
     fragment, layout = launch.fragment, launch.layout
@@ -278,20 +307,25 @@ def _long_rows(launch: Launch, given: Given, scratch: Any, *, interpret: bool) -
                 oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
             )
 
-    def fragment_of(slot: Array, i: int) -> Any:
-        return ring.at[slot, pl.ds(i * size, size)]
+    def out_slot_of(n: Array) -> Array:
+        return group * 2 + lax.rem(n, 2) if launch.narrows else slot_of(n)
+
+    def fragment_of(slots: Any, slot: Array, i: int) -> Any:
+        return slots.at[slot, pl.ds(i * size, size)]
 
     def read(slot: Array, i: int) -> Array:
+        ref = fragment_of(ring, slot, i)
         if interpret:  # it has no reshaped references
-            return fragment_of(slot, i)[...].reshape(fragment).astype(jnp.float32)
-        x = plgpu.load(fragment_of(slot, i).reshape(*fragment), layout=layout, optimized=False)
+            return ref[...].reshape(fragment).astype(jnp.float32)
+        x = plgpu.load(ref.reshape(*fragment), layout=layout, optimized=False)
         return x.astype(jnp.float32)
 
     def write(slot: Array, i: int, d: Array) -> None:
+        ref = fragment_of(out, slot, i)
         if interpret:
-            fragment_of(slot, i)[...] = d.reshape(size)
+            ref[...] = d.reshape(size)
         else:
-            fragment_of(slot, i).reshape(*fragment)[...] = d
+            ref.reshape(*fragment)[...] = d
 
     def full(value: float) -> Array:
         return plgpu.layout_cast(jnp.full(fragment, value, jnp.float32), layout)
@@ -373,7 +407,7 @@ def _long_rows(launch: Launch, given: Given, scratch: Any, *, interpret: bool) -
 
             @pl.when(b < blocks)
             def write_gradient() -> None:
-                slot = slot_of(begin + number)
+                slot, out_slot = slot_of(begin + number), out_slot_of(begin + number)
                 if again:
 
                     @pl.when(number >= own)
@@ -386,17 +420,18 @@ def _long_rows(launch: Launch, given: Given, scratch: Any, *, interpret: bool) -
                 x_label = ring[slot, k].astype(jnp.float32)
                 for j in range(block // size):
                     d = jnp.where(counted, _exp(read(slot, j), m) * scale, 0.0)  # D7, t = 0
-                    write(slot, j, d.astype(found.d.dtype))
+                    write(out_slot, j, d.astype(found.d.dtype))
 
                 @pl.when(here)
                 def put_label() -> None:
                     found.x_label[row] = x_label
                     e = jnp.exp(x_label - m)
                     d = (((e - 1) - r) * g + e * g_lse) / (1 + r)  # D7, t = T
-                    ring[slot, k] = jnp.where(counts, d, 0.0).astype(found.d.dtype)
+                    out[out_slot, k] = jnp.where(counts, d, 0.0).astype(found.d.dtype)
 
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(ring.at[slot], found.d.at[row, pl.ds(start_of(b), block)])
+                target = found.d.at[row, pl.ds(start_of(b), block)]
+                plgpu.copy_smem_to_gmem(out.at[out_slot], target)
 
                 # All copies but this one have left the ring, so that the slot before is free.
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
