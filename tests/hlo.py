@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read from XLA's text of it."""
+"""What a compiled program moves, between devices or to and from memory, read from XLA's text."""
 
 import math
 import re
@@ -9,6 +9,13 @@ _OPCODE = re.compile(
     r"|collective-broadcast)(-start)?\(([^)]*)\)"
 )
 _TYPE = re.compile(r"\b(pred|[a-z]+([0-9]+)[a-z0-9]*)\[([0-9,]*)\]")
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\(([^)]*)\)(.*)")
+# These name arrays that others have written, or run the instructions of another computation.
+_MOVES_NOTHING = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier"),
+    *("while", "call", "conditional"),
+}
+_LOOKS_UP = {"gather", "dynamic-slice", "slice"}
 
 
 class Collective(NamedTuple):
@@ -32,9 +39,13 @@ def _arrays(text):
     """Elements and bytes of every type in the text."""
     found = []
     for _, bits, dims in _TYPE.findall(text):
-        n = math.prod(int(n) for n in dims.split(",") if n)
+        n = _elements(dims)
         found.append((n, n * (int(bits) // 8 if bits else 1)))
     return found
+
+
+def _elements(dims):
+    return math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _computations(hlo):
@@ -103,3 +114,93 @@ def collectives(hlo):
                 size = max(n for n, _ in operands + results)
                 out.append(Collective(match[1], size, moved, times.get(name)))
     return out
+
+
+class Pass(NamedTuple):
+    """An instruction that reads or writes whole arrays of one size.
+
+    ``kind`` is its opcode, or the target of a custom call. ``reads`` and ``writes`` are the dtypes
+    of these arrays, such as "bf16".
+    """
+
+    kind: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+class _Instruction(NamedTuple):
+    type: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+    def dtypes(self, size):
+        """Of the arrays of that size that it makes."""
+        return [d for d, _, dims in _TYPE.findall(self.type) if _elements(dims) == size]
+
+    @property
+    def fused(self):
+        """The computation of a fusion."""
+        calls = re.search(r"calls=%?([\w.-]+)", self.attributes)
+        return calls[1] if calls and self.opcode == "fusion" else None
+
+    @property
+    def kind(self):
+        target = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return target[1] if target else self.opcode
+
+
+def _instructions(lines):
+    """Those of a computation, by their names."""
+    matches = [match for line in lines if (match := _INSTRUCTION.match(line))]
+    names = {match[1] for match in matches}
+    found = {}
+    for name, of_type, opcode, operands, attributes in (match.groups() for match in matches):
+        operands = re.findall(r"[\w.-]+", operands)
+        if opcode != "parameter":  # whose operand is its number
+            operands = [each for each in operands if each in names]  # and no /*index=5*/
+        found[name] = _Instruction(of_type, opcode, operands, attributes)
+    return found
+
+
+def _is_needed_whole(name, instructions, size):
+    """Whether a fusion needs all elements of an array in it, not only some that it looks up."""
+    users = {k: each for k, each in instructions.items() if name in each.operands}
+    return not users or any(
+        not each.dtypes(size) or _is_needed_whole(k, instructions, size)
+        for k, each in users.items()
+        if each.opcode not in _LOOKS_UP or each.operands[0] != name
+    )
+
+
+def passes(hlo, size):
+    """The instructions of a compiled program that read or write whole arrays of ``size`` elements.
+
+    They are in the order of the text, each once, those of loops too. A fusion is one instruction.
+    """
+    computations = {name: _instructions(lines) for name, lines in _computations(hlo).items()}
+    fused = {each.fused for found in computations.values() for each in found.values()}
+
+    def reads(instruction, number):
+        if instruction.fused is None:
+            return True
+        inside = computations[instruction.fused]
+        of_number = ("parameter", [str(number)])
+        name = next(k for k, each in inside.items() if each[1:3] == of_number)
+        return _is_needed_whole(name, inside, size)
+
+    out = []
+    for name, instructions in computations.items():
+        if name in fused:
+            continue
+        for each in instructions.values():
+            if each.opcode in _MOVES_NOTHING:
+                continue
+            read = [
+                dtype
+                for number, operand in enumerate(each.operands)
+                for dtype in instructions[operand].dtypes(size)
+                if reads(each, number)
+            ]
+            out.append(Pass(each.kind, tuple(read), tuple(each.dtypes(size))))
+    return [each for each in out if each.reads or each.writes]
