@@ -1,0 +1,305 @@
+"""Programs for an H100 that is not here: what the compilers of XLA and of Pallas make of them.
+
+These need no GPU, but JAX's CUDA plugin: see contributing.md. Nothing that they compile runs here.
+"""
+
+import functools
+import os
+import re
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import Pass, passes
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sxe
+from sxe._rows import gpu_kernel
+
+pytestmark = pytest.mark.cuda
+
+N = 1024
+KERNEL = "mosaic_gpu_v2"  # the target of the custom call that is the row kernel
+
+# What a compiler asks about a GPU.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  l2_cache_size: 52428800
+  device_memory_size: 84929347584
+  memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 12 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# Without a GPU no algorithm can be tried. The others undo what conftest.py sets for a CPU.
+COMPILER_OPTIONS = {
+    "xla_gpu_autotune_level": 0,
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+
+kernel_loss = functools.partial(sxe.softmax_cross_entropy, implementation="mosaic_gpu")
+kernel_gradient = functools.partial(
+    sxe.softmax_cross_entropy_with_gradient, implementation="mosaic_gpu"
+)
+
+
+def missing():
+    """What these tests need and this environment lacks, or None."""
+    if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        return "JAX's CUDA plugin is not installed: pip install 'jax[cuda13]'"
+    if jax.__version_info__ < (0, 11, 2):
+        return f"JAX is older than 0.11.2: {jax.__version__}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    """Of arrays on one H100. Skips, or fails where SXE_CUDA says that these tests are needed."""
+    if reason := missing():
+        if os.environ.get("SXE_CUDA") == "required":
+            pytest.fail(f"SXE_CUDA=required, but {reason}")
+        pytest.skip(reason)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="H100", topology="1x1x1", target_config=H100
+    )
+    mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
+    with pytest.MonkeyPatch.context() as patch:
+        # As in a process with one GPU, where every array is whole on it.
+        patch.setattr("sxe._backend.device_count", lambda: 1)
+        jax.clear_caches()
+        yield NamedSharding(mesh, P())
+
+
+@pytest.fixture
+def compiled(sharding):
+    """Compiles a function for arguments of these shapes and dtypes."""
+
+    def compile_(f, *arguments):
+        structs = [jax.ShapeDtypeStruct(*each, sharding=sharding) for each in arguments]
+        return jax.jit(f).lower(*structs).compile(compiler_options=COMPILER_OPTIONS)
+
+    return compile_
+
+
+def of_logits(classes, dtype):
+    return ((N, classes), dtype), ((N,), "int32")
+
+
+class Assembled(NamedTuple):
+    """What ptxas, which compiles last, says of one kernel."""
+
+    architecture: str
+    stack_bytes: int
+    store_bytes: int
+    load_bytes: int
+    registers: int
+
+
+def assembled(report):
+    """Of each Pallas kernel that ptxas has compiled."""
+    pattern = (
+        r"Compiling entry function '\w+' for '(\w+)'\n(?s:.*?)"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers"
+    )
+    return [Assembled(name, *map(int, rest)) for name, *rest in re.findall(pattern, report)]
+
+
+def kernel_alone(logits, labels):
+    weights, counts = jnp.ones(N), jnp.ones(N, bool)
+    return gpu_kernel.state_and_gradient(logits, labels, weights, counts, cores=132)
+
+
+FUNCTIONS = {
+    "the kernel": kernel_alone,
+    "value_and_grad": jax.value_and_grad(kernel_loss),
+    "with_gradient": kernel_gradient,
+}
+DTYPES = ("bfloat16", "float16", "float32")
+SERVED = [(f, t) for f in FUNCTIONS for t in DTYPES if (f, t) != ("value_and_grad", "float16")]
+
+
+@pytest.mark.parametrize("classes", [8, 1000, 1024, 1032, 32000, 131072])
+@pytest.mark.parametrize(("function", "dtype"), SERVED)
+def test_the_row_kernel_stays_in_registers(compiled, capfd, monkeypatch, function, dtype, classes):
+    """A program of the kernel has 512 threads, and a multiprocessor has 65,536 registers.
+
+    What does not fit into a thread's registers is spilled: written to memory and read again.
+    """
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compiled(FUNCTIONS[function], *of_logits(classes, dtype))
+    report = capfd.readouterr().out
+    found = assembled(report)
+    assert len(found) == 1, f"expected the report of one kernel, got {report!r}"
+    assert found[0][:4] == ("sm_90a", 0, 0, 0)
+    assert 0 < found[0].registers <= 65536 // 512
+
+
+# How often a program reads and writes arrays with as many elements as the logits.
+
+IN_XLA = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def logits_passes(program, classes):
+    return passes(program.as_text(), N * classes)
+
+
+@pytest.mark.parametrize("classes", [1000, 32000])
+@pytest.mark.parametrize(("function", "dtype"), SERVED)
+def test_the_row_kernel_alone_touches_logits(compiled, function, dtype, classes):
+    """It reads them once, and writes the gradient once, in their dtype."""
+    program = compiled(FUNCTIONS[function], *of_logits(classes, dtype))
+    once = (IN_XLA[dtype],)
+    assert logits_passes(program, classes) == [Pass(KERNEL, once, once)]
+
+
+OPTIONS = {
+    "where": np.arange(N) % 3 > 0,
+    "class_weights": np.linspace(0.5, 2, 1000, dtype=np.float32),
+    "ignore_index": 3,
+    "reduction": "sum",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_row_kernel_alone_touches_logits_with_an_option(compiled, option):
+    f = jax.value_and_grad(functools.partial(kernel_loss, **{option: OPTIONS[option]}))
+    program = compiled(f, *of_logits(1000, "bfloat16"))
+    assert logits_passes(program, 1000) == [Pass(KERNEL, ("bf16",), ("bf16",))]
+
+
+def scaled(logits, labels):
+    return jax.value_and_grad(lambda x: 0.7 * kernel_loss(x, labels))(logits)
+
+
+def scaled_by(logits, labels, scale):
+    return jax.value_and_grad(lambda x: scale * kernel_loss(x, labels))(logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("f", "more"), [(scaled, []), (scaled_by, [((), "float32")])])
+def test_another_cotangent_takes_one_more_pass(compiled, f, more, dtype):
+    """The kernel wrote the gradient for a cotangent of 1."""
+    program = compiled(f, *of_logits(1000, dtype), *more)
+    once = (IN_XLA[dtype],)
+    expected = [Pass(KERNEL, once, once), Pass("fusion", once, once)]
+    assert logits_passes(program, 1000) == expected
+
+
+BY_XLA = {
+    "value_and_grad": jax.value_and_grad(sxe.softmax_cross_entropy),
+    "implementation xla": jax.value_and_grad(
+        functools.partial(sxe.softmax_cross_entropy, implementation="xla")
+    ),
+    "with_gradient": sxe.softmax_cross_entropy_with_gradient,
+}
+
+
+@pytest.mark.parametrize("classes", [1000, 32000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", BY_XLA)
+def test_xla_reads_logits_three_times(compiled, function, dtype, classes):
+    """For the largest one, for both sums of exponentials, and for the gradient."""
+    program = compiled(BY_XLA[function], *of_logits(classes, dtype))
+    once = (IN_XLA[dtype],)
+    reading = Pass("fusion", once, ())
+    assert logits_passes(program, classes) == [reading, reading, Pass("fusion", once, once)]
+
+
+def of_head(rows, hidden, classes, dtype):
+    return ((rows, hidden), dtype), ((hidden, classes), dtype), ((rows,), "int32")
+
+
+@pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])
+def test_the_head_reads_the_logits_of_a_chunk_three_times(compiled, dtype, gradient):
+    """Beside them it writes their gradient, which two products read."""
+    sizes = (4096, 384, 32768)
+    plan = sxe.plan(*sizes, dtype, backend="gpu")
+    assert plan.chunks > 1
+    f = jax.value_and_grad(sxe.linear_softmax_cross_entropy, (0, 1))
+    program = compiled(f, *of_head(*sizes, dtype))
+    reading, multiplied = Pass("fusion", ("f32",), ()), Pass("fusion", (gradient,), ())
+    assert passes(program.as_text(), plan.chunk_size * sizes[2]) == [
+        Pass("fusion", (), ("f32",)),
+        *(reading, reading, Pass("fusion", ("f32",), (gradient,))),
+        *(multiplied, multiplied),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((4096, 384, 32768), {}),
+        ((4096, 384, 32768), {"label_smoothing": 0.1}),
+        ((4096, 384, 32768), {"reduction": "none"}),
+        ((8192, 1024, 50264), {}),
+    ],
+)
+def test_temporaries_of_the_head_are_those_of_its_plan(compiled, sizes, options):
+    def loss(*arguments):
+        return jnp.sum(sxe.linear_softmax_cross_entropy(*arguments, **options))
+
+    program = compiled(jax.value_and_grad(loss, (0, 1)), *of_head(*sizes, "bfloat16"))
+    reduction = options.get("reduction", "mean")
+    names = tuple(options.keys() - {"reduction"})
+    plan = sxe.plan(*sizes, "bfloat16", reduction=reduction, options=names, backend="gpu")
+    found = program.memory_analysis().temp_size_in_bytes
+    assert found == pytest.approx(plan.temporary_bytes, rel=0.05)
+
+
+# Derivatives of what the kernel computes.
+
+
+def tangent_of_gradient(logits, labels, v):
+    """The gradient by the kernel, and its derivative along v by XLA."""
+    return jax.jvp(lambda x: jax.grad(kernel_loss)(x, labels), (logits,), (v,))
+
+
+def tangent_of_loss_and_gradient(logits, labels, v):
+    return jax.jvp(lambda x: kernel_gradient(x, labels), (logits,), (v,))
+
+
+def gradient_of_gradient(logits, labels, v):
+    def along_v(x):
+        return jnp.vdot(jax.grad(kernel_loss)(x, labels), v)
+
+    return jax.value_and_grad(along_v)(logits)
+
+
+@pytest.mark.parametrize("classes", [1000, 32000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "f", [tangent_of_gradient, tangent_of_loss_and_gradient, gradient_of_gradient]
+)
+def test_second_derivatives_compile(compiled, f, dtype, classes):
+    logits, labels = of_logits(classes, dtype)
+    program = compiled(f, logits, labels, logits)
+    assert [each.kind for each in logits_passes(program, classes)].count(KERNEL) == 1
+
+
+def test_a_hessian_compiles(compiled):
+    compiled(jax.hessian(kernel_loss), ((4, 8), "float32"), ((4,), "int32"))
