@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sxe
-from sxe._rows import gpu_kernel
+from sxe._rows import gpu_kernel, gpu_state
 
 pytestmark = pytest.mark.cuda
 
@@ -129,9 +129,27 @@ def assembled(report):
     return [Assembled(name, *map(int, rest)) for name, *rest in re.findall(pattern, report)]
 
 
+def row_terms(labels, **targets):
+    ones = jnp.ones(len(labels))
+    return gpu_kernel.RowTerms(labels, ones > 0, ones, ones, **targets)
+
+
 def kernel_alone(logits, labels):
-    weights, counts = jnp.ones(N), jnp.ones(N, bool)
-    return gpu_kernel.state_and_gradient(logits, labels, weights, counts, cores=132)
+    terms = row_terms(labels)
+    return gpu_kernel.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
+
+
+def narrowing(logits, labels):
+    return gpu_kernel.state_and_gradient(logits, row_terms(labels), d_dtype="bfloat16", cores=132)
+
+
+def smoothed(logits, labels):
+    terms = row_terms(labels, label_target=jnp.full(N, 0.9), uniform=jnp.full(N, 1e-4))
+    return gpu_kernel.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
+
+
+def state_alone(logits, labels):
+    return gpu_state.state(logits, cores=132)
 
 
 FUNCTIONS = {
@@ -141,22 +159,31 @@ FUNCTIONS = {
 }
 DTYPES = ("bfloat16", "float16", "float32")
 SERVED = [(f, t) for f in FUNCTIONS for t in DTYPES if (f, t) != ("value_and_grad", "float16")]
+LONG = (1032, 32000, 131072)
+KERNELS = [
+    *((FUNCTIONS[f], t, k) for f, t in SERVED for k in (8, 1000, 1024, *LONG)),
+    *((narrowing, "float32", k) for k in LONG),
+    *((smoothed, t, k) for t in DTYPES for k in (8, 1000, 1024)),
+    *((state_alone, t, k) for t in DTYPES for k in (1000, 50257, 131072)),
+]
 
 
-@pytest.mark.parametrize("classes", [8, 1000, 1024, 1032, 32000, 131072])
-@pytest.mark.parametrize(("function", "dtype"), SERVED)
-def test_the_row_kernel_stays_in_registers(compiled, capfd, monkeypatch, function, dtype, classes):
-    """A program of the kernel has 512 threads, and a multiprocessor has 65,536 registers.
+@pytest.mark.parametrize(("function", "dtype", "classes"), KERNELS)
+def test_kernels_stay_in_registers(compiled, capfd, monkeypatch, function, dtype, classes):
+    """A program of a kernel has at most 512 threads, and a multiprocessor has 65,536 registers.
 
     What does not fit into a thread's registers is spilled: written to memory and read again.
     """
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    compiled(FUNCTIONS[function], *of_logits(classes, dtype))
+    compiled(function, *of_logits(classes, dtype))
     report = capfd.readouterr().out
     found = assembled(report)
     assert len(found) == 1, f"expected the report of one kernel, got {report!r}"
     assert found[0][:4] == ("sm_90a", 0, 0, 0)
     assert 0 < found[0].registers <= 65536 // 512
+    if function is kernel_alone and 1024 < classes <= 32000 and dtype != "float32":
+        # Two programs of three warpgroups share a multiprocessor.
+        assert 2 * 3 * 128 * found[0].registers <= 65536
 
 
 # How often a program reads and writes arrays with as many elements as the logits.
@@ -182,6 +209,8 @@ OPTIONS = {
     "class_weights": np.linspace(0.5, 2, 1000, dtype=np.float32),
     "ignore_index": 3,
     "reduction": "sum",
+    "z_loss": 1e-4,
+    "label_smoothing": 0.1,
 }
 
 
@@ -190,6 +219,34 @@ def test_the_row_kernel_alone_touches_logits_with_an_option(compiled, option):
     f = jax.value_and_grad(functools.partial(kernel_loss, **{option: OPTIONS[option]}))
     program = compiled(f, *of_logits(1000, "bfloat16"))
     assert logits_passes(program, 1000) == [Pass(KERNEL, ("bf16",), ("bf16",))]
+
+
+def single_rows(f):
+    def loss(logits, labels):
+        return jnp.sum(f(logits, labels, reduction="none") ** 2)
+
+    return jax.grad(loss)
+
+
+def shared_smoothing(logits, labels):
+    return kernel_gradient(logits, labels, label_smoothing=0.1)
+
+
+STATE_FIRST = [
+    (single_rows(kernel_loss), 1000, "bfloat16", 0),
+    (jax.value_and_grad(kernel_loss), 1001, "bfloat16", 0),
+    (jax.value_and_grad(kernel_loss), 1000, "float16", 0),
+    (shared_smoothing, 32000, "float32", 1),
+]
+
+
+@pytest.mark.parametrize(("f", "classes", "dtype", "more"), STATE_FIRST)
+def test_what_the_state_kernel_leaves_to_xla(compiled, f, classes, dtype, more):
+    """It reads the logits once. The gradient, and the cost of dense targets, take a pass each."""
+    once = (IN_XLA[dtype],)
+    expected = [Pass(KERNEL, once, ()), *more * [Pass("fusion", once, ())]]
+    program = compiled(f, *of_logits(classes, dtype))
+    assert logits_passes(program, classes) == [*expected, Pass("fusion", once, once)]
 
 
 def scaled(logits, labels):
@@ -250,6 +307,24 @@ def test_the_head_reads_the_logits_of_a_chunk_three_times(compiled, dtype, gradi
     ]
 
 
+@pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])
+@pytest.mark.parametrize("option", [{}, {"ignore_index": 3, "z_loss": 1e-4}], ids=["", "options"])
+def test_the_kernel_reads_the_logits_of_a_chunk_once(compiled, dtype, gradient, option):
+    """It writes their gradient in the dtype of the products."""
+    sizes = (4096, 384, 32768)
+    chunk_size = sxe.plan(*sizes, dtype, backend="gpu").chunk_size
+    loss = functools.partial(
+        sxe.linear_softmax_cross_entropy, implementation="mosaic_gpu", **option
+    )
+    program = compiled(jax.value_and_grad(loss, (0, 1)), *of_head(*sizes, dtype))
+    multiplied = Pass("fusion", (gradient,), ())
+    assert passes(program.as_text(), chunk_size * sizes[2]) == [
+        Pass("fusion", (), ("f32",)),
+        Pass(KERNEL, ("f32",), (gradient,)),
+        *(multiplied, multiplied),
+    ]
+
+
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
@@ -275,7 +350,7 @@ def test_temporaries_of_the_head_are_those_of_its_plan(compiled, sizes, options)
 
 
 def tangent_of_gradient(logits, labels, v):
-    """The gradient by the kernel, and its derivative along v by XLA."""
+    """The gradient by the kernel, and its derivative along v by XLA, with the state's kernel."""
     return jax.jvp(lambda x: jax.grad(kernel_loss)(x, labels), (logits,), (v,))
 
 
@@ -298,7 +373,7 @@ def gradient_of_gradient(logits, labels, v):
 def test_second_derivatives_compile(compiled, f, dtype, classes):
     logits, labels = of_logits(classes, dtype)
     program = compiled(f, logits, labels, logits)
-    assert [each.kind for each in logits_passes(program, classes)].count(KERNEL) == 1
+    assert [each.kind for each in logits_passes(program, classes)].count(KERNEL) == 2
 
 
 def test_a_hessian_compiles(compiled):
