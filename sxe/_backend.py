@@ -138,6 +138,14 @@ class Backend:
         return self.platform == "cpu"
 
     @property
+    def reads_of_state(self) -> int:
+        """How often XLA reads logits from memory for the state of their rows.
+
+        On a GPU, for the maximum and again for the sums. A CPU has them in a cache the second time.
+        """
+        return 2 if self.platform == "gpu" else 1
+
+    @property
     def needs_for_row_kernels(self) -> str | None:
         """What the row kernels for GPUs would need instead of this backend, or None.
 

@@ -325,23 +325,29 @@ def test_the_kernel_reads_the_logits_of_a_chunk_once(compiled, dtype, gradient, 
     ]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
 @pytest.mark.parametrize(
-    ("sizes", "options"),
+    ("sizes", "dtype", "options"),
     [
-        ((4096, 384, 32768), {}),
-        ((4096, 384, 32768), {"label_smoothing": 0.1}),
-        ((4096, 384, 32768), {"reduction": "none"}),
-        ((8192, 1024, 50264), {}),
+        ((4096, 384, 32768), "bfloat16", {}),
+        ((4096, 384, 32768), "bfloat16", {"label_smoothing": 0.1}),
+        ((4096, 384, 32768), "bfloat16", {"reduction": "none"}),
+        ((4096, 384, 32768), "bfloat16", {"softcap": 30.0}),
+        ((4096, 1024, 32768), "float32", {}),
+        ((8192, 1024, 50264), "bfloat16", {}),
     ],
 )
-def test_temporaries_of_the_head_are_those_of_its_plan(compiled, sizes, options):
-    def loss(*arguments):
-        return jnp.sum(sxe.linear_softmax_cross_entropy(*arguments, **options))
+def test_temporaries_of_the_head_are_those_of_its_plan(
+    compiled, sizes, dtype, options, implementation
+):
+    chosen = {"implementation": implementation}
 
-    program = compiled(jax.value_and_grad(loss, (0, 1)), *of_head(*sizes, "bfloat16"))
-    reduction = options.get("reduction", "mean")
-    names = tuple(options.keys() - {"reduction"})
-    plan = sxe.plan(*sizes, "bfloat16", reduction=reduction, options=names, backend="gpu")
+    def loss(*arguments):
+        return jnp.sum(sxe.linear_softmax_cross_entropy(*arguments, **options, **chosen))
+
+    program = compiled(jax.value_and_grad(loss, (0, 1)), *of_head(*sizes, dtype))
+    shared = {"reduction": options.get("reduction", "mean"), "backend": "gpu"} | chosen
+    plan = sxe.plan(*sizes, dtype, options=tuple(options.keys() - {"reduction"}), **shared)
     found = program.memory_analysis().temp_size_in_bytes
     assert found == pytest.approx(plan.temporary_bytes, rel=0.05)
 

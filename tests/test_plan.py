@@ -5,6 +5,7 @@ As a script it prints the predictions of memory for the shapes below, on one dev
 
 import collections
 import copy
+import math
 import pickle
 import re
 
@@ -204,6 +205,41 @@ def test_the_kernel_is_gathered_in_its_own_dtype():
     assert gathered == [16 * 32 * 2, 16 * 32 * 4]
 
 
+SIZES_OF_KERNELS = [
+    # Sizes, options of the plan, how often the functions of rows read a chunk's logits.
+    ((4096, 384, 32768), {}, 1),
+    ((4096, 384, 32768), {"options": ("where",)}, 1),
+    ((4096, 384, 32768), {"options": ("label_smoothing",)}, 2),
+    ((4096, 384, 32768), {"reduction": "none"}, 2),
+    ((4096, 384, 32768), {"differentiate": ()}, 1),
+    ((4096, 384, 50257), {}, 2),
+    ((4096, 384, 1024), {}, 2),  # where the gradient would be narrower than the logits
+    ((4096, 384, 32768), {"mesh": {"model": 8}, "axis_name": "model"}, 2),
+]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="needs JAX 0.11.2")
+@pytest.mark.parametrize(("sizes", "options", "reads"), SIZES_OF_KERNELS)
+def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
+    by_xla = sxe.plan(*sizes, "bfloat16", **options, backend="gpu")
+    plan = sxe.plan(*sizes, "bfloat16", **options, backend="gpu", implementation="mosaic_gpu")
+    assert (by_xla.implementation, plan.implementation) == ("xla", "mosaic_gpu")
+    assert ["once", "twice"][reads - 1] in plan.reason
+    reads_of_xla = 2 if options.get("differentiate") == () else 3
+    assert ["twice", "three times"][reads_of_xla - 2] in by_xla.reason
+    rows, classes = sizes[0], sizes[2] // math.prod(options.get("mesh", {}).values())
+    saved = 4 * rows * classes * (reads_of_xla - reads)
+    assert by_xla.traffic_bytes - plan.traffic_bytes == saved
+
+
+def test_the_kernels_are_for_gpus():
+    with pytest.raises(ValueError, match="implementation: expected for 'mosaic_gpu' a program"):
+        sxe.plan(64, 8, 32, backend="cpu", implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="implementation: expected one of"):
+        sxe.plan(64, 8, 32, implementation="triton")
+
+
 def test_floor():
     options = {"mesh": {"a": 4, "b": 2}, "batch_axis_name": "a", "axis_name": "b", "chunk_size": 16}
     plan = sxe.plan(64, 8, 32, "bfloat16", **options, fsdp="a", backend="gpu")
@@ -212,9 +248,10 @@ def test_floor():
     # Sums and statistics, d hidden, the kernel in bfloat16, d kernel in float32.
     all_reduce = (8 * 3 / 4) + (16 * rows + 4 * rows * hidden) / 2
     sent = 2 * all_reduce + (2 + 4) * hidden * classes * 3 / 4
-    # The kernel twice and d kernel in and out; hidden thrice; logits thrice, their gradient thrice.
+    # The kernel twice and d kernel in and out; hidden thrice; logits out and in thrice, for the
+    # maximum, the sums and the gradient, which goes out and in twice.
     moved = (
-        hidden * classes * (2 * 2 + 8) + rows * hidden * 2 * 3 + rows * classes * (3 * 4 + 3 * 2)
+        hidden * classes * (2 * 2 + 8) + rows * hidden * 2 * 3 + rows * classes * (4 * 4 + 3 * 2)
     )
     assert plan.traffic_bytes == moved
     floor = plan.floor(1e3, 1e2, 10)

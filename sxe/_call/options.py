@@ -96,7 +96,7 @@ def _rule(name: str, value: str) -> str:
     return arguments.one_of(name, value, tuple(RULES))
 
 
-def _implementation(name: str, value: str | None) -> str | None:
+def implementation(name: str, value: str | None) -> str | None:
     return None if value is None else arguments.one_of(name, value, IMPLEMENTATIONS)
 
 
@@ -133,7 +133,7 @@ class Options:
     axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     batch_axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     rule: Rule = _option(_rule, "vjp", static=True)
-    implementation: Implementation = _option(_implementation, static=True)
+    implementation: Implementation = _option(implementation, static=True)
     chunk_size: int | None = _option(chunk_size, static=True)
     layout: Layout | None = _option(lambda name, value: value, static=True)
 

@@ -109,10 +109,15 @@ def _on_gpu(work: Work) -> Terms:
     gradient = rows * work.classes * work.gradient_dtype.itemsize * (work.path is not None)
     terms = _in_loop(work)
     terms[HIDDEN_CHUNK] = _wide(work, rows, work.hidden) * (chunks > 1)
-    terms["gradient of logits"] = gradient
+    # XLA puts one of the same dtype in the place of the logits. A kernel doesn't.
+    in_place = work.gradient_dtype.itemsize == work.wide_itemsize
+    in_place = in_place and not work.makes_gradient_with_state
+    terms["gradient of logits"] = gradient * (not in_place)
+    if work.path is not None and "softcap" in work.options:
+        terms["logits before the softcap"] = _logits(work)
     if work.is_narrow and work.classes % work.backend.class_multiple:
         terms["kernel, padded"] = work.kernel_bytes
-        terms["gradient of logits, padded"] = gradient
+        terms["gradient of logits, padded"] = gradient  # in bfloat16
     return _largest([_beside_results(work, terms, hold_gradients=False), *_after_loop(work)])
 
 

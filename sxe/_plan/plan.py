@@ -14,8 +14,10 @@ from jax.typing import DTypeLike
 from sxe._arrays import AxisName, axis_names
 from sxe._backend import PLATFORMS, backend_of
 from sxe._call import arguments
-from sxe._call.options import REDUCTIONS
+from sxe._call.implementation import choose
+from sxe._call.options import REDUCTIONS, Implementation
 from sxe._call.options import chunk_size as parse_chunk_size
+from sxe._call.options import implementation as parse_implementation
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._plan.memory import temporaries
 from sxe._plan.work import INPUTS, TILE_OPTIONS, Work
@@ -64,6 +66,8 @@ class Plan(NamedTuple):
     """What a call of ``sxe.linear_softmax_cross_entropy`` does, and its gradient, on each device.
 
     Attributes:
+      implementation: of the functions of rows, "xla" or "mosaic_gpu".
+      reason: why it is that one, and how often it reads the logits of a chunk.
       path: "value alone"; "gradients in the forward pass", nothing computed twice; or "logits again
         in the backward pass".
       chunk_size: the rows of a chunk.
@@ -82,6 +86,8 @@ class Plan(NamedTuple):
       collectives: what the devices exchange.
     """
 
+    implementation: str
+    reason: str
     path: str
     chunk_size: int
     chunks: int
@@ -135,6 +141,7 @@ def plan(
     fsdp: AxisName = None,
     memory_bytes: float | None = None,
     backend: Literal["cpu", "gpu", "tpu"] | None = None,
+    implementation: Implementation = None,
 ) -> Plan:
     """What ``linear_softmax_cross_entropy`` would do for inputs of that size.
 
@@ -157,6 +164,7 @@ def plan(
         each, are then divided anew: as few as possible for the classes, so that ``peak_bytes`` is
         at most that. The head alone is counted: the rest of the model needs memory, too.
       backend: where it will run, by default where this runs.
+      implementation: as for the call.
 
     Raises:
       TypeError, ValueError: for a size below 1 (rows: 0), names that are none of the above, a mesh
@@ -216,6 +224,9 @@ def plan(
         runs_on = dataclasses.replace(runs_on, platform=backend)
     if sizes:  # Inside of shard_map a device is alone, whatever the number of devices here.
         runs_on = dataclasses.replace(runs_on, is_local=True)
+    parse_implementation("implementation", implementation)
+    shape = rows, classes
+    runs_on = choose(implementation, runs_on, dtype=dtype, shape=shape, rule=rule)
     call = Work(
         rows,
         hidden,
@@ -337,6 +348,8 @@ def _plan(
     terms = temporaries(work)
     temporary, others = sum(terms.values()), work.argument_bytes + work.result_bytes
     return Plan(
+        implementation=work.implementation,
+        reason=_reason(work),
         path=work.path or VALUE,
         chunk_size=size,
         chunks=chunks,
@@ -352,6 +365,16 @@ def _plan(
         mesh=sizes,
         collectives=_collectives(work),
     )
+
+
+def _reason(work: Work) -> str:
+    """Why it has its implementation, and how often a chunk's logits are read for it."""
+    reads = {1: "once", 2: "twice", 3: "three times"}[work.reads_of_logits]
+    if not work.backend.uses_row_kernels:
+        return f"the default; a chunk's logits are read {reads}"
+    if work.makes_gradient_with_state:
+        return f"asked for; one kernel reads a chunk's logits {reads} and writes their gradient"
+    return f"asked for; with a kernel for the state of rows, a chunk's logits are read {reads}"
 
 
 def _collectives(work: Work) -> tuple[Collective, ...]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from sxe._arrays import wide_dtype
 from sxe._backend import Backend
 from sxe._head.loops import Tiling, tiling
-from sxe._head.path import AGAIN, GradientPath, gradient_path
+from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
 
 INPUTS = ("hidden", "kernel")
 TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
@@ -69,6 +69,31 @@ class Work:
         return wide_dtype(self.dtype).itemsize
 
     @property
+    def implementation(self) -> str:
+        """Of the functions of rows."""
+        return "mosaic_gpu" if self.backend.uses_row_kernels else "xla"
+
+    @property
+    def makes_gradient_with_state(self) -> bool:
+        """Whether one kernel reads a chunk's logits and writes their gradient."""
+        if not self.backend.uses_row_kernels or self.path != FORWARD or self.class_shards > 1:
+            return False
+        from sxe._rows.gpu_kernel import takes_rows  # Pallas takes a while to import
+
+        wide = jnp.dtype(jnp.float32)
+        return not self.options - {"where"} and takes_rows(
+            self.classes, wide, self.gradient_dtype, has_uniform_targets=False
+        )
+
+    @property
+    def reads_of_logits(self) -> int:
+        """How often each of them is read from memory for the functions of rows."""
+        if self.makes_gradient_with_state:
+            return 1
+        of_state = 1 if self.backend.uses_row_kernels else self.backend.reads_of_state
+        return of_state + (self.path is not None)
+
+    @property
     def is_narrow(self) -> bool:
         """Whether hidden and kernel are narrower than that."""
         return self.dtype.itemsize < self.wide_itemsize
@@ -95,9 +120,9 @@ class Work:
         kernel = (1 + wants_hidden + again) * self.dtype.itemsize
         kernel += wants_kernel * 2 * self.wide_itemsize
         hidden = (1 + again + gradients) * self.dtype.itemsize
-        # Logits are written, and read by both passes of the row functions. Their gradient is
-        # written, and read for each product with it.
-        logits = (2 + (gradients > 0) + 2 * again) * self.wide_itemsize
+        # Logits are written, and read by the functions of rows. Their gradient is written, and read
+        # for each product with it.
+        logits = (1 + self.reads_of_logits + again) * self.wide_itemsize
         logits += ((gradients > 0) + gradients) * self.gradient_dtype.itemsize
         return (
             self.tiling.chunks * self.hidden * self.classes * kernel

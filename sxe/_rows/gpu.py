@@ -47,15 +47,13 @@ class Mean(NamedTuple):
 
 def serves(f: CrossEntropy, x: Array, targets: Targets, *, d_dtype: DTypeLike) -> bool:
     """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient."""
-    classes, dense = x.shape[-1], targets.dense
-    is_short, itemsize = classes <= gpu_kernel.SHORT, min(x.itemsize, jnp.dtype(d_dtype).itemsize)
+    dense, is_uniform = targets.dense, targets.dense is not None
     return (
         f.axis_name is None
         and x.size > 0
-        and classes * itemsize % gpu_kernel.VECTOR_BYTES == 0
-        and not (is_short and d_dtype != x.dtype)
         and targets.label is not None
-        and (dense is None or (is_short and dense.t.size == 1))
+        and (dense is None or dense.t.size == 1)
+        and gpu_kernel.takes_rows(x.shape[-1], x.dtype, d_dtype, has_uniform_targets=is_uniform)
     )
 
 

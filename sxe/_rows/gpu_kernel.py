@@ -43,6 +43,17 @@ LONG = 4096  # vectors of a row. Of shorter ones two fit on a multiprocessor, an
 LOG2_E = 1.4426950408889634
 
 
+def takes_rows(
+    classes: int, dtype: DTypeLike, d_dtype: DTypeLike, *, has_uniform_targets: bool
+) -> bool:
+    """Whether the kernel takes rows of these sizes and dtypes, the second one of the gradient."""
+    dtypes = {jnp.dtype(dtype), jnp.dtype(d_dtype)}
+    aligned = all(classes * of.itemsize % VECTOR_BYTES == 0 for of in dtypes)
+    if classes <= SHORT:
+        return aligned and len(dtypes) == 1
+    return aligned and not has_uniform_targets
+
+
 class RowTerms(NamedTuple):
     """What the kernel is told of rows, [N].
 
@@ -84,14 +95,10 @@ class Found(NamedTuple):
 def state_and_gradient(
     x: Array, terms: RowTerms, *, d_dtype: DTypeLike, cores: int, interpret: bool = False
 ) -> Found:
-    """State and gradient of rows of logits [N, K], bfloat16, float16 or float32.
-
-    A row has a multiple of 16 bytes and, where targets are uniform, at most ``SHORT`` classes. If
-    it has more, the gradient may be in another dtype than the logits. Its rows have a multiple of
-    16 bytes as well.
+    """State and gradient of rows of logits that ``takes_rows`` says the kernel takes.
 
     Args:
-      x: the logits.
+      x: the logits [N, K], bfloat16, float16 or float32.
       terms: what is known of their rows.
       d_dtype: of the gradient.
       cores: how many multiprocessors the GPU has.

@@ -9,7 +9,7 @@ import jax
 
 import sxe
 from sxe._backend import PLATFORMS
-from sxe._call.options import REDUCTIONS
+from sxe._call.options import IMPLEMENTATIONS, REDUCTIONS
 from sxe._errors import ArgumentError
 from sxe._plan.plan import Plan
 from sxe._plan.work import INPUTS, TILE_OPTIONS
@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--options", nargs="*", choices=TILE_OPTIONS, default=(), help="options in use"
     )
     parser.add_argument("--backend", choices=PLATFORMS, help="where it will run (default: as here)")
+    parser.add_argument(
+        "--implementation", choices=IMPLEMENTATIONS, help="of the functions of rows (default: xla)"
+    )
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument("--mesh", type=_mesh, help="devices along each axis, as data=64,model=8")
     mesh.add_argument(
@@ -104,6 +107,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             chunk_size=arguments.chunk_size,
             options=arguments.options,
             backend=arguments.backend,
+            implementation=arguments.implementation,
             mesh=arguments.mesh,
             fsdp=arguments.fsdp,
             memory_bytes=arguments.memory,
@@ -128,10 +132,12 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
         mesh = ", ".join(f"{name}={devices}" for name, devices in plan.mesh.items())
         yield "mesh", f"{mesh}: {math.prod(plan.mesh.values()):,} devices, for each of them:"
     padding = f", {plan.padding} of them padding in the last" if plan.padding else ""
+    yield "functions of rows", f"by {plan.implementation}: {plan.reason}"
     yield "path", plan.path
     yield "chunks", f"{plan.chunks:,} of {plan.chunk_size:,} rows{padding}"
     yield "gradient of the logits", f"multiplied in {plan.gradient_dtype}"
     yield "matrix products", f"{plan.flops / 1e9:,.1f} GFLOP"
+    yield "memory traffic, at least", _bytes(plan.traffic_bytes)
     yield "temporaries, about", _bytes(plan.temporary_bytes)
     for name, n in plan.terms.items():
         yield f"  {name}", _bytes(n)
