@@ -293,9 +293,8 @@ def linear_softmax_cross_entropy(
         ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
         differentiates one chunk after the other, and matmuls are in float32.
         ``jax.experimental.jet`` needs "autodiff", no softcap, and one chunk.
-      implementation: as for ``softmax_cross_entropy``, with rule "vjp". "mosaic_gpu" computes the
-        functions of rows of each chunk; the products are XLA's. A bias, a logit_scale or a softcap
-        costs a copy of the chunk's logits more.
+      implementation: as for ``softmax_cross_entropy``, of the logits of a chunk, with rule "vjp".
+        The products are XLA's. ``sxe.plan`` tells which kernel a call uses.
 
     ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names, ``rule``
     and ``implementation`` are Python values, static under ``jax.jit``: see

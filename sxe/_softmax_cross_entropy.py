@@ -318,14 +318,14 @@ def softmax_cross_entropy(
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
-      implementation: "xla": by XLA. "mosaic_gpu": by one kernel for NVIDIA GPUs of the Hopper
-        generation, which reads the logits once and writes the gradient once. The kernel serves a
-        mean or sum by rule "vjp", of integer labels without ``label_smoothing`` and ``z_loss``, and
-        of bfloat16 or float32 logits whose rows are a multiple of 16 bytes; no mesh axis may split
-        the classes. It needs JAX 0.11.2. Any other call is an error. The gradient is made in the
-        forward pass, so that a cotangent other than 1 rounds a bfloat16 gradient a second time.
-        XLA still computes a value that is not differentiated, and second derivatives. None: "xla",
-        so far.
+      implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": kernels for
+        NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp" of integer labels, one
+        kernel reads the logits once and writes the gradient once, in the forward pass, so that a
+        cotangent other than 1 rounds a bfloat16 gradient a second time; it needs rows of a multiple
+        of 16 bytes, and with ``label_smoothing`` at most 1,024 classes and no ``class_weights``.
+        For all else a kernel reads the logits once for the state of rows, and XLA makes the
+        gradient. float64, a program for another platform and JAX before 0.11.2 are an error, and so
+        are several devices outside of ``jax.shard_map``. None: "xla", so far.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are Python values, static under ``jax.jit``: bind them by
@@ -423,8 +423,7 @@ def softmax_cross_entropy_with_gradient(
 
     Args:
       logits, labels and options: as for ``softmax_cross_entropy``, static ones too, without
-        ``rule``, and with ``reduction`` "mean" or "sum". Here ``implementation`` "mosaic_gpu"
-        serves float16 as well.
+        ``rule``, and with ``reduction`` "mean" or "sum".
 
     Returns:
       ``(loss, gradient)``, or ``((loss, sxe.Metrics), gradient)`` with ``return_metrics``. With

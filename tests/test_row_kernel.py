@@ -509,6 +509,23 @@ def test_it_lowers_for_a_gpu(classes, dtype):
 
 
 @needs_pallas
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=["fused", "state"])
+def test_export(options):
+    """For a GPU with a kernel. JAX has none in a program for several platforms."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(4, 64, "float32")]
+
+    def exported(loss, *platforms):
+        f = jax.jit(jax.value_and_grad(lambda x, y: jnp.sum(loss(x, y, **options))))
+        return jax.export.export(f, platforms=platforms)(*shapes).mlir_module()
+
+    assert exported(kernel_loss, "cuda").count("@mosaic_gpu") == 1
+    with pytest.raises(NotImplementedError, match="multi-platform"):
+        exported(kernel_loss, "cpu", "cuda")
+    assert "@mosaic_gpu" not in exported(sxe.softmax_cross_entropy, "cpu", "cuda")
+
+
+@needs_pallas
 @pytest.mark.usefixtures("gpu", "double")
 @pytest.mark.parametrize("classes", [1000, 3000])
 def test_it_lowers_where_x64_is_on(classes):

@@ -214,15 +214,15 @@ class Torch:
 
 def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
     """The functions of (logits, labels) or (hidden, kernel, labels), by peer."""
+    loss = sxe.softmax_cross_entropy if problem.hidden is None else sxe.linear_softmax_cross_entropy
+    ours: dict[str, Callable[..., Any]] = {"sxe": loss}
+    if jax.default_backend() == "gpu":
+        ours["sxe, mosaic_gpu"] = partial(loss, implementation="mosaic_gpu")
     if problem.hidden is None:
         integer, dense = (
             optax.softmax_cross_entropy_with_integer_labels,
             optax.softmax_cross_entropy,
         )
-        ours: dict[str, Callable[..., Any]] = {"sxe": sxe.softmax_cross_entropy}
-        if jax.default_backend() == "gpu" and not problem.dense:
-            kernel = partial(sxe.softmax_cross_entropy, implementation="mosaic_gpu")
-            ours["sxe, mosaic_gpu"] = kernel
         return {
             "sxe": ours,
             "optax": {"optax": lambda x, y: (dense if problem.dense else integer)(x, y).mean()},
@@ -255,7 +255,7 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
         return jax_cce.linear_cross_entropy(hidden, kernel, labels)
 
     return {
-        "sxe": {"sxe": sxe.linear_softmax_cross_entropy},
+        "sxe": ours,
         "optax": on_optax,
         "tokamax": {f"tokamax {name}": tokamax(name) for name in ("xla", "chunked_xla")},
         "jax-cce": {"jax-cce": cce},
