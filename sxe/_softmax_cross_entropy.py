@@ -70,16 +70,23 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
     return _Inputs(logits, labels, options.replace(where=where)), class_mask
 
 
-def _prepare(inputs: _Inputs, backend: Backend) -> tuple[Array, Rows]:
-    """The logits [..., K], and the rows of the call."""
+def _prepare(inputs: _Inputs, backend: Backend, *, is_fused: bool) -> tuple[Array, Rows]:
+    """The logits [..., K], and the rows of the call.
+
+    The kernel that is fused finds itself which rows of weight 0 have a loss. Only the derivatives
+    of their weights are to know it before.
+    """
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
         largest = jnp.max(lax.stop_gradient(logits), axis=-1)
         finite = jnp.isfinite(pmax(largest, options.axis_name))
-    rows = make_rows(
-        labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=finite
-    )
+    known = None if is_fused else finite
+    rows = make_rows(labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=known)
+    if is_fused and finite is not None:
+        with_loss = finite | (rows.weight != 0)
+        weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
+        rows = rows._replace(weight=weight, norm=norm)
     x, targets = _typed_alike(logits, rows.targets, options.axis_name)
     return x, rows._replace(targets=targets)
 
@@ -123,15 +130,10 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     shape = inputs.logits.shape
     backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
     f = CrossEntropy(options.axis_name, backend)
-    x, rows = _prepare(inputs, backend)
-    summed = options.rule == "vjp" and options.reduction != "none"
-    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
-    rounds_early = given.dtype == jnp.float16 and not with_gradient
-    if backend.uses_row_kernels and summed and class_mask is None and not rounds_early:
-        from sxe._rows import gpu  # Pallas takes a while to import
-
-        if gpu.serves(f, x, rows.targets, d_dtype=given.dtype):
-            return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
+    is_fused = class_mask is None and _is_fused(f, inputs, with_gradient=with_gradient)
+    x, rows = _prepare(inputs, backend, is_fused=is_fused)
+    if is_fused:
+        return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     x, targets, mask = _counted(x, rows, backend)
     if with_gradient:
         results, state = results_and_state(f, x, targets)
@@ -154,6 +156,23 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
         gradient = jnp.where(class_mask, gradient, 0)
     class_axes = axes.class_axes(options.axis, given.ndim)
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
+
+
+def _is_fused(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
+    """Whether one kernel computes the results of rows and their gradient."""
+    logits, labels, options = inputs
+    if not f.backend.uses_row_kernels or not jnp.issubdtype(labels.dtype, jnp.integer):
+        return False
+    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
+    rounds_early = logits.dtype == jnp.float16 and not with_gradient
+    if options.rule != "vjp" or options.reduction == "none" or rounds_early:
+        return False
+    smooths = options.label_smoothing is not None
+    if smooths and options.class_weights is not None:
+        return False
+    from sxe._rows import gpu  # Pallas takes a while to import
+
+    return gpu.serves(f, logits, d_dtype=logits.dtype, has_uniform_targets=smooths)
 
 
 def _result_of_kernel(

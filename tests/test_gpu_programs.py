@@ -211,6 +211,7 @@ OPTIONS = {
     "reduction": "sum",
     "z_loss": 1e-4,
     "label_smoothing": 0.1,
+    "weights": np.arange(N, dtype=np.float32),
 }
 
 

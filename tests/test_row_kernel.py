@@ -125,6 +125,23 @@ def test_its_digits_are_those_of_60(classes, kinds):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("smoothing", [1e-8, 0.1, 0.5])
+def test_its_digits_with_label_smoothing(smoothing):
+    by_kernel = functools.partial(kernel_gradient, reduction="sum", label_smoothing=smoothing)
+    for x in np.array(list(exact_rows(96)), np.float32):
+        for label in (7, 8):
+            loss, (gradient,) = jax.jit(by_kernel)(jnp.asarray(x)[None], jnp.array([label]))
+            targets = oracle.exact_targets(label, 96, np.float32(smoothing))
+            if np.isinf(x).any():  # a class that has a target cannot occur
+                assert loss == np.inf
+                continue
+            exact, _ = oracle.exact_row(x, targets)
+            assert oracle.relative_error(loss, exact) < 1e-6
+            assert max(oracle.gradient_errors(np.asarray(gradient), x, targets)) < 2e-5
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("classes", [96, 1060])
 def test_rows_of_infinities_and_bad_labels(classes):
     """The same rows are NaN as without the kernel, and no others."""
@@ -288,6 +305,35 @@ def test_single_rows_times_cotangents(classes):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [64, 67])
+def test_rows_of_weight_0(classes):
+    """One has a loss, which is its weight's derivative, and others have none, or a bad label."""
+    logits, labels = problem(6, classes, "float32")
+    logits = logits.at[1].set(jnp.nan).at[2, 3].set(jnp.inf).at[3].set(-jnp.inf)
+    labels = labels.at[4].set(classes)
+    weights = jnp.array([1.0, 0, 0, 0, 0, 0])
+    options = {"z_loss": 0.01, "return_metrics": True}
+
+    def found(f):
+        def loss(logits, weights):
+            return f(logits, labels, weights=weights, **options)
+
+        def curvature(logits, weights):
+            return jnp.sum(jax.grad(lambda *a: loss(*a)[0])(logits, weights) ** 2)
+
+        run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        value = loss(logits, weights)
+        return value, jax.jit(run)(logits, weights), jax.grad(curvature, (0, 1))(logits, weights)
+
+    ours, xla = (jax.tree.leaves(found(f)) for f in (kernel_loss, sxe.softmax_cross_entropy))
+    for a, b in zip(ours, xla, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-9)
+    weights_gradient = ours[-3]
+    assert np.isfinite(weights_gradient).all()
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_under_a_loss_scale(reduction):
     """The gradient is rounded after the scale, which keeps what is below float16's numbers."""
@@ -401,12 +447,17 @@ def test_value_without_gradient():
 @needs_pallas
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("classes", [64, 1056])
-def test_transformations(classes):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_transformations(classes, reduction):
     logits, labels = problem(6, classes, "float32")
     logits, labels = logits.reshape(2, 3, classes), labels.reshape(2, 3)
-    expected = jax.vmap(jax.grad(sxe.softmax_cross_entropy))(logits, labels)
-    mapped = jax.jit(jax.vmap(jax.grad(kernel_loss)))(logits, labels)
-    scanned = jax.lax.map(lambda given: jax.grad(kernel_loss)(*given), (logits, labels))
+
+    def gradient(f):
+        return jax.grad(lambda x, y: jnp.sum(jnp.sin(f(x, y, reduction=reduction))))
+
+    expected = jax.vmap(gradient(sxe.softmax_cross_entropy))(logits, labels)
+    mapped = jax.jit(jax.vmap(gradient(kernel_loss)))(logits, labels)
+    scanned = jax.lax.map(lambda given: gradient(kernel_loss)(*given), (logits, labels))
     for found in (mapped, scanned):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-9)
 

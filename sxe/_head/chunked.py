@@ -185,13 +185,14 @@ def _tile_results(
 ) -> tuple[Any, Weighed, tuple[Array, Targets]]:
     """The results of rows, what they add to their sum, and its gradients for logits and targets."""
     f, transformed = head.f, shared.transform != Transform(None, None, None)
-    if f.backend.uses_row_kernels and isinstance(f, CrossEntropy) and not transformed:
+    of_labels = tile.targets.dense is None and not transformed
+    if f.backend.uses_row_kernels and isinstance(f, CrossEntropy) and of_labels:
         from sxe._rows import gpu  # Pallas takes a while to import
 
         d_dtype = head.products.gradient_dtype
-        if gpu.serves(f, tile.x, tile.targets, d_dtype=d_dtype):
+        if gpu.serves(f, tile.x, d_dtype=d_dtype):
             rows = rows._replace(targets=tile.targets, mask=tile.mask)
-            share = gpu.Share(jnp.ones(()), shared.z_loss)
+            share = gpu.Share(jnp.ones((), rows.weight.dtype), shared.z_loss)
             found = gpu.forward(f, tile.x, rows, share, d_dtype=d_dtype)
             weighed = f.weigh(found.results, rows.weight, shared.z_loss)
             return found.results, weighed, (found.d, found.d_targets)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from sxe._arrays import keep, vary_like, wide
@@ -45,24 +45,33 @@ class Mean(NamedTuple):
     results: Results
 
 
-def serves(f: CrossEntropy, x: Array, targets: Targets, *, d_dtype: DTypeLike) -> bool:
-    """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient."""
-    dense, is_uniform = targets.dense, targets.dense is not None
-    return (
-        f.axis_name is None
-        and x.size > 0
-        and targets.label is not None
-        and (dense is None or dense.t.size == 1)
-        and gpu_kernel.takes_rows(x.shape[-1], x.dtype, d_dtype, has_uniform_targets=is_uniform)
+def serves(
+    f: CrossEntropy, x: Array, *, d_dtype: DTypeLike, has_uniform_targets: bool = False
+) -> bool:
+    """Whether the kernel computes a mean of rows of these logits [..., K] and its gradient.
+
+    Their targets are a label's, and the same for all classes beside it if they are uniform.
+    """
+    of_rows = gpu_kernel.takes_rows(
+        x.shape[-1], x.dtype, d_dtype, has_uniform_targets=has_uniform_targets
     )
+    return of_rows and f.axis_name is None and x.size > 0
+
+
+def _with_loss(rows: Rows, m: Array) -> Array:
+    """Of the rows that count, those that weigh something or whose largest logit m is finite."""
+    with_loss = (rows.weight != 0) | jnp.isfinite(m)
+    return with_loss if rows.mask is None else rows.mask & with_loss
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> Found:
     """State and gradient of rows [N, K]."""
+    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
+    has_gradient = terms.counts & ((terms.weight != 0) | (terms.lse_weight != 0))
     found = gpu_kernel.state_and_gradient(
         x,
-        terms,
+        terms._replace(counts=has_gradient),
         d_dtype=d_dtype,
         cores=f.backend.cores,
         interpret=f.backend.interprets_kernels,
@@ -70,35 +79,37 @@ def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> 
     return vary_like(found, x)  # JAX's types do not say of a kernel's results that they vary
 
 
+def _by_xla(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> Found:
+    """What the kernel finds, as JAX differentiates it."""
+    label, counts, weight, lse_weight, label_target, uniform = terms
+    weighs = (weight != 0) | (lse_weight != 0)
+    counts &= weighs | jnp.isfinite(jnp.max(lax.stop_gradient(x), axis=-1))
+    kept, one = keep(counts, x), jnp.ones_like(weight)
+    state = twins.normalize(kept, f.backend)
+    targets, gaps = Targets(label, one, None, one), None
+    if uniform is not None:
+        each = uniform[:, None]
+        dense = Dense(each, uniform, uniform * (x.shape[-1] - 1))
+        targets = Targets(label, label_target, dense, one)
+        gaps = dense_cost(jnp.ones_like(each), kept, state.m, state.log1p_r)
+    g = Results(weight, lse_weight * state.lse)
+    d = keep(counts, f.gradient(kept, targets, state, g)).astype(d_dtype)
+    x_label, inside = take_label(kept, label)
+    return Found(*state, jnp.where(inside, wide(x_label), 0), d, gaps)
+
+
 @_of_rows.defjvp
 def _of_rows_jvp(
     f: CrossEntropy, d_dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> Any:
-    """Derivatives of the gradient are XLA's."""
+) -> tuple[Found, Found]:
     (x, terms), (x_dot, terms_dot) = primals, tangents
-    floats = ("weight", "lse_weight", "label_target", "uniform")
+    names = ("weight", "lse_weight", "label_target", "uniform")
+    floats, dots = ({name: getattr(of, name) for name in names} for of in (terms, terms_dot))
 
-    def by_xla(x: Array, numbers: tuple[Array | None, ...]) -> Found:
-        label, counts, weight, lse_weight, label_target, uniform = terms._replace(
-            **dict(zip(floats, numbers, strict=True))
-        )
-        kept = keep(counts, x)
-        state = twins.normalize(kept, f.backend)
-        one = jnp.ones_like(weight)
-        targets, sum_of_gaps = Targets(label, one, None, one), None
-        if uniform is not None:
-            each = uniform[:, None]
-            dense = Dense(each, uniform, uniform * (x.shape[-1] - 1))
-            targets = Targets(label, label_target, dense, one)
-            ones = jnp.ones_like(each)
-            sum_of_gaps = dense_cost(ones, kept, state.m, state.log1p_r)
-        g = Results(weight, lse_weight * state.lse)
-        d = keep(counts, f.gradient(kept, targets, state, g)).astype(d_dtype)
-        x_label, inside = take_label(kept, label)
-        return Found(*state, jnp.where(inside, wide(x_label), 0), d, sum_of_gaps)
+    def by_xla(x: Array, floats: dict[str, Any]) -> Found:
+        return _by_xla(f, x, terms._replace(**floats), d_dtype)
 
-    numbers, dots = (tuple(getattr(t, name) for name in floats) for t in (terms, terms_dot))
-    return _of_rows(f, x, terms, d_dtype), jax.jvp(by_xla, (x, numbers), (x_dot, dots))[1]
+    return _of_rows(f, x, terms, d_dtype), jax.jvp(by_xla, (x, floats), (x_dot, dots))[1]
 
 
 class Forward(NamedTuple):
@@ -116,7 +127,10 @@ class Forward(NamedTuple):
 
 
 def forward(f: CrossEntropy, x: Array, rows: Rows, share: Share, *, d_dtype: DTypeLike) -> Forward:
-    """The results of rows, and what is left to do of a backward pass: to scale this gradient."""
+    """The results of rows, and what is left to do of a backward pass: to scale these gradients.
+
+    Rows of weight 0 may count whose logits have no loss.
+    """
     targets = rows.targets
     assert targets.label is not None
     assert targets.label_target is not None
@@ -135,8 +149,11 @@ def forward(f: CrossEntropy, x: Array, rows: Rows, share: Share, *, d_dtype: DTy
     flat = jax.tree.map(lambda a: jnp.broadcast_to(a, shape).reshape(-1), terms)
     found = _of_rows(f, x.reshape(-1, x.shape[-1]), flat, d_dtype)
 
+    found = found._replace(d=found.d.reshape(x.shape), m=found.m.reshape(shape))
+    with_loss = _with_loss(rows, found.m)
+
     def of_counted(a: Array | None) -> Any:
-        return None if a is None else jnp.where(counts, a.reshape(shape), 0)
+        return None if a is None else jnp.where(with_loss, a.reshape(shape), 0)
 
     state = Normalizer(of_counted(found.m), of_counted(found.r))
     log1p_r = state.log1p_r
@@ -152,7 +169,7 @@ def forward(f: CrossEntropy, x: Array, rows: Rows, share: Share, *, d_dtype: DTy
         d_t = jnp.sum(g * (gaps + x.shape[-1] * log1p_r)).reshape(targets.dense.t.shape)
         d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
     results, _ = f.merge(Part(state, cost, None), targets)  # D0
-    return Forward(results, found.d.reshape(x.shape), d_targets)
+    return Forward(results, found.d, d_targets)
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Mean:
@@ -170,7 +187,9 @@ def mean_and_gradient(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tu
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Mean:
     """The weighted mean of the rows' losses. One kernel makes it where it is differentiated."""
-    results, _ = results_and_state(f, keep(rows.mask, x), rows.targets)
+    results, state = results_and_state(f, x, rows.targets)
+    with_loss = _with_loss(rows, state.m)
+    results = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), results)
     return _mean(f, results, rows, share)
 
 

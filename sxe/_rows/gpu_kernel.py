@@ -10,7 +10,8 @@ A row that fits on the chip is read from memory once, and its gradient is writte
 stay in registers, and long ones in shared memory. Of a row that does not fit there, each warpgroup
 reads its first blocks again, soon enough that they are still in the L2 cache: of bfloat16 rows of
 131,072 classes, 64 of 256 KiB on each of 132 multiprocessors, together 8 MiB. Of float32 rows they
-are 320 of 512 KiB, together 41 MiB, which is about what that cache holds.
+are 320 of 512 KiB, or 336 where the gradient is narrower, together 41 or 43 MiB. That cache holds
+about as much.
 
 A block is some classes of a long row. Blocks go through a ring of slots in shared memory. A slot is
 filled by a bulk copy, read twice, overwritten with the gradient, and emptied by a bulk copy. It
