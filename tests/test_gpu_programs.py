@@ -21,6 +21,21 @@ from jax.sharding import PartitionSpec as P
 import sxe
 from sxe._rows import gpu_kernel, gpu_state
 
+
+def missing():
+    """What these tests need and this environment lacks, or None."""
+    if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        return "JAX's CUDA plugin is not installed: pip install 'jax[cuda13]'"
+    if jax.__version_info__ < (0, 11, 2):
+        return f"JAX is older than 0.11.2: {jax.__version__}"
+    return None
+
+
+if reason := missing():
+    if os.environ.get("SXE_CUDA") == "required":
+        raise RuntimeError(f"SXE_CUDA=required, but {reason}")
+    pytest.skip(reason, allow_module_level=True)
+
 pytestmark = pytest.mark.cuda
 
 N = 1024
@@ -67,22 +82,9 @@ kernel_gradient = functools.partial(
 )
 
 
-def missing():
-    """What these tests need and this environment lacks, or None."""
-    if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        return "JAX's CUDA plugin is not installed: pip install 'jax[cuda13]'"
-    if jax.__version_info__ < (0, 11, 2):
-        return f"JAX is older than 0.11.2: {jax.__version__}"
-    return None
-
-
 @pytest.fixture(scope="module")
 def sharding():
-    """Of arrays on one H100. Skips, or fails where SXE_CUDA says that these tests are needed."""
-    if reason := missing():
-        if os.environ.get("SXE_CUDA") == "required":
-            pytest.fail(f"SXE_CUDA=required, but {reason}")
-        pytest.skip(reason)
+    """Of arrays on one H100."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="H100", topology="1x1x1", target_config=H100
     )

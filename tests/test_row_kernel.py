@@ -13,7 +13,8 @@ from sxe import _linear_softmax_cross_entropy, _softmax_cross_entropy
 from sxe._backend import Backend
 from sxe._rows.normalizer import normalize_tile
 
-BACKEND = Backend("gpu", is_local=True, interprets_kernels=jax.default_backend() != "gpu")
+INTERPRETS = jax.default_backend() != "gpu"
+BACKEND = Backend("gpu", is_local=True, interprets_kernels=INTERPRETS)
 
 needs_pallas = pytest.mark.skipif(
     BACKEND.needs_for_row_kernels is not None, reason="needs JAX 0.11.2"
@@ -86,6 +87,24 @@ def test_it_agrees_with_the_oracle(rows, classes, dtype):
     assert_gradient(gradient, oracle.gradient(*given, weights=weights))
 
 
+@needs_pallas
+@pytest.mark.parametrize("classes", [1032, 3000, pytest.param(16384, marks=pytest.mark.slow)])
+def test_a_gradient_that_is_narrower_than_the_logits(classes):
+    """As a head in bfloat16 wants it."""
+    from sxe._rows import gpu_kernel
+
+    logits, labels = problem(3, classes, "float32")
+    ones = jnp.ones(3)
+    terms = gpu_kernel.RowTerms(labels, ones > 0, ones, 0 * ones)
+    run = functools.partial(
+        gpu_kernel.state_and_gradient, d_dtype="bfloat16", cores=1, interpret=INTERPRETS
+    )
+    gradient = jax.jit(run)(logits, terms).d
+    assert gradient.dtype == jnp.bfloat16
+    given = np.asarray(logits, np.float64), np.asarray(labels)
+    assert_gradient(gradient, oracle.gradient(*given, reduction="sum"))
+
+
 def assert_gradient(actual, expected):
     """Where float64 has digits for it: those of a confident label have a test of their own."""
     actual, limits = np.asarray(actual, np.float64), bound(actual.dtype)
@@ -109,7 +128,10 @@ def exact_rows(classes):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize(("classes", "kinds"), [(96, slice(None)), (1060, slice(1, 10, 4))])
+@pytest.mark.parametrize(
+    ("classes", "kinds"),
+    [(96, slice(None)), pytest.param(1060, slice(1, 10, 4), marks=pytest.mark.slow)],
+)
 def test_its_digits_are_those_of_60(classes, kinds):
     by_kernel = jax.jit(functools.partial(kernel_gradient, reduction="sum"))
     for x in np.array(list(exact_rows(classes)), np.float32)[kinds]:
@@ -125,7 +147,7 @@ def test_its_digits_are_those_of_60(classes, kinds):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("smoothing", [1e-8, 0.1, 0.5])
+@pytest.mark.parametrize("smoothing", [1e-8, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_its_digits_with_label_smoothing(smoothing):
     by_kernel = functools.partial(kernel_gradient, reduction="sum", label_smoothing=smoothing)
     for x in np.array(list(exact_rows(96)), np.float32):
@@ -142,7 +164,7 @@ def test_its_digits_with_label_smoothing(smoothing):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("classes", [96, 1060])
+@pytest.mark.parametrize("classes", [96, pytest.param(1060, marks=pytest.mark.slow)])
 def test_rows_of_infinities_and_bad_labels(classes):
     """The same rows are NaN as without the kernel, and no others."""
     logits, _ = problem(8, classes, "float32")
@@ -187,7 +209,8 @@ FLOATS = ("weights", "class_weights", "z_loss", "label_smoothing")
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("classes", [64, 67])  # one kernel for state and gradient; and the state's
+# One kernel for state and gradient; and the state's, which some of the options take anyway.
+@pytest.mark.parametrize("classes", [64, pytest.param(67, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "none")
 def test_options_as_without_it(options, classes):
     """Values, metrics and the gradient for all that has one, times a cotangent."""
@@ -240,7 +263,10 @@ HEAD_OPTIONS = [
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize(("classes", "dtype"), [(64, "float32"), (1032, "bfloat16")])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(64, "float32"), pytest.param(1032, "bfloat16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("options", HEAD_OPTIONS, ids=lambda options: " ".join(options) or "none")
 def test_the_head_as_without_it(options, classes, dtype):
     """In two chunks, with a row that does not count and has a NaN."""
@@ -305,7 +331,7 @@ def test_single_rows_times_cotangents(classes):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("classes", [64, 67])
+@pytest.mark.parametrize("classes", [64, pytest.param(67, marks=pytest.mark.slow)])
 def test_rows_of_weight_0(classes):
     """One has a loss, which is its weight's derivative, and others have none, or a bad label."""
     logits, labels = problem(6, classes, "float32")
@@ -446,7 +472,7 @@ def test_value_without_gradient():
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("classes", [64, 1056])
+@pytest.mark.parametrize("classes", [64, pytest.param(1056, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_transformations(classes, reduction):
     logits, labels = problem(6, classes, "float32")
@@ -464,7 +490,7 @@ def test_transformations(classes, reduction):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_second_derivatives(dtype):
     """Of the loss, and of the gradient that comes with it: both go through XLA."""
     logits, labels = problem(4, 64, dtype)
