@@ -625,3 +625,31 @@ def test_it_lowers_under_transformations():
     checkpointed = jax.grad(jax.checkpoint(kernel_loss))
     for f in (sharded, checkpointed):
         assert "@mosaic_gpu" in lowered(f, 256)
+
+
+@needs_pallas
+@pytest.mark.parametrize("classes", [None, "model"])
+@pytest.mark.parametrize("loss", [sxe.softmax_cross_entropy, sxe.linear_softmax_cross_entropy])
+def test_it_lowers_over_a_mesh_of_gpus(loss, classes):
+    """Each device has its rows and classes to itself, so that nothing has to be patched."""
+    device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh(
+        (2, 4),
+        ("data", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        abstract_device=device,
+    )
+    sharded = sxe.over_mesh(loss, mesh, batch="data", classes=classes)
+    by_kernel = functools.partial(sharded, implementation="mosaic_gpu")
+    sizes = [(64, 4096)] if loss is sxe.softmax_cross_entropy else [(64, 16), (16, 4096)]
+    shapes = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
+    labels = jax.ShapeDtypeStruct((64,), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(by_kernel)).trace(*shapes, labels)
+    assert "@mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    here, needed = (
+        jax.sharding.use_abstract_mesh(mesh),
+        "expected for 'mosaic_gpu' rows on one device",
+    )
+    with here, pytest.raises(ValueError, match=needed):
+        jax.eval_shape(functools.partial(loss, implementation="mosaic_gpu"), *shapes, labels)
