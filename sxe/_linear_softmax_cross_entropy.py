@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from sxe._arrays import AxisName, axis_names, sharding, vary, varying, wide_dtype
 from sxe._backend import backend_of
 from sxe._call import arguments, axes, checks, reduction
-from sxe._call.implementation import choose
+from sxe._call.implementation import check_rule, choose
 from sxe._call.layout import Layout, join_shards, layout_of
 from sxe._call.options import HeadOptions, Implementation, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics
@@ -53,7 +53,8 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     dtype, shape = jnp.result_type(hidden, kernel), (*rows_shape, classes)
     backend = backend_of(hidden, kernel)
-    backend = choose(options.implementation, backend, dtype=dtype, shape=shape, rule=options.rule)
+    backend = choose(options.implementation, backend, dtype=dtype, shape=shape)
+    check_rule(options.rule, backend)
     finite = None if options.weights is None else jnp.all(jnp.isfinite(hidden), axis=-1)
     rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
     n = math.prod(rows_shape)

@@ -43,6 +43,7 @@ from sxe._call.options import (
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
 from sxe._rows.cross_entropy import CrossEntropy
+from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
 from sxe._rows.targets import Rows, Targets
@@ -70,20 +71,20 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
     return _Inputs(logits, labels, options.replace(where=where)), class_mask
 
 
-def _prepare(inputs: _Inputs, backend: Backend, *, is_fused: bool) -> tuple[Array, Rows]:
+def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
     """The logits [..., K], and the rows of the call.
 
-    The kernel that is fused finds itself which rows of weight 0 have a loss. Only the derivatives
-    of their weights are to know it before.
+    The gradient kernel finds itself which rows of weight 0 have a loss. Here that is needed for the
+    derivatives of the weights alone, so that XLA drops the read where nothing differentiates them.
     """
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
         largest = jnp.max(lax.stop_gradient(logits), axis=-1)
         finite = jnp.isfinite(pmax(largest, options.axis_name))
-    known = None if is_fused else finite
+    known = None if by_kernel else finite
     rows = make_rows(labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=known)
-    if is_fused and finite is not None:
+    if by_kernel and finite is not None:
         with_loss = finite | (rows.weight != 0)
         weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
         rows = rows._replace(weight=weight, norm=norm)
@@ -92,15 +93,14 @@ def _prepare(inputs: _Inputs, backend: Backend, *, is_fused: bool) -> tuple[Arra
 
 
 def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
-    """Logits and targets from which rows that do not count have no influence; or the mask of rows.
+    """Logits, targets, and a mask of the rows that count.
 
-    They are zeros in the logits or, where there is a mask, whatever they are, and are then left out
-    of results and gradients.
+    If that is None, the other rows have logits of 0. Else their logits are as they were given, and
+    results and gradients have to be masked: XLA would write a copy of the logits for the kernel.
     """
+    # A gradient for dense targets may be a sum over all rows.
     if rows.mask is None or not backend.uses_row_kernels or rows.targets.dense is not None:
         return keep(rows.mask, x), rows.targets, None
-    # XLA would write a copy of the logits for the kernel. Beside dense targets it has to: of those,
-    # a gradient may be a sum over all rows.
     x, targets = jax.tree.map(functools.partial(keep_tangent, rows.mask), (x, rows.targets))
     return x, targets, rows.mask
 
@@ -130,9 +130,9 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     shape = inputs.logits.shape
     backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
     f = CrossEntropy(options.axis_name, backend)
-    is_fused = class_mask is None and _is_fused(f, inputs, with_gradient=with_gradient)
-    x, rows = _prepare(inputs, backend, is_fused=is_fused)
-    if is_fused:
+    by_kernel = class_mask is None and _has_gradient_kernel(f, inputs, with_gradient=with_gradient)
+    x, rows = _prepare(inputs, backend, by_kernel=by_kernel)
+    if by_kernel:
         return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     x, targets, mask = _counted(x, rows, backend)
     if with_gradient:
@@ -158,7 +158,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
 
 
-def _is_fused(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
+def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
     """Whether one kernel computes the results of rows and their gradient."""
     logits, labels, options = inputs
     if not f.backend.uses_row_kernels or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -168,28 +168,29 @@ def _is_fused(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
     if options.rule != "vjp" or options.reduction == "none" or rounds_early:
         return False
     smooths = options.label_smoothing is not None
+    if logits.size == 0 or f.axis_name is not None:
+        return False
     if smooths and options.class_weights is not None:
         return False
-    from sxe._rows import gpu  # Pallas takes a while to import
-
-    return gpu.serves(f, logits, d_dtype=logits.dtype, has_uniform_targets=smooths)
+    of_logits = logits.shape[-1], logits.dtype, logits.dtype
+    return has_gradient_kernel(*of_logits, has_uniform_targets=smooths)
 
 
 def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
-    """``_result`` by the kernel of ``gpu``; with the gradient if there are logits it is like."""
-    from sxe._rows import gpu
+    """``_result`` by the gradient kernel; with the gradient if there are logits it is like."""
+    from sxe._rows import gpu_mean  # Pallas takes a while to import
 
     options = inputs.options
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, divisor.dtype)
     # The rule's cotangents vary along mesh axes as x does, and so has every input to.
-    weighted, share = vary_like((rows._replace(norm=None), gpu.Share(divisor, z)), x)
+    weighted, share = vary_like((rows._replace(norm=None), gpu_mean.Share(divisor, z)), x)
     if like is not None:
-        (mean, results), gradient = gpu.mean_and_gradient(f, x, weighted, share)
+        mean, results, gradient = gpu_mean.mean_and_gradient(f, x, weighted, share)
     else:
-        mean, results = gpu.mean(f, x, weighted, share)
+        mean, results = gpu_mean.mean(f, x, weighted, share)
     value: Any = axes.sum_over(mean, options.batch_axis_name)
     if options.return_metrics:
         loss = f.weigh(results, rows.weight, z).value

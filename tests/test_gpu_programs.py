@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sxe
-from sxe._rows import gpu_kernel, gpu_state
+from sxe._rows import gpu_gradient, gpu_state
 
 
 def missing():
@@ -133,21 +133,21 @@ def assembled(report):
 
 def row_terms(labels, **targets):
     ones = jnp.ones(len(labels))
-    return gpu_kernel.RowTerms(labels, ones > 0, ones, ones, **targets)
+    return gpu_gradient.RowTerms(labels, ones > 0, ones, ones, **targets)
 
 
 def kernel_alone(logits, labels):
     terms = row_terms(labels)
-    return gpu_kernel.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
+    return gpu_gradient.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
 
 
 def narrowing(logits, labels):
-    return gpu_kernel.state_and_gradient(logits, row_terms(labels), d_dtype="bfloat16", cores=132)
+    return gpu_gradient.state_and_gradient(logits, row_terms(labels), d_dtype="bfloat16", cores=132)
 
 
 def smoothed(logits, labels):
     terms = row_terms(labels, label_target=jnp.full(N, 0.9), uniform=jnp.full(N, 1e-4))
-    return gpu_kernel.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
+    return gpu_gradient.state_and_gradient(logits, terms, d_dtype=logits.dtype, cores=132)
 
 
 def state_alone(logits, labels):

@@ -91,13 +91,13 @@ def test_it_agrees_with_the_oracle(rows, classes, dtype):
 @pytest.mark.parametrize("classes", [1032, 3000, pytest.param(16384, marks=pytest.mark.slow)])
 def test_a_gradient_that_is_narrower_than_the_logits(classes):
     """As a head in bfloat16 wants it."""
-    from sxe._rows import gpu_kernel
+    from sxe._rows import gpu_gradient
 
     logits, labels = problem(3, classes, "float32")
     ones = jnp.ones(3)
-    terms = gpu_kernel.RowTerms(labels, ones > 0, ones, 0 * ones)
+    terms = gpu_gradient.RowTerms(labels, ones > 0, ones, 0 * ones)
     run = functools.partial(
-        gpu_kernel.state_and_gradient, d_dtype="bfloat16", cores=1, interpret=INTERPRETS
+        gpu_gradient.state_and_gradient, d_dtype="bfloat16", cores=1, interpret=INTERPRETS
     )
     gradient = jax.jit(run)(logits, terms).d
     assert gradient.dtype == jnp.bfloat16
@@ -160,6 +160,22 @@ def test_its_digits_with_label_smoothing(smoothing):
             exact, _ = oracle.exact_row(x, targets)
             assert oracle.relative_error(loss, exact) < 1e-6
             assert max(oracle.gradient_errors(np.asarray(gradient), x, targets)) < 2e-5
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+def test_derivatives_where_nothing_is_spread():
+    """0 log 0 = 0, also beside a class that cannot occur, and in its derivatives."""
+    logits, labels = problem(4, 64, "float32")
+    logits = logits.at[1, 5].set(-jnp.inf)
+
+    def by_smoothing(f, x):
+        return jax.grad(lambda a: f(x, labels, label_smoothing=a))(0.0)
+
+    for derivative in (by_smoothing, lambda f, x: jax.grad(functools.partial(by_smoothing, f))(x)):
+        ours, xla = (derivative(f, logits) for f in (kernel_loss, sxe.softmax_cross_entropy))
+        assert np.isfinite(xla).all()
+        np.testing.assert_allclose(ours, xla, rtol=2e-5, atol=1e-7)
 
 
 @needs_pallas

@@ -7,8 +7,13 @@ from jax.typing import DTypeLike
 
 from sxe._arrays import are_known
 from sxe._backend import Backend
-from sxe._call.options import Implementation, Rule
+from sxe._call.options import Implementation
 from sxe._errors import ArgumentValueError
+
+
+def unserved(needed: str) -> ArgumentValueError:
+    """The error that says what the kernels would need."""
+    return ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {needed}; use 'xla'")
 
 
 def choose(
@@ -17,7 +22,6 @@ def choose(
     *,
     dtype: DTypeLike,
     shape: tuple[int, ...],
-    rule: Rule = "vjp",
 ) -> Backend:
     """The backend with that choice, for logits of this shape [..., K] and dtype.
 
@@ -30,8 +34,12 @@ def choose(
         needed = "bfloat16, float16 or float32, got float64"
     if needed is None and not are_known(*shape):
         needed = f"sizes that are known, got shape {shape}"
-    if needed is None and rule != "vjp":
-        needed = f"rule 'vjp', got {rule!r}"
     if needed is not None:
-        raise ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {needed}")
+        raise unserved(needed)
     return dataclasses.replace(backend, uses_row_kernels=True)
+
+
+def check_rule(rule: str, backend: Backend) -> None:
+    """Raises for the kernels in a head by a rule by which JAX differentiates its chunks."""
+    if backend.uses_row_kernels and rule != "vjp":
+        raise unserved(f"rule 'vjp' in the head, got {rule!r}")

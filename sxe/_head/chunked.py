@@ -15,17 +15,18 @@ Rules other than "vjp" leave all of this to JAX, which differentiates the same c
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, zeros_like
+from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, wide_dtype, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks
 from sxe._head.projection import Products, Transform, transform, transform_bwd
 from sxe._rows.cross_entropy import CrossEntropy
+from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.predictions import Best, best
 from sxe._rows.rules import RULES, RowFunction, Weighed, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows, Targets
@@ -59,7 +60,7 @@ class Head:
       f: the function of rows.
       products: how hidden states and kernel are multiplied.
       chunks: how many chunks the rows are divided into.
-      has_weights: whether a row may weigh 0 that has no loss.
+      has_weights: whether a row of weight 0 may have no loss.
       predicts: whether the class of each row's largest logit is wanted.
       wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
         and of the rows. No other gradient is computed.
@@ -98,7 +99,7 @@ class Tile(NamedTuple):
       u: what they come from, 0 in these rows.
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
-      late_mask: the same where x has all rows as they are, so that gradients are to be masked.
+      late_mask: the mask where x is not masked, so that gradients have to be, and else None.
       best: of the logits of all rows, or None where it is not wanted.
     """
 
@@ -113,12 +114,12 @@ class Tile(NamedTuple):
 def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
     """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
     mask = rows.mask
-    if head.has_weights:
+    if head.has_weights and not _has_gradient_kernel(head, shared, rows.targets):
         largest = jnp.max(lax.stop_gradient(transform(u, shared.transform)), axis=-1)
-        mask = _with_loss(head, rows, pmax(largest, head.f.axis_name))
+        mask = rows.with_loss(pmax(largest, head.f.axis_name))
     kept = keep(mask, u)
-    # For a kernel XLA would write a copy of u. Where rows share targets it has to: of those, a
-    # gradient is a sum over all rows.
+    # For a kernel, masking u would make XLA write a copy of it, so that gradients are masked. Where
+    # rows share targets u has to be masked: one gradient is a sum over all rows.
     late_mask = mask if head.f.backend.uses_row_kernels and shared.dense is None else None
     x, found = transform(kept if late_mask is None else u, shared.transform), None
     if head.predicts:
@@ -127,15 +128,21 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
     return Tile(x, kept, targets, mask, late_mask, found)
 
 
-def _with_loss(head: Head, rows: Rows, m: Array) -> Array | None:
-    """Of the rows that count, those that weigh something or whose largest logit m is finite.
-
-    Hidden states that are finite may still have logits that are not.
-    """
-    if not head.has_weights:
-        return rows.mask
-    with_loss = (rows.weight != 0) | jnp.isfinite(m)
-    return with_loss if rows.mask is None else rows.mask & with_loss
+def _has_gradient_kernel(head: Head, shared: Shared, targets: Targets) -> bool:
+    """Whether one kernel computes the results of rows and the gradient of their logits."""
+    f, classes, dtype = head.f, shared.kernel.shape[1], wide_dtype(head.products.dtype)
+    transformed = any(parameter is not None for parameter in shared.transform)
+    return (
+        f.backend.uses_row_kernels
+        and isinstance(f, CrossEntropy)
+        and f.axis_name is None
+        and not transformed
+        and targets.label is not None
+        and (targets.dense is None and shared.dense is None)
+        and has_gradient_kernel(
+            classes, dtype, head.products.gradient_dtype, has_uniform_targets=False
+        )
+    )
 
 
 def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Sums, Any]:
@@ -184,18 +191,19 @@ def _tile_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
 ) -> tuple[Any, Weighed, tuple[Array, Targets]]:
     """The results of rows, what they add to their sum, and its gradients for logits and targets."""
-    f, transformed = head.f, shared.transform != Transform(None, None, None)
-    of_labels = tile.targets.dense is None and not transformed
-    if f.backend.uses_row_kernels and isinstance(f, CrossEntropy) and of_labels:
-        from sxe._rows import gpu  # Pallas takes a while to import
+    if _has_gradient_kernel(head, shared, rows.targets):
+        from sxe._rows import gpu_mean  # Pallas takes a while to import
 
-        d_dtype = head.products.gradient_dtype
-        if gpu.serves(f, tile.x, d_dtype=d_dtype):
-            rows = rows._replace(targets=tile.targets, mask=tile.mask)
-            share = gpu.Share(jnp.ones((), rows.weight.dtype), shared.z_loss)
-            found = gpu.forward(f, tile.x, rows, share, d_dtype=d_dtype)
-            weighed = f.weigh(found.results, rows.weight, shared.z_loss)
-            return found.results, weighed, (found.d, found.d_targets)
+        found = gpu_mean.forward(
+            cast(CrossEntropy, head.f),
+            tile.x,
+            rows,
+            g=rows.weight,
+            z_loss=shared.z_loss,
+            d_dtype=head.products.gradient_dtype,
+        )
+        weighed = head.f.weigh(found.results, rows.weight, shared.z_loss)
+        return found.results, weighed, (found.d, found.d_targets)
     results, state = results_and_state(head.f, tile.x, tile.targets)
     results = _keep(tile.mask, results)
     weighed = head.f.weigh(results, rows.weight, shared.z_loss)
@@ -279,7 +287,7 @@ def _results(
 
     _, (parts, found) = over_chunks(chunk, (), (hidden, rows), head.chunks)
     results, state = head.f.merge(parts, rows.targets)
-    mask = _with_loss(head, rows, state.m)
+    mask = rows.with_loss(state.m) if head.has_weights else rows.mask
     return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
 
 

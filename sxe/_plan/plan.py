@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from sxe._arrays import AxisName, axis_names
 from sxe._backend import PLATFORMS, backend_of
 from sxe._call import arguments
-from sxe._call.implementation import choose
+from sxe._call.implementation import check_rule, choose
 from sxe._call.options import REDUCTIONS, Implementation
 from sxe._call.options import chunk_size as parse_chunk_size
 from sxe._call.options import implementation as parse_implementation
@@ -225,8 +225,8 @@ def plan(
     if sizes:  # Inside of shard_map a device is alone, whatever the number of devices here.
         runs_on = dataclasses.replace(runs_on, is_local=True)
     parse_implementation("implementation", implementation)
-    shape = rows, classes
-    runs_on = choose(implementation, runs_on, dtype=dtype, shape=shape, rule=rule)
+    runs_on = choose(implementation, runs_on, dtype=dtype, shape=(rows, classes))
+    check_rule(rule, runs_on)
     call = Work(
         rows,
         hidden,
@@ -371,7 +371,7 @@ def _reason(work: Work) -> str:
     """Why it has its implementation, and how often a chunk's logits are read for it."""
     reads = {1: "once", 2: "twice", 3: "three times"}[work.reads_of_logits]
     if not work.backend.uses_row_kernels:
-        return f"the default; a chunk's logits are read {reads}"
+        return f"XLA, unless the kernels are asked for; a chunk's logits are read {reads}"
     if work.makes_gradient_with_state:
         return f"asked for; one kernel reads a chunk's logits {reads} and writes their gradient"
     return f"asked for; with a kernel for the state of rows, a chunk's logits are read {reads}"

@@ -8,6 +8,7 @@ from sxe._arrays import wide_dtype
 from sxe._backend import Backend
 from sxe._head.loops import Tiling, tiling
 from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
+from sxe._rows.gpu_choice import has_gradient_kernel
 
 INPUTS = ("hidden", "kernel")
 TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
@@ -69,6 +70,11 @@ class Work:
         return wide_dtype(self.dtype).itemsize
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether hidden and kernel are narrower than that."""
+        return self.dtype.itemsize < self.wide_itemsize
+
+    @property
     def implementation(self) -> str:
         """Of the functions of rows."""
         return "mosaic_gpu" if self.backend.uses_row_kernels else "xla"
@@ -78,25 +84,17 @@ class Work:
         """Whether one kernel reads a chunk's logits and writes their gradient."""
         if not self.backend.uses_row_kernels or self.path != FORWARD or self.class_shards > 1:
             return False
-        from sxe._rows.gpu_kernel import takes_rows  # Pallas takes a while to import
-
-        wide = jnp.dtype(jnp.float32)
-        return not self.options - {"where"} and takes_rows(
-            self.classes, wide, self.gradient_dtype, has_uniform_targets=False
+        return not self.options - {"where"} and has_gradient_kernel(
+            self.classes, jnp.float32, self.gradient_dtype, has_uniform_targets=False
         )
 
     @property
     def reads_of_logits(self) -> int:
-        """How often each of them is read from memory for the functions of rows."""
+        """How often the logits of a chunk are read from memory for the functions of rows."""
         if self.makes_gradient_with_state:
             return 1
         of_state = 1 if self.backend.uses_row_kernels else self.backend.reads_of_state
         return of_state + (self.path is not None)
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether hidden and kernel are narrower than that."""
-        return self.dtype.itemsize < self.wide_itemsize
 
     @property
     def computes_logits_again(self) -> bool:

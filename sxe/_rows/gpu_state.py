@@ -1,4 +1,4 @@
-"""The state (m, r) of rows of logits on an NVIDIA GPU, from one read of them.
+"""The state kernel for NVIDIA GPUs: the state (m, r) of rows of logits, from one read of them.
 
 XLA reads the logits twice, for the maximum and for the sums. Here each of the four warps of a
 warpgroup has a row, or a part of its classes, and each lane keeps a state of its own for every
@@ -16,17 +16,16 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 
-from sxe._arrays import vary_like
 from sxe._backend import Backend
-from sxe._rows.gpu_kernel import (
-    LANES,
-    VECTOR_BYTES,
+from sxe._rows.gpu_choice import LANES, VECTOR_BYTES
+from sxe._rows.gpu_lanes import (
     WARPS,
     add_logits,
     fragment_layout,
     merge_lanes,
     nan_where_infinite,
     plgpu,
+    run,
     store,
 )
 from sxe._rows.normalizer import Normalizer, merge
@@ -49,8 +48,7 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
         found = state(
             x.reshape(-1, x.shape[-1]), cores=backend.cores, interpret=backend.interprets_kernels
         )
-        # JAX's types do not say of a kernel's results that they vary.
-        return vary_like(tuple(a.reshape(x.shape[:-1]) for a in found), x)
+        return tuple(a.reshape(x.shape[:-1]) for a in found)
 
     @of_rows.def_vmap
     def of_examples(size: int, is_mapped: list[bool], x: Array) -> tuple[tuple[Array, ...], Any]:
@@ -63,29 +61,23 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
 def state(x: Array, *, cores: int, interpret: bool = False) -> Normalizer:
     """(m, r) [N] of logits [N, K], bfloat16, float16 or float32, of 32 classes or more."""
     N, K = x.shape
-    # Of fewer rows than a warpgroup has warps, a copy is small.
+    # With fewer rows than a warpgroup has warps, rows of zeros are added. The copy is small.
     x = jnp.pad(x, ((0, max(0, WARPS - N)), (0, 0)))
     rows = len(x)
     widest = VECTOR_BYTES // x.dtype.itemsize
-    # The rows of one warp start where those of another end, so that vectors must divide them.
+    # A vector may not cross the end of a row, so that its length divides K.
     vector = next(n for n in (8, 4, 2, 1) if n <= widest and K % n == 0 and LANES * n <= K)
     teams = -(-rows // WARPS)
     steps = -(-K // (LANES * vector))  # of a row
     parts = max(1, min(-(-PER_CORE * cores // teams), steps // (4 * UNROLL)))
-    of_parts = jax.ShapeDtypeStruct(
-        (parts, rows), jnp.float32, manual_axis_type=jax.typeof(x).manual_axis_type
-    )
-    call = plgpu.kernel(
+    of_parts = jax.ShapeDtypeStruct((parts, rows), jnp.float32)
+    m, r = run(
         functools.partial(_rows, (rows, K), vector, -(-steps // parts)),
-        out_type=[of_parts, of_parts],
-        grid=(parts, teams),
-        grid_names=("part", "team"),
-        num_threads=1,
-        thread_name="group",
-        **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+        [x],
+        results=[of_parts, of_parts],
+        grid={"part": parts, "team": teams},
+        interpret=interpret,
     )
-    with jax.enable_x64(False):  # nothing in the kernel has 64 bits, and loops would count in them
-        m, r = call(x)
     return functools.reduce(merge, [Normalizer(m[i, :N], r[i, :N]) for i in range(parts)])
 
 
@@ -115,7 +107,7 @@ def _rows(
         return lanes
 
     def masked_step(i: Array, lanes: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The last one of a row ends with it, and leaves out what others have."""
+        """One step. The last one of a row ends with it, and leaves out what others have."""
         begin = (first + i) * size
         start = jnp.minimum(begin, K - size)
         k = start + plgpu.broadcasted_iota(jnp.int32, (WARPS, size), 1, layout=layout)

@@ -71,6 +71,11 @@ class Rows(NamedTuple):
     norm: Any
     mask: Array | None
 
+    def with_loss(self, m: Array) -> Array:
+        """Of the rows that count, those that weigh something or whose largest logit m is finite."""
+        with_loss = (self.weight != 0) | jnp.isfinite(m)
+        return with_loss if self.mask is None else self.mask & with_loss
+
 
 def is_label(label: Array, classes: int) -> Array:
     """[k = label] for a tile of so many classes, [...] to [..., K]."""
