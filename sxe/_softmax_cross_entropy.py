@@ -338,14 +338,15 @@ def softmax_cross_entropy(
         the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
-      implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": kernels for
+      implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": two kernels for
         NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp" of integer labels, one
-        kernel reads the logits once and writes the gradient once, in the forward pass, so that a
-        cotangent other than 1 rounds a bfloat16 gradient a second time; it needs rows of a multiple
-        of 16 bytes, and with ``label_smoothing`` at most 1,024 classes and no ``class_weights``.
-        For all else a kernel reads the logits once for the state of rows, and XLA makes the
-        gradient. float64, a program for another platform and JAX before 0.11.2 are an error, and so
-        are several devices outside of ``jax.shard_map``. None: "xla", so far.
+        of them reads the logits once and writes the gradient once, in the forward pass. So a
+        cotangent other than 1 rounds a bfloat16 gradient a second time. It needs rows of a multiple
+        of 16 bytes, and with ``label_smoothing`` at most 1,024 classes and no ``class_weights``. It
+        serves no split classes, no ``where`` of classes, and not ``jax.grad`` of float16. For all
+        else the other one reads the logits once for the state of rows, and XLA computes the
+        gradient. float64, another platform, JAX before 0.11.2, and several devices outside of
+        ``jax.shard_map`` are an error. None: "xla", so far.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are Python values, static under ``jax.jit``: bind them by

@@ -63,7 +63,7 @@ def make_rows(
 
     Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
     and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
-    rows have a loss if their label is good. It may be None where there are no weights.
+    rows have a loss if their label is good. If it is None, all do, as far as is known here.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options.axis_name, backend)

@@ -159,27 +159,31 @@ class Products:
     def backward(
         self, d_u: Array, hidden: Array, kernel: Array, *, d_kernel: Array | None, want_hidden: bool
     ) -> Gradients:
-        """H6, [C, D], if it is wanted; and d_kernel [D, K] with H7 added in place, or None."""
+        """d hidden [C, D] by H6 if it is wanted, and d_kernel [D, K] with H7 added in place.
+
+        None for each that is not wanted.
+        """
         dtype = self.gradient_dtype
         hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
-        widens = dtype != self.dtype
-        d_hidden = None
-        if want_hidden:
-            zeros = zeros_like(d_u, hidden.shape)
-            d_hidden = zeros if widens else self._product(d_u, kernel, (1, 1))
+        whole = None
+        if want_hidden and dtype == self.dtype:
+            whole, want_hidden = self._product(d_u, kernel, (1, 1)), False
+        if d_kernel is None and not want_hidden:
+            return whole, None
 
+        # In one loop, so that a block of d_u is sliced once for both.
         def block(gradients: Gradients, at: Columns) -> Gradients:
             d_hidden, d_kernel = gradients
             part = at.take(d_u)
-            if d_hidden is not None and widens:
+            if d_hidden is not None:
                 d_hidden += self._product(part, at.take(kernel).astype(dtype), (1, 1))
             if d_kernel is not None:
                 d_kernel = at.put(d_kernel, at.take(d_kernel) + self._product(hidden, part, (0, 0)))
             return d_hidden, d_kernel
 
-        if d_kernel is None and not widens:
-            return d_hidden, None
-        return over_class_blocks(block, (d_hidden, d_kernel), kernel, self.backend)
+        zeros = zeros_like(d_u, hidden.shape) if want_hidden else None
+        d_hidden, d_kernel = over_class_blocks(block, (zeros, d_kernel), kernel, self.backend)
+        return whole if d_hidden is None else d_hidden, d_kernel
 
     def _product(self, a: Array, b: Array, over: tuple[int, int]) -> Array:
         """The matrix product over one axis of each, accumulated in float32 or float64."""

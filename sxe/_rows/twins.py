@@ -1,6 +1,6 @@
 """The functions of a tile of rows that have a fast twin, and which of them is taken.
 
-The twins give the same results. A derivative is always that of the plain one.
+The twins give the same results, and none of the fast ones is differentiated.
 """
 
 import functools
