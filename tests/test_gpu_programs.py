@@ -311,7 +311,11 @@ def test_the_head_reads_the_logits_of_a_chunk_three_times(compiled, dtype, gradi
 
 
 @pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])
-@pytest.mark.parametrize("option", [{}, {"ignore_index": 3, "z_loss": 1e-4}], ids=["", "options"])
+@pytest.mark.parametrize(
+    "option",
+    [{}, {"ignore_index": 3, "z_loss": 1e-4}, {"weights": np.arange(4096, dtype=np.float32)}],
+    ids=" ".join,
+)
 def test_the_kernel_reads_the_logits_of_a_chunk_once(compiled, dtype, gradient, option):
     """It writes their gradient in the dtype of the products."""
     sizes = (4096, 384, 32768)

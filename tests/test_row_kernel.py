@@ -542,6 +542,24 @@ def test_second_derivatives(dtype):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
+def test_what_the_kernels_do_not_serve_is_an_error():
+    logits, labels = problem(4, 64, "float32")
+    by_kernel = functools.partial(sxe.linear_softmax_cross_entropy, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="'mosaic_gpu' rule 'vjp' in the head, got 'jvp'; use"):
+        by_kernel(jnp.eye(4), logits, labels, rule="jvp")
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match="float32, got float64; use 'xla'"),
+    ):
+        kernel_loss(logits.astype("float64"), labels)
+    (n,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, 64), "float32"), jax.ShapeDtypeStruct((n,), "int32")
+    with pytest.raises(ValueError, match="expected for 'mosaic_gpu' sizes that are known"):
+        jax.export.export(jax.jit(kernel_loss), platforms=["cuda"])(*shapes)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
 def test_no_rows():
     logits, labels = problem(4, 64, "float32")
     loss, gradient = kernel_gradient(logits[:0], labels[:0])
