@@ -41,7 +41,9 @@ def keep(mask: Array | None, x: Array) -> Array:
 @jax.custom_jvp
 def keep_tangent(mask: Array, x: Array) -> Array:
     """x, with zeros in its tangents and cotangents where a mask of rows is False."""
-    return x
+    # Not x itself: where a vmap maps the mask alone, JAX takes the shape of the result from here,
+    # and that of its tangents from below. XLA drops the select.
+    return jnp.where(mask if x.ndim == mask.ndim else mask[..., None], x, x)
 
 
 @keep_tangent.defjvp

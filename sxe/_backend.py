@@ -88,6 +88,14 @@ class Backend:
         return self.platform == "cpu"
 
     @property
+    def loses_nan_in_maximum(self) -> bool:
+        """Whether the maximum of many numbers may be a number where one of them is NaN.
+
+        So it is on XLA's CPU backend. A sum keeps the NaN.
+        """
+        return self.platform == "cpu" or self.interprets_kernels
+
+    @property
     def takes_few_classes_one_by_one(self) -> bool:
         """Whether rows of a few classes are normalized class by class.
 

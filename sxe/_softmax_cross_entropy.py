@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from sxe._arrays import (
@@ -20,7 +20,6 @@ from sxe._arrays import (
     axis_names,
     keep,
     keep_tangent,
-    pmax,
     reshard,
     sharding,
     vary,
@@ -44,6 +43,7 @@ from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
+from sxe._rows.normalizer import has_loss
 from sxe._rows.predictions import best, first_of
 from sxe._rows.rules import RULES, results_and_state
 from sxe._rows.targets import Rows, Targets
@@ -80,8 +80,7 @@ def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Arr
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
-        largest = jnp.max(lax.stop_gradient(logits), axis=-1)
-        finite = jnp.isfinite(pmax(largest, options.axis_name))
+        finite = has_loss(logits, options.axis_name, backend)
     known = None if by_kernel else finite
     rows = make_rows(labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=known)
     if by_kernel and finite is not None:

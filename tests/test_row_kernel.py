@@ -164,6 +164,65 @@ def test_its_digits_with_label_smoothing(smoothing):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [64, 67])
+def test_examples_that_share_their_logits(classes, reduction):
+    """A vmap that maps weights alone, inside of a derivative."""
+    logits, labels = problem(4, classes, "float32")
+    weights = jnp.asarray(np.random.default_rng(8).random((2, 4)), jnp.float32).at[0, 1].set(0)
+
+    def gradient(f):
+        def loss(x):
+            of_example = lambda w: f(x, labels, weights=w, reduction=reduction)  # noqa: E731
+            return jnp.sum(jnp.sin(jax.vmap(of_example)(weights)))
+
+        return jax.jit(jax.grad(loss))(logits)
+
+    ours, xla = gradient(kernel_loss), gradient(sxe.softmax_cross_entropy)
+    np.testing.assert_allclose(ours, xla, rtol=2e-5, atol=1e-9)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend", "double")
+def test_vmap_where_x64_is_on():
+    logits, labels = problem(6, 64, "float32")
+    logits, labels = logits.reshape(2, 3, 64), labels.reshape(2, 3)
+    ours = jax.vmap(jax.grad(kernel_loss))(logits, labels)
+    assert ours.dtype == jnp.float32
+    expected = jax.vmap(jax.grad(sxe.softmax_cross_entropy))(logits, labels)
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_row_without_a_loss_whose_label_weighs_nothing(bad):
+    """It has a weight of its own, so that its gradient is NaN as its loss is."""
+    logits, labels = problem(3, 64, "float32")
+    logits, labels = logits.at[1, 4].set(bad), labels.at[1].set(2)
+    class_weights = jnp.ones(64).at[2].set(0)
+    loss, gradient = jax.value_and_grad(kernel_loss)(logits, labels, class_weights=class_weights)
+    assert jnp.isnan(loss)
+    assert jnp.isnan(gradient[1]).all()
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("smoothing", [1e-8, 0.1])
+def test_label_smoothing_over_the_smallest_logits(smoothing):
+    """The sum of their gaps would overflow, that of what they cost does not."""
+    logits = jnp.zeros((3, 64)).at[:, ::3].set(jnp.finfo(jnp.float32).min)
+    labels, options = jnp.array([1, 2, 4]), {"label_smoothing": smoothing, "reduction": "sum"}
+    loss, gradient = jax.value_and_grad(kernel_loss)(logits, labels, **options)
+    targets = [oracle.exact_targets(label, 64, np.float32(smoothing)) for label in (1, 2, 4)]
+    exact = sum(oracle.exact_row(x, t)[0] for x, t in zip(np.asarray(logits), targets, strict=True))
+    assert oracle.relative_error(loss, exact) < 1e-6
+    for d, x, t in zip(gradient, logits, targets, strict=True):
+        assert max(oracle.gradient_errors(np.asarray(d), np.asarray(x), t)) < 2e-5
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
 def test_derivatives_where_nothing_is_spread():
     """0 log 0 = 0, also beside a class that cannot occur, and in its derivatives."""
     logits, labels = problem(4, 64, "float32")

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from sxe._arrays import equal_shares, keep, pmax, sum_of_shares, wide_dtype, zeros_like
+from sxe._arrays import equal_shares, keep, sum_of_shares, wide_dtype, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks
 from sxe._head.projection import Products, Transform, transform, transform_bwd
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
+from sxe._rows.normalizer import has_loss
 from sxe._rows.predictions import Best, best
 from sxe._rows.rules import RULES, RowFunction, Weighed, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows, Targets
@@ -115,8 +116,8 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
     """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
     mask = rows.mask
     if head.has_weights and not _has_gradient_kernel(head, shared, rows.targets):
-        largest = jnp.max(lax.stop_gradient(transform(u, shared.transform)), axis=-1)
-        mask = rows.with_loss(pmax(largest, head.f.axis_name))
+        x = transform(u, shared.transform)
+        mask = rows.with_loss(has_loss(x, head.f.axis_name, head.f.backend))
     kept = keep(mask, u)
     # For a kernel, masking u would make XLA write a copy of it, so that gradients are masked. Where
     # rows share targets u has to be masked: one gradient is a sum over all rows.
@@ -287,7 +288,7 @@ def _results(
 
     _, (parts, found) = over_chunks(chunk, (), (hidden, rows), head.chunks)
     results, state = head.f.merge(parts, rows.targets)
-    mask = rows.with_loss(state.m) if head.has_weights else rows.mask
+    mask = rows.with_loss(state.has_loss) if head.has_weights else rows.mask
     return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
 
 

@@ -80,13 +80,19 @@ class Found(NamedTuple):
       state: of ``normalizer``, [N].
       x_label: [N], the label's logit.
       d: [N, K], the gradient.
-      gap: [N], the sum of all m - x_k, or None in rows of a label alone.
+      gap: [N], the sum of all s (m - x_k), where s is ``spread(uniform)``, or None in rows of a
+        label alone.
     """
 
     state: Normalizer
     x_label: Any
     d: Any
     gap: Any = None
+
+
+def spread(uniform: Array) -> Array:
+    """By what gaps are multiplied before they are summed, so that no sum overflows: never 0."""
+    return jnp.where(uniform == 0, 1.0, uniform)
 
 
 def state_and_gradient(
@@ -495,7 +501,7 @@ def _short_rows(launch: Launch, given: Given, scratch: Any) -> None:
                 x = read(j)
                 # See ``targets.gap``.
                 cost = jnp.where((uniform == 0) & (x == -jnp.inf), -log1p_r, m - x)
-                gap = gap + jnp.where(inside(j), cost, 0.0)
+                gap = gap + jnp.where(inside(j), cost * spread(uniform), 0.0)
                 others = (launch.classes - 1) * uniform
                 t = jnp.where(is_label, uniform + label_target, uniform)
                 others = jnp.where(is_label, others, others + label_target)

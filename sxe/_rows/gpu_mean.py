@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 
 from sxe._arrays import keep, wide
 from sxe._rows import twins
 from sxe._rows.cross_entropy import CrossEntropy, Part, Results
-from sxe._rows.gpu_gradient import Found, RowTerms, state_and_gradient
+from sxe._rows.gpu_gradient import Found, RowTerms, spread, state_and_gradient
+from sxe._rows.normalizer import has_loss
 from sxe._rows.rules import results_and_state
 from sxe._rows.targets import Dense, Rows, Targets, gap, take_label
 
@@ -32,31 +34,59 @@ class Share(NamedTuple):
     z_loss: Array | None
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
-def _of_rows(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> Found:
-    """State and gradient of rows [N, K]."""
-    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
-    weighs = (terms.weight != 0) | (terms.lse_weight != 0)
-    terms = terms._replace(has_gradient=terms.has_gradient & weighs)
-    cores, interpret = f.backend.cores, f.backend.interprets_kernels
-    return state_and_gradient(x, terms, d_dtype=d_dtype, cores=cores, interpret=interpret)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
+def _of_rows(
+    f: CrossEntropy, x: Array, with_loss: Array, terms: RowTerms, d_dtype: DTypeLike
+) -> Found:
+    """State and gradient of rows [..., K].
+
+    Of rows that count, ``with_loss`` [...] says which weigh something or have a loss: only the
+    derivatives of the gradient ask.
+    """
+
+    @custom_vmap
+    def by_kernel(x: Array, terms: RowTerms) -> Found:
+        shape, cores = x.shape[:-1], f.backend.cores
+        flat = jax.tree.map(lambda a: a.reshape(-1), terms)
+        found = state_and_gradient(
+            x.reshape(-1, x.shape[-1]),
+            flat,
+            d_dtype=d_dtype,
+            cores=cores,
+            interpret=f.backend.interprets_kernels,
+        )
+        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)
+
+    @by_kernel.def_vmap
+    def of_examples(size: int, mapped: Any, x: Array, terms: RowTerms) -> tuple[Found, Any]:
+        """Rows of all examples are rows of one call."""
+        x, terms = jax.tree.map(
+            lambda is_mapped, a: a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)),
+            tuple(mapped),
+            (x, terms),
+        )
+        found = by_kernel(x, terms)
+        return found, jax.tree.map(lambda a: True, found)
+
+    return by_kernel(x, terms)
 
 
-def _by_xla(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> Found:
+def _by_xla(
+    f: CrossEntropy, x: Array, with_loss: Array, terms: RowTerms, d_dtype: DTypeLike
+) -> Found:
     """The same results as ``_of_rows``, in operations that JAX can differentiate."""
-    label, counts, weight, lse_weight, label_target, uniform = terms
-    weighs = (weight != 0) | (lse_weight != 0)
-    counts &= weighs | jnp.isfinite(jnp.max(lax.stop_gradient(x), axis=-1))
-    kept, one = keep(counts, x), jnp.ones_like(weight)
+    label, _, weight, lse_weight, label_target, uniform = terms
+    kept, one = keep(with_loss, x), jnp.ones_like(weight)
     state = twins.normalize(kept, f.backend)
     targets, gaps = Targets(label, one, None, one), None
     if uniform is not None:
-        each = uniform[:, None]
+        each = uniform[..., None]
         dense = Dense(each, uniform, uniform * (x.shape[-1] - 1))
         targets = Targets(label, label_target, dense, one)
-        gaps = jnp.sum(gap(each, kept, state.m[:, None], state.log1p_r[:, None]), axis=-1)
+        of_classes = gap(each, kept, state.m[..., None], state.log1p_r[..., None])
+        gaps = jnp.sum(spread(each) * of_classes, axis=-1)
     g = Results(weight, lse_weight * state.lse)
-    d = keep(counts, f.gradient(kept, targets, state, g)).astype(d_dtype)
+    d = keep(with_loss, f.gradient(kept, targets, state, g)).astype(d_dtype)
     x_label, inside = take_label(kept, label)
     return Found(state, jnp.where(inside, wide(x_label), 0), d, gaps)
 
@@ -65,14 +95,15 @@ def _by_xla(f: CrossEntropy, x: Array, terms: RowTerms, d_dtype: DTypeLike) -> F
 def _of_rows_jvp(
     f: CrossEntropy, d_dtype: DTypeLike, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Found, Found]:
-    (x, terms), (x_dot, terms_dot) = primals, tangents
+    (x, with_loss, terms), (x_dot, _, terms_dot) = primals, tangents
     names = ("weight", "lse_weight", "label_target", "uniform")
     floats, dots = ({name: getattr(of, name) for name in names} for of in (terms, terms_dot))
 
     def by_xla(x: Array, floats: dict[str, Any]) -> Found:
-        return _by_xla(f, x, terms._replace(**floats), d_dtype)
+        return _by_xla(f, x, with_loss, terms._replace(**floats), d_dtype)
 
-    return _of_rows(f, x, terms, d_dtype), jax.jvp(by_xla, (x, floats), (x_dot, dots))[1]
+    found = _of_rows(f, x, with_loss, terms, d_dtype)
+    return found, jax.jvp(by_xla, (x, floats), (x_dot, dots))[1]
 
 
 class Forward(NamedTuple):
@@ -102,7 +133,9 @@ def forward(
     shape = targets.label.shape
     counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
     z = 0 if z_loss is None else z_loss
-    terms = RowTerms(targets.label, counts, g * targets.total, 2 * z * g)
+    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
+    has_gradient = counts & (rows.weight != 0)
+    terms = RowTerms(targets.label, has_gradient, g * targets.total, 2 * z * g)
     if targets.dense is not None:
         # 0, or NaN where the label is no class.
         terms = terms._replace(
@@ -110,11 +143,11 @@ def forward(
             label_target=targets.label_target,
             uniform=jnp.broadcast_to(targets.dense.t[..., 0], shape),
         )
-    flat = jax.tree.map(lambda a: jnp.broadcast_to(a, shape).reshape(-1), terms)
-    found = _of_rows(f, x.reshape(-1, x.shape[-1]), flat, d_dtype)
-    found = jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)
+    terms = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), terms)
+    known = rows.with_loss(has_loss(x, None, f.backend))  # XLA drops it where nothing needs it
+    found = _of_rows(f, x, known, terms, d_dtype)
     state, x_label, d, gaps = found
-    with_loss = rows.with_loss(state.m)
+    with_loss = rows.with_loss(state.has_loss)
     state, x_label, gaps = jax.tree.map(
         lambda a: jnp.where(with_loss, a, 0), (state, x_label, gaps)
     )
@@ -125,8 +158,9 @@ def forward(
     d_targets = d_targets._replace(label_target=g * (label_gap + state.log1p_r))
     if targets.dense is not None:
         # Where nothing is spread, no class costs anything, not even one that cannot occur.
-        cost = cost + jnp.where(terms.uniform == 0, 0, terms.uniform * gaps)
-        d_t = jnp.sum(g * (gaps + x.shape[-1] * state.log1p_r)).reshape(targets.dense.t.shape)
+        cost = cost + jnp.where(terms.uniform == 0, 0, gaps)
+        of_all = gaps / spread(terms.uniform) + x.shape[-1] * state.log1p_r
+        d_t = jnp.sum(g * of_all).reshape(targets.dense.t.shape)
         d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
     results, _ = f.merge(Part(state, cost, None), targets)  # D0
     return Forward(results, d, d_targets)
@@ -157,7 +191,7 @@ def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Array, Re
     The gradient kernel makes them where the mean is differentiated.
     """
     results, state = results_and_state(f, x, rows.targets)
-    with_loss = rows.with_loss(state.m)
+    with_loss = rows.with_loss(state.has_loss)
     results = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), results)
     return _mean(f, results, rows, share), results
 

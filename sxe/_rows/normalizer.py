@@ -36,6 +36,11 @@ class Normalizer(NamedTuple):
         """log sum_k exp(x_k), shape [...]."""
         return self.m + self.log1p_r
 
+    @property
+    def has_loss(self) -> Array:
+        """Whether the largest logit is finite and none is NaN, bool [...]."""
+        return jnp.isfinite(self.m) & ~jnp.isnan(self.r)
+
 
 # Exponentials below the smallest normal number would each be 0, but add up where they are scaled.
 SCALE = 2.0**64
@@ -59,6 +64,16 @@ def exp_difference(x: Array, m: Array, scale: float = 1) -> Array:
 def finite_shift(m: Array) -> Array:
     """m, and 0 for a row whose logits are all -inf: x - m would be NaN there."""
     return jnp.where(m == -jnp.inf, 0, m)
+
+
+def has_loss(x: Array, axis_name: AxisName, backend: Backend) -> Array:
+    """``Normalizer.has_loss`` of rows of logits, [..., K] to [...], before their state is known."""
+    x = wide(lax.stop_gradient(x))
+    m = jnp.max(x, axis=-1)
+    if backend.loses_nan_in_maximum:
+        # Scaled, so that no sum of numbers overflows.
+        m = jnp.where(jnp.isnan(jnp.sum(x * 2.0**-24, axis=-1)), jnp.inf, m)
+    return jnp.isfinite(pmax(m, axis_name))
 
 
 def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Normalizer:

@@ -71,9 +71,9 @@ class Rows(NamedTuple):
     norm: Any
     mask: Array | None
 
-    def with_loss(self, m: Array) -> Array:
-        """Of the rows that count, those that weigh something or whose largest logit m is finite."""
-        with_loss = (self.weight != 0) | jnp.isfinite(m)
+    def with_loss(self, has_loss: Array) -> Array:
+        """Of the rows that count, those that weigh something or whose logits have a loss."""
+        with_loss = (self.weight != 0) | has_loss
         return with_loss if self.mask is None else self.mask & with_loss
 
 
