@@ -149,7 +149,8 @@ class Backend:
     def reads_of_state(self) -> int:
         """How often XLA reads logits from memory for the state of their rows.
 
-        On a GPU, for the maximum and again for the sums. A CPU has them in a cache the second time.
+        On a GPU, for the maximum and again for the sums. A CPU has them in a cache the second time,
+        and of a TPU the least is counted.
         """
         return 2 if self.platform == "gpu" else 1
 

@@ -213,6 +213,7 @@ SIZES_OF_KERNELS = [
     ((4096, 384, 32768), {"reduction": "none"}, 2),
     ((4096, 384, 32768), {"differentiate": ()}, 1),
     ((4096, 384, 50257), {}, 2),
+    ((4096, 384, 24), {}, 3),  # which are left to XLA
     ((4096, 384, 1024), {}, 2),  # where the gradient would be narrower than the logits
     ((4096, 384, 32768), {"mesh": {"model": 8}, "axis_name": "model"}, 2),
 ]
@@ -225,7 +226,8 @@ def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
     by_xla = sxe.plan(*sizes, "bfloat16", **options, backend="gpu")
     plan = sxe.plan(*sizes, "bfloat16", **options, backend="gpu", implementation="mosaic_gpu")
     assert (by_xla.implementation, plan.implementation) == ("xla", "mosaic_gpu")
-    assert ["once", "twice"][reads - 1] in plan.reason
+    assert ["once", "twice", "three times"][reads - 1] in plan.reason
+    assert ("left to XLA" in plan.reason) == (sizes[2] < 32)
     reads_of_xla = 2 if options.get("differentiate") == () else 3
     assert ["twice", "three times"][reads_of_xla - 2] in by_xla.reason
     rows, classes = sizes[0], sizes[2] // math.prod(options.get("mesh", {}).values())

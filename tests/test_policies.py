@@ -477,6 +477,70 @@ def mean_of(head, labels, **options):
     )
 
 
+@both_losses
+def test_negative_weights(head, rule):
+    logits, labels = normal(4, 5), np.array([1, 0, 4, 3])
+    weights, g = np.array([1, -2, 0.5, -1], np.float32), normal(4)
+    for reduction in ("mean", "sum", "none"):
+        options = {"weights": weights, "reduction": reduction}
+        cotangent = g if reduction == "none" else g[0]
+        value, pullback = jax.vjp(mean_of(head, labels, rule=rule, **options), logits)
+        assert_close(value, oracle.loss(logits, labels, **options))
+        expected = oracle.gradient(logits, labels, cotangent, **options)
+        assert_close(pullback(jnp.asarray(cotangent))[0], expected)
+
+
+@both_losses
+def test_a_mean_over_rows_whose_weights_sum_to_zero_is_nan(head, rule):
+    """It has no value. A mean of 0 would be one over no row, and train nothing in silence."""
+    logits, labels = jnp.asarray(normal(4, 5)), np.array([1, 0, 4, 3])
+    where = np.array([True, True, True, False])
+    f = mean_of(head, labels, rule=rule, where=where)
+    weights = jnp.array([1, -3, 2, 5.0])
+    value, gradients = jax.value_and_grad(lambda x, w: f(x, weights=w), (0, 1))(logits, weights)
+    assert np.isnan(value)
+    assert np.isnan(gradients[0][:3]).all()
+    assert np.isnan(gradients[1][:3]).all()
+    hessian = jax.jit(jax.jacobian(jax.grad(lambda x: f(x, weights=weights))))(logits)
+    assert np.isnan(hessian[0, :, 0]).all()
+    total = f(logits, weights=weights, reduction="sum")
+    expected = oracle.loss(logits, labels, weights=weights, where=where, reduction="sum")
+    assert_close(total, expected)
+    _, metrics = f(logits, weights=weights, return_metrics=True)
+    assert metrics.weight_sum == 0
+    assert_close(metrics.loss_sum, expected)
+
+
+def test_the_gradient_in_one_pass_of_weights_that_sum_to_zero_is_nan():
+    logits, labels = normal(3, 5), np.array([1, 0, 4])
+    f = functools.partial(sxe.softmax_cross_entropy_with_gradient, logits, labels)
+    value, gradient = f(weights=jnp.array([1, -3, 2.0]))
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+    weights = np.array([1, -3, 1], np.float32)
+    value, gradient = f(weights=weights)
+    assert_close(value, oracle.loss(logits, labels, weights=weights))
+    assert_close(gradient, oracle.gradient(logits, labels, weights=weights))
+
+
+@both_losses
+def test_a_mean_over_labels_of_class_weight_zero(head, rule):
+    """It is 0, as over nothing, unless smoothing or z-loss gives these rows a loss: NaN."""
+    logits, labels = jnp.asarray(normal(3, 5)), np.array([1, 1, 1])
+    class_weights = jnp.array([1, 0, 1, 1, 1.0])
+    f = mean_of(head, labels, rule=rule, class_weights=class_weights)
+    off = {"label_smoothing": jnp.float32(0), "z_loss": jnp.float32(0)}
+    grad = jax.jit(jax.value_and_grad(lambda x, options: f(x, **options)))
+    for options in ({}, off):
+        value, gradient = grad(logits, options)
+        assert value == 0
+        assert (np.asarray(gradient) == 0).all()
+    for options in ({"label_smoothing": 0.1}, {"z_loss": 0.1}):
+        value, gradient = grad(logits, options)
+        assert np.isnan(value)
+        assert np.isnan(gradient).all()
+
+
 @pytest.mark.parametrize("rule", ["vjp", "jvp", "autodiff"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("classes", [64, 1024])

@@ -21,6 +21,7 @@ from sxe._call.options import implementation as parse_implementation
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._plan.memory import temporaries
 from sxe._plan.work import INPUTS, TILE_OPTIONS, Work
+from sxe._rows.gpu_choice import has_state_kernel
 from sxe._rows.rules import RULES
 
 VALUE = "value alone"
@@ -374,6 +375,8 @@ def _reason(work: Work) -> str:
         return f"XLA, unless the kernels are asked for; a chunk's logits are read {reads}"
     if work.makes_gradient_with_state:
         return f"asked for; one kernel reads a chunk's logits {reads} and writes their gradient"
+    if not has_state_kernel(work.classes):
+        return f"asked for, and left to XLA for so few classes; a chunk's logits are read {reads}"
     return f"asked for; with a kernel for the state of rows, a chunk's logits are read {reads}"
 
 

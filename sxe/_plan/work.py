@@ -8,7 +8,7 @@ from sxe._arrays import wide_dtype
 from sxe._backend import Backend
 from sxe._head.loops import Tiling, tiling
 from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
-from sxe._rows.gpu_choice import has_gradient_kernel
+from sxe._rows.gpu_choice import has_gradient_kernel, has_state_kernel
 
 INPUTS = ("hidden", "kernel")
 TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
@@ -93,7 +93,8 @@ class Work:
         """How often the logits of a chunk are read from memory for the functions of rows."""
         if self.makes_gradient_with_state:
             return 1
-        of_state = 1 if self.backend.uses_row_kernels else self.backend.reads_of_state
+        by_kernel = self.backend.uses_row_kernels and has_state_kernel(self.classes)
+        of_state = 1 if by_kernel else self.backend.reads_of_state
         return of_state + (self.path is not None)
 
     @property

@@ -1,4 +1,4 @@
-"""Which rows the gradient kernel takes. Nothing here imports Pallas, which takes a while."""
+"""Which rows the kernels for GPUs take. Nothing here imports Pallas, which takes a while."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -20,3 +20,8 @@ def has_gradient_kernel(
     if classes <= SHORT_CLASSES:
         return aligned and len(dtypes) == 1
     return aligned and not has_uniform_targets
+
+
+def has_state_kernel(classes: int) -> bool:
+    """Whether the state kernel takes rows of so many classes: one for each lane of a warp."""
+    return classes >= LANES

@@ -17,7 +17,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 
 from sxe._backend import Backend
-from sxe._rows.gpu_choice import LANES, VECTOR_BYTES
+from sxe._rows.gpu_choice import LANES, VECTOR_BYTES, has_state_kernel
 from sxe._rows.gpu_lanes import (
     WARPS,
     add_logits,
@@ -40,7 +40,7 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
 
     Rows of fewer classes than a warp has lanes are left to XLA.
     """
-    if x.size == 0 or x.shape[-1] < LANES:
+    if x.size == 0 or not has_state_kernel(x.shape[-1]):
         return plain_twin(x, backend)
 
     @custom_vmap
