@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from sxe._arrays import (
     AxisName,
@@ -76,13 +76,22 @@ def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Arr
 
     The gradient kernel finds itself which rows of weight 0 have a loss. Here that is needed for the
     derivatives of the weights alone, so that XLA drops the read where nothing differentiates them.
+    It also takes dense targets as they were given, if it can: XLA would write a copy.
     """
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
         finite = has_loss(logits, options.axis_name, backend)
     known = None if by_kernel else finite
-    rows = make_rows(labels, options, backend, shape=logits.shape, dtype=logits.dtype, finite=known)
+    rows = make_rows(
+        labels.astype(_dense_dtype(inputs)) if by_kernel and _is_dense(labels) else labels,
+        options,
+        backend,
+        shape=logits.shape,
+        dtype=logits.dtype,
+        finite=known,
+        as_given=by_kernel,
+    )
     if by_kernel and finite is not None:
         with_loss = finite | (rows.weight != 0)
         weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
@@ -159,20 +168,33 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
 
 def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
     """Whether one kernel computes the results of rows and their gradient."""
-    logits, labels, options = inputs
-    if not f.backend.uses_row_kernels or not jnp.issubdtype(labels.dtype, jnp.integer):
+    logits, options = inputs.logits, inputs.options
+    if not f.backend.uses_row_kernels:
         return False
     # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
     rounds_early = logits.dtype == jnp.float16 and not with_gradient
     if options.rule != "vjp" or options.reduction == "none" or rounds_early:
         return False
-    smooths = options.label_smoothing is not None
     if logits.size == 0 or f.axis_name is not None:
         return False
-    if smooths and options.class_weights is not None:
-        return False
     of_logits = logits.shape[-1], logits.dtype, logits.dtype
-    return has_gradient_kernel(*of_logits, has_uniform_targets=smooths)
+    return has_gradient_kernel(*of_logits, _dense_dtype(inputs))
+
+
+def _is_dense(labels: Array) -> bool:
+    return jnp.issubdtype(labels.dtype, jnp.floating)
+
+
+def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
+    """Of targets for each class as the gradient kernel reads them, or None where it reads none."""
+    labels, options = inputs.labels, inputs.options
+    is_changed = options.label_smoothing is not None and options.class_weights is not None
+    if _is_dense(labels):
+        is_changed = options.label_smoothing is not None or options.class_weights is not None
+        if not is_changed and labels.dtype in (jnp.bfloat16, jnp.float16):
+            return labels.dtype
+        return jnp.float32
+    return jnp.float32 if is_changed else None
 
 
 def _result_of_kernel(

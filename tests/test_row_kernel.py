@@ -116,7 +116,7 @@ def test_a_gradient_that_is_narrower_than_the_logits(classes):
     run = functools.partial(
         gpu_gradient.state_and_gradient, d_dtype="bfloat16", cores=1, interpret=INTERPRETS
     )
-    gradient = jax.jit(run)(logits, terms).d
+    gradient = jax.jit(run)(logits, None, terms).d
     assert gradient.dtype == jnp.bfloat16
     given = np.asarray(logits, np.float64), np.asarray(labels)
     assert_gradient(gradient, oracle.gradient(*given, reduction="sum"))

@@ -58,12 +58,14 @@ def make_rows(
     shape: tuple[int, ...],
     dtype: DTypeLike,
     finite: Array | None,
+    as_given: bool = False,
 ) -> Rows:
     """Every option about targets and rows ends here, for logits of that shape [..., K] and dtype.
 
     Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
     and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
-    rows have a loss if their label is good. If it is None, all do, as far as is known here.
+    rows have a loss if their label is good. If it is None, all do, as far as is known here. Dense
+    targets that no option changes stay ``as_given``: in their dtype, and not masked.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options.axis_name, backend)
@@ -81,8 +83,9 @@ def make_rows(
             mask = _both(mask, labels != np.array(ignored, labels.dtype))
         good = (labels >= 0) & (labels < classes.number)
     else:
-        labels = labels.astype(dtype)
-        good = jnp.isfinite(psum(jnp.sum(labels, axis=-1), options.axis_name))
+        labels = labels if as_given else labels.astype(dtype)
+        total = jnp.sum(labels, axis=-1, dtype=dtype)
+        good = jnp.isfinite(psum(total, options.axis_name))
 
     weight = jnp.ones(shape[:-1], dtype)
     if options.weights is not None:
@@ -91,7 +94,8 @@ def make_rows(
         mask = _both(mask, (weight != 0) | _both(finite, good))
     weight = norm = keep(mask, weight)
     if not sparse:
-        return Rows(_of_dense(keep(mask, labels), a, c, classes), weight, norm, mask)
+        labels = labels if as_given else keep(mask, labels)
+        return Rows(_of_dense(labels, a, c, classes), weight, norm, mask)
 
     bad = ~good if mask is None else mask & ~good
     labels = checked(labels, bad, classes.number, options.ignore_index)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import equal_shares, keep, sum_of_shares, wide_dtype, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks
@@ -29,7 +29,15 @@ from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
 from sxe._rows.predictions import Best, best
-from sxe._rows.rules import RULES, RowFunction, Weighed, own_targets, results_and_state
+from sxe._rows.rules import (
+    RULES,
+    RowFunction,
+    Weighed,
+    instantiate,
+    own_targets,
+    results_and_state,
+    values_and_wanted,
+)
 from sxe._rows.targets import Dense, Rows, Targets
 
 T = TypeVar("T")
@@ -112,16 +120,17 @@ class Tile(NamedTuple):
     best: Best | None
 
 
-def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
+def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool = False) -> Tile:
     """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
     mask = rows.mask
-    if head.has_weights and not _has_gradient_kernel(head, shared, rows.targets):
+    if head.has_weights and not by_kernel:
         x = transform(u, shared.transform)
         mask = rows.with_loss(has_loss(x, head.f.axis_name, head.f.backend))
     kept = keep(mask, u)
     # For a kernel, masking u would make XLA write a copy of it, so that gradients are masked. Where
-    # rows share targets u has to be masked: one gradient is a sum over all rows.
-    late_mask = mask if head.f.backend.uses_row_kernels and shared.dense is None else None
+    # rows share targets, whose gradient is a sum over all rows, XLA needs a masked u.
+    masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
+    late_mask = mask if masks_late else None
     x, found = transform(kept if late_mask is None else u, shared.transform), None
     if head.predicts:
         found = best(x if mask is None else transform(u, shared.transform))
@@ -132,17 +141,15 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows) -> Tile:
 def _has_gradient_kernel(head: Head, shared: Shared, targets: Targets) -> bool:
     """Whether one kernel computes the results of rows and the gradient of their logits."""
     f, classes, dtype = head.f, shared.kernel.shape[1], wide_dtype(head.products.dtype)
+    dense = targets.dense if shared.dense is None else shared.dense
+    dense_dtype = None if dense is None or dense.t.shape[-1] == 1 else dense.t.dtype
     transformed = any(parameter is not None for parameter in shared.transform)
     return (
         f.backend.uses_row_kernels
         and isinstance(f, CrossEntropy)
         and f.axis_name is None
         and not transformed
-        and targets.label is not None
-        and (targets.dense is None and shared.dense is None)
-        and has_gradient_kernel(
-            classes, dtype, head.products.gradient_dtype, has_uniform_targets=False
-        )
+        and has_gradient_kernel(classes, dtype, head.products.gradient_dtype, dense_dtype)
     )
 
 
@@ -152,8 +159,10 @@ def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Su
     u = head.products.u(hidden, shared.kernel)  # H0
 
     def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
-        tile = _tile(head, shared, u, rows)  # H1, H2
-        results, weighed, gradients = _tile_results(head, shared, tile, rows)  # D0, D7
+        by_kernel = _has_gradient_kernel(head, shared, rows.targets)
+        tile = _tile(head, shared, u, rows, by_kernel=by_kernel)  # H1, H2
+        results_of = _kernel_results if by_kernel else _tile_results
+        results, weighed, gradients = results_of(head, shared, tile, rows)  # D0, D7
         d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
         d_shared = d_shared._replace(z_loss=weighed.d_z)
         sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
@@ -192,23 +201,28 @@ def _tile_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
 ) -> tuple[Any, Weighed, tuple[Array, Targets]]:
     """The results of rows, what they add to their sum, and its gradients for logits and targets."""
-    if _has_gradient_kernel(head, shared, rows.targets):
-        from sxe._rows import gpu_mean  # Pallas takes a while to import
-
-        found = gpu_mean.forward(
-            cast(CrossEntropy, head.f),
-            tile.x,
-            rows,
-            g=rows.weight,
-            z_loss=shared.z_loss,
-            d_dtype=head.products.gradient_dtype,
-        )
-        weighed = head.f.weigh(found.results, rows.weight, shared.z_loss)
-        return found.results, weighed, (found.d, found.d_targets)
     results, state = results_and_state(head.f, tile.x, tile.targets)
     results = _keep(tile.mask, results)
     weighed = head.f.weigh(results, rows.weight, shared.z_loss)
     return results, weighed, _tile_gradients(head, tile, state, weighed.g)
+
+
+def _kernel_results(
+    head: Head, shared: Shared, tile: Tile, rows: Rows
+) -> tuple[Any, Weighed, tuple[Array, Targets]]:
+    """``_tile_results`` by one kernel."""
+    from sxe._rows import gpu_mean  # Pallas takes a while to import
+
+    found = gpu_mean.forward(
+        cast(CrossEntropy, head.f),
+        tile.x,
+        rows._replace(targets=tile.targets),
+        g=rows.weight,
+        z_loss=shared.z_loss,
+        d_dtype=head.products.gradient_dtype,
+    )
+    weighed = head.f.weigh(found.results, rows.weight, shared.z_loss)
+    return found.results, weighed, (found.d, found.d_targets)
 
 
 def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, Targets]:
@@ -313,13 +327,6 @@ def results_by(rule: str, head: Head, shared: Shared, hidden_and_rows: Chunk) ->
     return over_chunks(chunk, (), hidden_and_rows, head.chunks)[1]
 
 
-def _primals(*inputs: Any) -> tuple[Any, Any]:
-    """The values, and whether each is differentiated, of what a forward rule is given."""
-    leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
-    values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))
-    return jax.tree.unflatten(tree, values), jax.tree.unflatten(tree, perturbed)
-
-
 def _only(wanted: Any, gradients: T) -> T:
     """The gradients that are wanted, and None for all others."""
     return jax.tree.map(
@@ -330,10 +337,6 @@ def _only(wanted: Any, gradients: T) -> T:
 def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
     zeros = jax.tree.map(lambda a: zeros_like(a, a.shape), shared)
     return zeros_like(rows.weight, ()), _only(head.wanted[0], zeros)
-
-
-def _instantiate(g: Any) -> Array:
-    return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
 
 
 # Sums of rows: the gradient in the forward pass.
@@ -350,14 +353,12 @@ def weighted_sum(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outco
 def _weighted_sum_fwd(
     head: Head, shared_primals: Shared, hidden_primal: Any, rows_primals: Rows
 ) -> tuple[Outcome, Any]:
-    (shared, hidden, rows), wanted = _primals(shared_primals, hidden_primal, rows_primals)
+    (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     head = dataclasses.replace(head, wanted=wanted)
     shared, hidden = _narrow(head, shared, hidden)
     chunk = functools.partial(_chunk_fwd, head, shared)
     sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), (hidden, rows), head.chunks)
     (value, d_shared), (d_hidden, results, found, d_rows) = sums, outputs
-    # JAX may take the structure of the residuals from another call of the same function, in which
-    # other inputs were differentiated. So there is one structure, and empty arrays for the rest.
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
         wanted,
@@ -369,7 +370,7 @@ def _weighted_sum_fwd(
 
 def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:
     d_shared, d_hidden, d_rows = jax.tree.map(lambda d: None if d.shape == (0,) else d, res)
-    g_sum = sum_of_shares(_instantiate(g.value), head.f.axis_name)
+    g_sum = sum_of_shares(instantiate(g.value), head.f.axis_name)
     g_own = equal_shares(g_sum, head.f.axis_name)
 
     def times(g: Array, d: T) -> T:
@@ -398,7 +399,7 @@ def single_rows(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcom
 def _single_rows_fwd(
     head: Head, shared_primals: Shared, hidden_primal: Any, rows_primals: Rows
 ) -> tuple[Outcome, Any]:
-    (shared, hidden, rows), wanted = _primals(shared_primals, hidden_primal, rows_primals)
+    (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     shared, hidden = _narrow(head, shared, hidden)
     outcome, state, mask = _results(head, shared, hidden, rows)
     # Arrays, because residuals may not be Python values.
@@ -413,7 +414,7 @@ def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | 
     head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
     first, *others = g.results
     others = [None if isinstance(a, SymbolicZero) else a for a in others]
-    g_results = sum_of_shares(type(g.results)(_instantiate(first), *others), head.f.axis_name)
+    g_results = sum_of_shares(type(g.results)(instantiate(first), *others), head.f.axis_name)
     chunk = functools.partial(_chunk_bwd, head, shared)
     chunks = (hidden, rows), (state, g_results)
     sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), chunks, head.chunks)

@@ -84,8 +84,8 @@ class Work:
         """Whether one kernel reads a chunk's logits and writes their gradient."""
         if not self.backend.uses_row_kernels or self.path != FORWARD or self.class_shards > 1:
             return False
-        return not self.options - {"where"} and has_gradient_kernel(
-            self.classes, jnp.float32, self.gradient_dtype, has_uniform_targets=False
+        return not self.options - {"where", "label_smoothing"} and has_gradient_kernel(
+            self.classes, jnp.float32, self.gradient_dtype
         )
 
     @property

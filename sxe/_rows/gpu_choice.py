@@ -9,17 +9,16 @@ SHORT_CLASSES = 1024  # of rows whose exponentials stay in registers
 
 
 def has_gradient_kernel(
-    classes: int, dtype: DTypeLike, d_dtype: DTypeLike, *, has_uniform_targets: bool
+    classes: int, dtype: DTypeLike, d_dtype: DTypeLike, dense_dtype: DTypeLike | None = None
 ) -> bool:
     """Whether the kernel takes rows of so many classes, with logits and gradient in these dtypes.
 
-    Their targets are a label's, and, if they are uniform, the same for all classes beside it.
+    ``dense_dtype`` is that of an array of targets of the classes, if there is one.
     """
-    dtypes = {jnp.dtype(dtype), jnp.dtype(d_dtype)}
-    aligned = all(classes * of.itemsize % VECTOR_BYTES == 0 for of in dtypes)
-    if classes <= SHORT_CLASSES:
-        return aligned and len(dtypes) == 1
-    return aligned and not has_uniform_targets
+    dtypes = [jnp.dtype(of) for of in (dtype, d_dtype, dense_dtype) if of is not None]
+    if classes <= SHORT_CLASSES and dtypes[0] != dtypes[1]:
+        return False  # the gradient of a short row takes the place of its logits
+    return all(classes * of.itemsize % VECTOR_BYTES == 0 for of in dtypes)
 
 
 def has_state_kernel(classes: int) -> bool:

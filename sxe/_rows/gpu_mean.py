@@ -16,10 +16,23 @@ from jax.typing import DTypeLike
 from sxe._arrays import keep, wide
 from sxe._rows import twins
 from sxe._rows.cross_entropy import CrossEntropy, Part, Results
-from sxe._rows.gpu_gradient import Found, RowTerms, spread, state_and_gradient
+from sxe._rows.gpu_gradient import state_and_gradient
+from sxe._rows.gpu_terms import Found, RowTerms, spread
 from sxe._rows.normalizer import has_loss
-from sxe._rows.rules import results_and_state
-from sxe._rows.targets import Dense, Rows, Targets, gap, take_label
+from sxe._rows.rules import instantiate, results_and_state, values_and_wanted
+from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_label
+
+
+class Terms(NamedTuple):
+    """What the kernel is told of rows, [...], and the targets of their classes.
+
+    Attributes:
+      rows: see there.
+      dense: [..., K], or [1, ..., 1, K] if all rows have the same, or None.
+    """
+
+    rows: RowTerms
+    dense: Array | None
 
 
 class Share(NamedTuple):
@@ -36,7 +49,7 @@ class Share(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 4))
 def _of_rows(
-    f: CrossEntropy, x: Array, with_loss: Array, terms: RowTerms, d_dtype: DTypeLike
+    f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: DTypeLike
 ) -> Found:
     """State and gradient of rows [..., K].
 
@@ -45,50 +58,59 @@ def _of_rows(
     """
 
     @custom_vmap
-    def by_kernel(x: Array, terms: RowTerms) -> Found:
-        shape, cores = x.shape[:-1], f.backend.cores
-        flat = jax.tree.map(lambda a: a.reshape(-1), terms)
+    def by_kernel(x: Array, terms: Terms) -> Found:
+        shape, classes = x.shape[:-1], x.shape[-1]
         found = state_and_gradient(
-            x.reshape(-1, x.shape[-1]),
-            flat,
+            x.reshape(-1, classes),
+            None if terms.dense is None else terms.dense.reshape(-1, classes),
+            jax.tree.map(lambda a: a.reshape(-1), terms.rows),
             d_dtype=d_dtype,
-            cores=cores,
+            cores=f.backend.cores,
             interpret=f.backend.interprets_kernels,
         )
         return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)
 
     @by_kernel.def_vmap
-    def of_examples(size: int, mapped: Any, x: Array, terms: RowTerms) -> tuple[Found, Any]:
+    def of_examples(size: int, mapped: Any, x: Array, terms: Terms) -> tuple[Found, Any]:
         """Rows of all examples are rows of one call."""
-        x, terms = jax.tree.map(
+        dense, is_mapped = terms.dense, mapped[1].dense
+        x, rows = jax.tree.map(
             lambda is_mapped, a: a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)),
-            tuple(mapped),
-            (x, terms),
+            (mapped[0], mapped[1].rows),
+            (x, terms.rows),
         )
-        found = by_kernel(x, terms)
+        if dense is not None:
+            same = not is_mapped and dense.size == dense.shape[-1]  # for rows of all examples
+            dense = dense[None] if same else jnp.broadcast_to(dense, x.shape)
+        found = by_kernel(x, Terms(rows, dense))
         return found, jax.tree.map(lambda a: True, found)
 
     return by_kernel(x, terms)
 
 
-def _by_xla(
-    f: CrossEntropy, x: Array, with_loss: Array, terms: RowTerms, d_dtype: DTypeLike
-) -> Found:
+def _by_xla(f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: DTypeLike) -> Found:
     """The same results as ``_of_rows``, in operations that JAX can differentiate."""
-    label, _, weight, lse_weight, label_target, uniform = terms
+    label, _, weight, lse_weight, label_target, uniform = terms.rows
     kept, one = keep(with_loss, x), jnp.ones_like(weight)
     state = twins.normalize(kept, f.backend)
-    targets, gaps = Targets(label, one, None, one), None
+    targets, gaps, total = Targets(label, one, None, one), None, None
     if uniform is not None:
         each = uniform[..., None]
         dense = Dense(each, uniform, uniform * (x.shape[-1] - 1))
         targets = Targets(label, label_target, dense, one)
         of_classes = gap(each, kept, state.m[..., None], state.log1p_r[..., None])
         gaps = jnp.sum(spread(each) * of_classes, axis=-1)
+    if terms.dense is not None:
+        t = wide(terms.dense)
+        t = keep(with_loss, t) if t.shape == x.shape else t
+        dense = twins.dense_targets(t, None, f.backend)
+        targets = Targets(label, label_target, dense, one)
+        gaps = dense_cost(t, kept, state.m, state.log1p_r)
+        total = jnp.broadcast_to(dense.largest + dense.rest, label.shape)
     g = Results(weight, lse_weight * state.lse)
     d = keep(with_loss, f.gradient(kept, targets, state, g)).astype(d_dtype)
     x_label, inside = take_label(kept, label)
-    return Found(state, jnp.where(inside, wide(x_label), 0), d, gaps)
+    return Found(state, jnp.where(inside, wide(x_label), 0), d, gaps, total)
 
 
 @_of_rows.defjvp
@@ -97,13 +119,17 @@ def _of_rows_jvp(
 ) -> tuple[Found, Found]:
     (x, with_loss, terms), (x_dot, _, terms_dot) = primals, tangents
     names = ("weight", "lse_weight", "label_target", "uniform")
-    floats, dots = ({name: getattr(of, name) for name in names} for of in (terms, terms_dot))
 
-    def by_xla(x: Array, floats: dict[str, Any]) -> Found:
-        return _by_xla(f, x, with_loss, terms._replace(**floats), d_dtype)
+    def floats(terms: Terms) -> Any:
+        return {name: getattr(terms.rows, name) for name in names}, terms.dense
+
+    def by_xla(x: Array, floats: Any) -> Found:
+        of_rows, dense = floats
+        given = Terms(terms.rows._replace(**of_rows), dense)
+        return _by_xla(f, x, with_loss, given, d_dtype)
 
     found = _of_rows(f, x, with_loss, terms, d_dtype)
-    return found, jax.jvp(by_xla, (x, floats), (x_dot, dots))[1]
+    return found, jax.jvp(by_xla, (x, floats(terms)), (x_dot, floats(terms_dot)))[1]
 
 
 class Forward(NamedTuple):
@@ -127,43 +153,53 @@ def forward(
 
     A row may count that weighs 0 and has logits without a loss, NaN or infinite ones.
     """
-    targets = rows.targets
-    assert targets.label is not None
-    assert targets.label_target is not None
-    shape = targets.label.shape
+    targets, shape = rows.targets, rows.weight.shape
     counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
     z = 0 if z_loss is None else z_loss
     # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
     has_gradient = counts & (rows.weight != 0)
-    terms = RowTerms(targets.label, has_gradient, g * targets.total, 2 * z * g)
+    # No class has the label -1, which is that of rows without one.
+    label, label_target = jnp.int32(-1), jnp.float32(0)
+    if targets.label is not None and targets.label_target is not None:
+        label, label_target = targets.label, targets.label_target
+    row_terms = RowTerms(label, has_gradient, g * targets.total, 2 * z * g)
+    dense = None
     if targets.dense is not None:
         # 0, or NaN where the label is no class.
-        terms = terms._replace(
-            weight=g + 0 * targets.total,
-            label_target=targets.label_target,
-            uniform=jnp.broadcast_to(targets.dense.t[..., 0], shape),
-        )
-    terms = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), terms)
+        nothing = 0 if targets.label is None else 0 * targets.total
+        row_terms = row_terms._replace(weight=g + nothing, label_target=label_target)
+        dense = targets.dense.t
+        if dense.shape[-1] == 1:
+            row_terms, dense = row_terms._replace(uniform=dense[..., 0]), None
+    row_terms = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), row_terms)
     known = rows.with_loss(has_loss(x, None, f.backend))  # XLA drops it where nothing needs it
-    found = _of_rows(f, x, known, terms, d_dtype)
-    state, x_label, d, gaps = found
-    with_loss = rows.with_loss(state.has_loss)
-    state, x_label, gaps = jax.tree.map(
-        lambda a: jnp.where(with_loss, a, 0), (state, x_label, gaps)
+    found = _of_rows(f, x, known, Terms(row_terms, dense), d_dtype)
+    with_loss = rows.with_loss(found.state.has_loss)
+    state, x_label, _, gaps, total = jax.tree.map(
+        lambda a: jnp.where(with_loss, a, 0), found._replace(d=None)
     )
-    label_gap = gap(targets.label_target, x_label, state.m, state.log1p_r)
-    cost = targets.label_target * label_gap
+
+    label_gap = gap(label_target, x_label, state.m, state.log1p_r)
+    cost = label_target * label_gap
     d_targets = jax.tree.map(jnp.zeros_like, targets._replace(label=None))
-    # D0 differentiated in t_k is -log q_k, which counts what t_k adds to T.
-    d_targets = d_targets._replace(label_target=g * (label_gap + state.log1p_r))
-    if targets.dense is not None:
+    if targets.label is None:
+        cost, targets = jnp.zeros_like(cost), targets._replace(total=total)
+    else:
+        # D0 differentiated in t_k is -log q_k, which counts what t_k adds to T.
+        d_targets = d_targets._replace(label_target=g * (label_gap + state.log1p_r))
+    if dense is not None:
+        cost = cost + gaps
+        of_dense = f.target_gradient(keep(with_loss, x), targets, state, Results(g, None)).dense
+        d_targets = d_targets._replace(dense=of_dense)
+    elif targets.dense is not None:
         # Where nothing is spread, no class costs anything, not even one that cannot occur.
-        cost = cost + jnp.where(terms.uniform == 0, 0, gaps)
-        of_all = gaps / spread(terms.uniform) + x.shape[-1] * state.log1p_r
+        uniform = row_terms.uniform
+        cost = cost + jnp.where(uniform == 0, 0, gaps)
+        of_all = gaps / spread(uniform) + x.shape[-1] * state.log1p_r
         d_t = jnp.sum(g * of_all).reshape(targets.dense.t.shape)
         d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
     results, _ = f.merge(Part(state, cost, None), targets)  # D0
-    return Forward(results, d, d_targets)
+    return Forward(results, found.d, d_targets)
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Array:
@@ -196,23 +232,30 @@ def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Array, Re
     return _mean(f, results, rows, share), results
 
 
-def _mean_fwd(
-    f: CrossEntropy, x: Array, rows: Rows, share: Share
-) -> tuple[tuple[Array, Results], Any]:
+def _mean_fwd(f: CrossEntropy, x: Any, rows: Any, share: Any) -> tuple[tuple[Array, Results], Any]:
+    (x, rows, share), (_, wanted, _) = values_and_wanted(x, rows, share)
     results, d, d_targets = _forward(f, x, rows, share)
     value = _mean(f, results, rows, share)
     weighed = f.weigh(results, rows.weight, share.z_loss)
+    if d_targets.dense is not None:
+        # Of targets [..., K] the gradient is computed only if it is wanted: see ``_mean_bwd``.
+        t = rows.targets.dense.t
+        d_t = d_targets.dense.t if wanted.targets.dense.t else jnp.zeros((0,))
+        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t.astype(t.dtype)))
     d_rows = Rows(d_targets, weighed.d_weight / share.divisor, None, None)
     d_z = None if weighed.d_z is None else weighed.d_z / share.divisor
     return (value, results), (d, d_rows, Share(-value / share.divisor, d_z))
 
 
 def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Share], g: Any) -> tuple[Any, ...]:
-    (d, *others), (g_mean, _) = res, g
-    # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
-    # rounded a second time.
-    d_x = (g_mean * d.astype(g_mean.dtype)).astype(d.dtype)
-    return d_x, *jax.tree.map(lambda a: g_mean * a, others)
+    g_mean = instantiate(g[0])
+
+    def times(a: Array) -> Array | None:
+        # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
+        # rounded a second time. An empty one is not wanted.
+        return None if a.shape == (0,) else (g_mean * a.astype(g_mean.dtype)).astype(a.dtype)
+
+    return jax.tree.map(times, res)
 
 
-mean.defvjp(_mean_fwd, _mean_bwd)
+mean.defvjp(_mean_fwd, _mean_bwd, symbolic_zeros=True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from sxe._arrays import AxisName, equal_shares, psum, sum_of_shares, vary_like, wide
 from sxe._backend import Backend
@@ -74,6 +74,22 @@ class RowFunction(Protocol):
 
 def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]:
     return f.merge(f.tile(x, targets), targets)
+
+
+def values_and_wanted(*inputs: Any) -> tuple[Any, Any]:
+    """The values, and whether each is differentiated, of what a rule with symbolic zeros is given.
+
+    JAX may take the structure of the residuals from another call of the same function, in which
+    other inputs were differentiated. So a rule has one structure for them, and empty arrays for
+    gradients that are not wanted.
+    """
+    leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
+    values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))
+    return jax.tree.unflatten(tree, values), jax.tree.unflatten(tree, perturbed)
+
+
+def instantiate(g: Any) -> Array:
+    return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -72,10 +72,10 @@ dense_cost.defjvp(_dense_cost_jvp, symbolic_zeros=True)
 
 def dense_targets(t: Array, axis_name: AxisName, backend: Backend) -> Dense:
     """The targets of all classes, or of a shard of them, with the parts of the sum over all."""
-    twin = cpu if backend.loops_over_rows else targets
+    twin, given, t = cpu if backend.loops_over_rows else targets, t, wide(t)
     largest, total = lax.stop_gradient(jnp.max(t, axis=-1)), jnp.sum(t, axis=-1)
     rest = twin.sum_without_largest(*lax.stop_gradient((t, largest, total)), backend)
     dense = targets.merge_dense(Dense(t, largest, rest), axis_name)
     total = psum(total, axis_name)
     rest = lax.stop_gradient(dense.rest) + (total - lax.stop_gradient(total))
-    return dense._replace(rest=rest)
+    return dense._replace(t=given, rest=rest)
