@@ -165,7 +165,7 @@ class Backend:
         if self.jax_version < (0, 11, 2):
             return f"JAX 0.11.2 or newer, got {'.'.join(map(str, self.jax_version))}"
         if not self.is_local:
-            return "rows on one device; with several devices, call it inside of jax.shard_map"
+            return "rows on one device; with several devices, use jax.shard_map or sxe.over_mesh"
         return None
 
     @property

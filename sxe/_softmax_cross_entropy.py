@@ -29,7 +29,7 @@ from sxe._arrays import (
 from sxe._backend import Backend, backend_of
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.implementation import choose
-from sxe._call.layout import Layout, join_shards
+from sxe._call.layout import Layout, join_shards, layout_of_logits
 from sxe._call.options import (
     Implementation,
     LogitsGradientOptions,
@@ -233,6 +233,9 @@ def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
     checks.check_rows(labels, options, logits.shape, class_axes)
     result = functools.partial(_result, with_gradient=with_gradient)
     layout = options.layout
+    if layout is None and options.implementation == "mosaic_gpu" and axes.is_explicit(logits):
+        # XLA divides its own programs as the types say, but no kernel.
+        layout = layout_of_logits(logits, class_axes)
     if layout is not None:
         out = reduction.result_specs(options, layout.of_rows())
         out = (out, layout.of_logits(logits.ndim, class_axes)) if with_gradient else out
@@ -360,14 +363,14 @@ def softmax_cross_entropy(
         a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
         at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
       implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": two kernels for
-        NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp" of integer labels, one
-        of them reads the logits once and writes the gradient once, in the forward pass. So a
-        cotangent other than 1 rounds a bfloat16 gradient a second time. It needs rows of a multiple
-        of 16 bytes, and with ``label_smoothing`` at most 1,024 classes and no ``class_weights``. It
-        serves no split classes, no ``where`` of classes, and not ``jax.grad`` of float16. For all
-        else the other one reads the logits once for the state of rows, and XLA computes the
-        gradient. float64, another platform, JAX before 0.11.2, and several devices outside of
-        ``jax.shard_map`` are an error. None: "xla", so far.
+        NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp", one of them reads the
+        logits once and writes the gradient once, in the forward pass. So a cotangent other than 1
+        rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes. It serves
+        no split classes, no ``where`` of classes, and not ``jax.grad`` of float16. For all else the
+        other one reads the logits once for the state of rows, and XLA computes the gradient.
+        float64, another platform, JAX before 0.11.2, and several devices are an error, unless
+        ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh divides the rows. None: "xla", so
+        far.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are Python values, static under ``jax.jit``: bind them by

@@ -1,5 +1,6 @@
 """The row kernel for GPUs: on a GPU, or else interpreted, and compiled as far as JAX alone does."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import sxe
 from sxe import _linear_softmax_cross_entropy, _softmax_cross_entropy
-from sxe._backend import Backend
+from sxe._backend import Backend, backend_of
 from sxe._rows.normalizer import normalize_tile
 
 INTERPRETS = jax.default_backend() != "gpu"
@@ -87,6 +90,172 @@ def test_it_agrees_with_the_oracle(rows, classes, dtype):
         np.testing.assert_allclose(loss, oracle.loss(*given, **options), rtol=1e-6)
         assert gradient.dtype == logits.dtype
         assert_gradient(gradient, oracle.gradient(*given, **options))
+
+
+def targets_of(kind, labels, classes):
+    """Labels or dense targets, and the options about them."""
+    rng, shape = np.random.default_rng(11), (len(labels), classes)
+    options = {}
+    if "weights" in kind:
+        options["class_weights"] = np.linspace(0.5, 2, classes, dtype=np.float32)
+    if "smoothing" in kind:
+        options["label_smoothing"] = np.float32(0.1)
+    if "dense" in kind:
+        # Of very different sizes, of any sum, and 0 for some classes.
+        labels = np.exp(rng.normal(0, 8, shape)) * (rng.random(shape) < 0.8)
+        # In float16, XLA would be as inexact with the smallest ones.
+        labels = np.where(labels < 1e-3, 0, labels / labels.sum(axis=-1, keepdims=True))
+        labels = jnp.asarray(labels, "bfloat16" if "bfloat16" in kind else "float32")
+    return labels, options
+
+
+KINDS = [
+    "smoothing",
+    "smoothing, class weights",
+    "dense",
+    "dense, bfloat16",
+    "dense, bfloat16, smoothing, class weights",
+]
+
+
+def all_slow_but(kept, cases):
+    return [each if kept(each) else pytest.param(*each, marks=pytest.mark.slow) for each in cases]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+# Of one fragment and of several, ragged, and of long rows those that are read twice in part.
+@pytest.mark.parametrize(
+    ("rows", "classes", "dtype"),
+    all_slow_but(
+        lambda case: case in ((5, 64, "bfloat16"), (3, 1064, "float32")),
+        [
+            *((5, 64, "bfloat16"), (6, 1000, "bfloat16"), (3, 392, "float32")),
+            *((2, 1064, "float16"), (3, 1064, "float32"), (3, 5000, "bfloat16")),
+            *((2, 50264, "bfloat16"), (2, 32768, "float32")),
+        ],
+    ),
+)
+def test_targets_of_classes_agree_with_the_oracle(rows, classes, dtype, kind):
+    """With a z-loss, and weights, of which one is 0."""
+    logits, labels = problem(rows, classes, dtype)
+    labels, options = targets_of(kind, labels, classes)
+    weights = np.random.default_rng(1).random(rows, np.float32) + 0.5
+    weights[1] = 0
+    for more in ({}, {"weights": weights, "z_loss": 0.01}) if classes < 2000 else ({},):
+        loss, gradient = jax.jit(kernel_gradient)(logits, labels, **options, **more)
+        given = np.asarray(logits, np.float64), np.asarray(labels)
+        np.testing.assert_allclose(loss, oracle.loss(*given, **options, **more), rtol=1e-6)
+        assert gradient.dtype == logits.dtype
+        expected = oracle.gradient(*given, **options, **more)
+        # The oracle's difference T q - t cancels, in float64.
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float64), expected, **bound(dtype) | {"atol": 1e-7}
+        )
+
+
+def targets_for_digits(classes):
+    """One class has nearly all of the target, or all have as much, or some have none."""
+    t = np.full(classes, 1e-9)
+    t[8] = 3
+    yield t
+    yield np.full(classes, 1 / classes)
+    yield np.where(np.arange(classes) % 5 == 0, np.arange(classes) / 7, 0)
+    yield np.eye(classes)[7]
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [96, pytest.param(1060, marks=pytest.mark.slow)])
+def test_its_digits_with_dense_targets(classes):
+    by_kernel = jax.jit(functools.partial(kernel_gradient, reduction="sum"))
+    for x in np.array(list(exact_rows(classes)), np.float32):
+        for t in np.array(list(targets_for_digits(classes)), np.float32):
+            loss, (gradient,) = by_kernel(jnp.asarray(x)[None], jnp.asarray(t)[None])
+            if np.isinf(x[t > 0]).any():  # a class that has a target cannot occur
+                assert loss == np.inf
+                continue
+            exact, _ = oracle.exact_row(x, t)
+            assert oracle.relative_error(loss, exact) < 1e-6 if exact > 1e-30 else loss < 1e-29
+            assert max(oracle.gradient_errors(np.asarray(gradient), x, t)) < 2e-5
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [64, pytest.param(1064, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivatives_by_dense_targets(classes, dtype):
+    """First and second ones, with a row that does not count and holds NaN, and with weights."""
+    rng = np.random.default_rng(12)
+    x, t = rng.standard_normal((5, classes)), rng.random((5, classes))
+    x[1], t[1] = np.nan, np.nan
+    where, weights = np.arange(5) != 1, rng.random(5, np.float32) + 0.5
+    v = jnp.asarray(rng.standard_normal((5, classes)), jnp.float32)
+    given = jnp.asarray(x, jnp.float32), jnp.asarray(t, dtype), jnp.asarray(weights)
+
+    def found(f):
+        def loss(x, t, w):
+            return jnp.sin(f(x, t, weights=w, where=where, z_loss=0.01))
+
+        def curvature(x, t, w):
+            d_x, d_t = jax.grad(loss, (0, 1))(x, t, w)
+            return jnp.sum(jnp.where(where[:, None], v * (d_x + d_t.astype(d_x.dtype)), 0))
+
+        by_each = (0, 1, 2)
+        return loss(*given), jax.grad(loss, by_each)(*given), jax.grad(curvature, by_each)(*given)
+
+    ours, xla = (jax.tree.leaves(found(f)) for f in (kernel_loss, sxe.softmax_cross_entropy))
+    for a, b in zip(ours, xla, strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(b).all()
+        assert np.any(b)
+        tolerance = 1e-5 if dtype == "float32" else 2e-2
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("classes", [64, pytest.param(1064, marks=pytest.mark.slow)])
+def test_dense_targets_that_are_not_finite(classes, bad):
+    """Their row is NaN, and no other."""
+    logits, labels = problem(3, classes, "float32")
+    targets = jax.nn.one_hot(labels, classes).at[1, 5].set(bad)
+    loss, gradient = kernel_gradient(logits, targets)
+    assert jnp.isnan(loss)
+    assert jnp.isnan(gradient[1]).all()
+    others = jnp.array([0, 2])
+    expected = kernel_gradient(logits, labels)[1][others]
+    np.testing.assert_allclose(gradient[others], expected, rtol=2e-5, atol=1e-30)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("mapped", ["logits", "targets", "both", "class weights"])
+def test_examples_with_targets_of_classes(mapped):
+    """Of vmap, in which one kernel has the rows of all examples."""
+    rng = np.random.default_rng(13)
+    x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
+    t = jnp.asarray(rng.random((2, 3, 64)), jnp.float32)
+    c, y = jnp.asarray(rng.random((2, 64)), jnp.float32), jnp.array([3, 60, 7])
+    axes = {"logits": (0, None), "targets": (None, 0), "both": (0, 0), "class weights": (None, 0)}
+
+    def gradient(f, x, second):
+        if mapped == "class weights":
+            return jax.grad(lambda x: f(x, y, class_weights=second, label_smoothing=0.2))(x)
+        return jax.grad(f)(x, second)
+
+    given = (
+        x if mapped in ("logits", "both") else x[0],
+        c if mapped == "class weights" else t if mapped != "logits" else t[0],
+    )
+    ours, xla = (
+        jax.vmap(functools.partial(gradient, f), axes[mapped])(*given)
+        for f in (kernel_loss, sxe.softmax_cross_entropy)
+    )
+    np.testing.assert_allclose(ours, xla, rtol=2e-5, atol=1e-7)
 
 
 @needs_pallas
@@ -291,8 +460,10 @@ OPTIONS = [
     {"label_smoothing": np.float32(0.1)},
     {"label_smoothing": np.float32(0.1), "ignore_index": 3, "class_weights": "classes"},
     {"where": "classes"},
+    {"label_smoothing": np.float32(0.1), "class_weights": "classes", "axis": 0},
     {"labels": "dense"},
     {"labels": "dense", "where": np.array([[True, False], [True, True], [False, True]])},
+    {"labels": "dense", "label_smoothing": np.float32(0.1), "class_weights": "classes"},
     {"rule": "jvp", "ignore_index": 3},
     {"rule": "autodiff", "ignore_index": 3},
 ]
@@ -302,7 +473,9 @@ FLOATS = ("weights", "class_weights", "z_loss", "label_smoothing")
 @needs_pallas
 @pytest.mark.usefixtures("backend")
 # One kernel for state and gradient; and the state's, which some of the options take anyway.
-@pytest.mark.parametrize("classes", [64, pytest.param(67, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "classes", [64, *(pytest.param(k, marks=pytest.mark.slow) for k in (67, 1064))]
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "none")
 def test_options_as_without_it(options, classes):
     """Values, metrics and the gradient for all that has one, times a cotangent."""
@@ -346,6 +519,7 @@ HEAD_OPTIONS = [
     {"weights": np.array([1.5, 0, 0.25, 2, 3], np.float32), "ignore_index": 3},
     {"z_loss": np.float32(0.01), "ignore_index": 3, "class_weights": "classes"},
     {"label_smoothing": np.float32(0.1), "ignore_index": 3},
+    {"label_smoothing": np.float32(0.1), "ignore_index": 3, "class_weights": "classes"},
     {"bias": "classes", "logit_scale": np.float32(0.7), "softcap": np.float32(5)},
     {"reduction": "none", "ignore_index": 3, "class_weights": "classes"},
     {"reduction": "none", "bias": "classes", "where": np.arange(5) % 2 == 0},
@@ -543,9 +717,8 @@ def test_examples_of_vmap_share_one_state_kernel():
 @needs_pallas
 @pytest.mark.usefixtures("backend")
 def test_shards_of_the_classes():
-    mesh = jax.make_mesh((2,), ("c",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((2,), ("c",), axis_types=(AxisType.Auto,))
     logits, labels = problem(5, 80, "float32")
-    P = jax.sharding.PartitionSpec
     loss = functools.partial(kernel_loss, axis_name="c")
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(None, "c"), P()), out_specs=P())
     ours = jax.jit(jax.value_and_grad(sharded))(logits, labels)
@@ -727,11 +900,9 @@ def test_it_lowers_under_transformations():
             logits, labels
         )
 
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.PartitionSpec("d")
-    sharded = jax.shard_map(
-        of_shard, mesh=mesh, in_specs=rows, out_specs=(jax.sharding.PartitionSpec(), rows)
-    )
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    rows = P("d")
+    sharded = jax.shard_map(of_shard, mesh=mesh, in_specs=rows, out_specs=(P(), rows))
     checkpointed = jax.grad(jax.checkpoint(kernel_loss))
     for f in (sharded, checkpointed):
         assert "@mosaic_gpu" in lowered(f, 256)
@@ -746,7 +917,7 @@ def test_it_lowers_over_a_mesh_of_gpus(loss, classes):
     mesh = jax.sharding.AbstractMesh(
         (2, 4),
         ("data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        axis_types=(AxisType.Auto,) * 2,
         abstract_device=device,
     )
     sharded = sxe.over_mesh(loss, mesh, batch="data", classes=classes)
@@ -763,3 +934,66 @@ def test_it_lowers_over_a_mesh_of_gpus(loss, classes):
     )
     with here, pytest.raises(ValueError, match=needed):
         jax.eval_shape(functools.partial(loss, implementation="mosaic_gpu"), *shapes, labels)
+
+
+@needs_pallas
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("split", [P("data"), P("data", "model"), P(None, "model"), P()])
+@pytest.mark.parametrize("loss", [sxe.softmax_cross_entropy, sxe.linear_softmax_cross_entropy])
+def test_it_lowers_for_gpus_of_an_explicit_mesh(loss, split, reduction):
+    """Types say what each device has, so that no shard_map has to be written."""
+    device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh(
+        (2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device
+    )
+
+    def shape(size, dtype, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    rows, classes = (*split, None, None)[:2]
+    if loss is sxe.softmax_cross_entropy:
+        arrays = [shape((64, 4096), jnp.bfloat16, rows, classes)]
+    else:
+        arrays = [
+            shape((64, 16), jnp.bfloat16, rows),
+            shape((16, 4096), jnp.bfloat16, None, classes),
+        ]
+
+    def total(*given):
+        return jnp.sum(loss(*given, implementation="mosaic_gpu", reduction=reduction))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(total)).trace(*arrays, shape((64,), jnp.int32, rows))
+    assert "@mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert jax.typeof(traced.out_info[1]) == jax.typeof(arrays[0])
+
+
+@needs_pallas
+@pytest.mark.parametrize("split", [P("data", None), P("data", "model"), P(None, None)])
+def test_rows_and_classes_that_an_explicit_mesh_splits(split, monkeypatch):
+    """By the state kernel: the interpreter has no barriers on several devices at once."""
+    monkeypatch.setattr(
+        _softmax_cross_entropy,
+        "backend_of",
+        lambda *given: dataclasses.replace(
+            backend_of(*given), platform="gpu", interprets_kernels=INTERPRETS
+        ),
+    )
+    logits, labels = problem(8, 64, "float32")
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(logits, jax.NamedSharding(mesh, split))
+        labels = jax.device_put(labels, jax.NamedSharding(mesh, P(split[0])))
+
+        def found(f):
+            loss = lambda x: jnp.sum(jnp.sin(f(x, labels, reduction="none")))  # noqa: E731
+            return jax.value_and_grad(loss)(logits)
+
+        for a, b in zip(found(kernel_loss), found(sxe.softmax_cross_entropy), strict=True):
+            assert jax.typeof(a) == jax.typeof(b)
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+        swapped = logits.reshape(8, 8, 8, out_sharding=P(split[0], None, split[1]))
+        if split[1] is not None:
+            with pytest.raises(ValueError, match="expected class axes of which at most the first"):
+                kernel_loss(swapped, labels, axis=(1, 2))

@@ -151,8 +151,10 @@ class Layout(NamedTuple):
                 )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
-        # No mesh axis is left to divide anything, or by their types no input is split.
-        if not names or (self.kinds == (AxisType.Explicit,) and not self._used):
+        # No mesh axis is left to divide anything, or by their types no input is split. A kernel for
+        # GPUs needs shard_map all the same.
+        needs_split = self.kinds == (AxisType.Explicit,) and options.implementation != "mosaic_gpu"
+        if not names or (needs_split and not self._used):
             return result(inputs)
         if mapped := vmap_axes(batch_axis_name):
             raise ArgumentValueError(
@@ -180,6 +182,23 @@ class Layout(NamedTuple):
             for axes in spec
         ]
         return jax.reshard(x, NamedSharding(self.mesh, PartitionSpec(*known)))
+
+
+def layout_of_logits(logits: Array, class_axes: tuple[int, ...]) -> Layout:
+    """The layout that the type of logits has, on an explicit mesh."""
+    split = sharding(logits)
+    rows = tuple(axes for i, axes in enumerate(split) if i not in class_axes)
+    layout = Layout(
+        jax.typeof(logits).sharding.mesh, rows, split[class_axes[0]], kinds=(AxisType.Explicit,)
+    )
+    spec = layout.of_logits(logits.ndim, class_axes)
+    if split != tuple(spec):
+        raise ArgumentValueError(
+            "logits",
+            f"expected class axes of which at most the first, {class_axes[0]}, is split by the "
+            f"mesh, got {jax.typeof(logits)}; use jax.reshard(logits, {spec})",
+        )
+    return layout
 
 
 def layout_of(hidden: Array, kernel: Array) -> Layout:

@@ -226,7 +226,10 @@ def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Array, Re
 
     The gradient kernel makes them where the mean is differentiated.
     """
-    results, state = results_and_state(f, x, rows.targets)
+    targets = rows.targets
+    if targets.dense is not None:
+        targets = targets._replace(dense=targets.dense._replace(t=wide(targets.dense.t)))
+    results, state = results_and_state(f, x, targets)
     with_loss = rows.with_loss(state.has_loss)
     results = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), results)
     return _mean(f, results, rows, share), results
