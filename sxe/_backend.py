@@ -155,6 +155,11 @@ class Backend:
         return 2 if self.platform == "gpu" else 1
 
     @property
+    def reads_of_dense_cost(self) -> int:
+        """How often XLA reads logits from memory for what their dense targets cost, likewise."""
+        return 1 if self.platform == "gpu" else 0
+
+    @property
     def needs_for_row_kernels(self) -> str | None:
         """What the row kernels for GPUs would need instead of this backend, or None.
 

@@ -338,19 +338,25 @@ def of_head(rows, hidden, classes, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])
-def test_the_head_reads_the_logits_of_a_chunk_three_times(compiled, dtype, gradient):
-    """Beside them it writes their gradient, which two products read."""
+@pytest.mark.parametrize("option", [{}, {"label_smoothing": 0.1}], ids=["label", "smoothing"])
+def test_how_often_the_head_reads_the_logits_of_a_chunk(compiled, dtype, gradient, option):
+    """For their maximum, for their sums, for what their targets cost, and for their gradient.
+
+    Two products read the gradient.
+    """
     sizes = (4096, 384, 32768)
-    plan = sxe.plan(*sizes, dtype, backend="gpu")
+    plan = sxe.plan(*sizes, dtype, backend="gpu", options=tuple(option))
     assert plan.chunks > 1
-    f = jax.value_and_grad(sxe.linear_softmax_cross_entropy, (0, 1))
-    program = compiled(f, *of_head(*sizes, dtype))
+    loss = functools.partial(sxe.linear_softmax_cross_entropy, **option)
+    program = compiled(jax.value_and_grad(loss, (0, 1)), *of_head(*sizes, dtype))
     reading, multiplied = Pass("fusion", ("f32",), ()), Pass("fusion", (gradient,), ())
     assert passes(program.as_text(), plan.chunk_size * sizes[2]) == [
         Pass("fusion", (), ("f32",)),
-        *(reading, reading, Pass("fusion", ("f32",), (gradient,))),
+        *(2 + len(option)) * [reading],
+        Pass("fusion", ("f32",), (gradient,)),
         *(multiplied, multiplied),
     ]
+    assert ("four times" if option else "three times") in plan.reason
 
 
 @pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])

@@ -209,7 +209,9 @@ SIZES_OF_KERNELS = [
     # Sizes, options of the plan, how often the functions of rows read a chunk's logits.
     ((4096, 384, 32768), {}, 1),
     ((4096, 384, 32768), {"options": ("where",)}, 1),
-    ((4096, 384, 32768), {"options": ("label_smoothing",)}, 2),
+    ((4096, 384, 32768), {"options": ("label_smoothing",)}, 1),
+    ((4096, 384, 32768), {"options": ("softcap",)}, 2),
+    ((4096, 384, 32768), {"options": ("softcap", "label_smoothing")}, 3),
     ((4096, 384, 32768), {"reduction": "none"}, 2),
     ((4096, 384, 32768), {"differentiate": ()}, 1),
     ((4096, 384, 50257), {}, 2),
@@ -226,10 +228,12 @@ def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
     by_xla = sxe.plan(*sizes, "bfloat16", **options, backend="gpu")
     plan = sxe.plan(*sizes, "bfloat16", **options, backend="gpu", implementation="mosaic_gpu")
     assert (by_xla.implementation, plan.implementation) == ("xla", "mosaic_gpu")
-    assert ["once", "twice", "three times"][reads - 1] in plan.reason
+    times = ("once", "twice", "three times", "four times")
+    assert times[reads - 1] in plan.reason
     assert ("left to XLA" in plan.reason) == (sizes[2] < 32)
     reads_of_xla = 2 if options.get("differentiate") == () else 3
-    assert ["twice", "three times"][reads_of_xla - 2] in by_xla.reason
+    reads_of_xla += "label_smoothing" in options.get("options", ())
+    assert times[reads_of_xla - 1] in by_xla.reason
     rows, classes = sizes[0], sizes[2] // math.prod(options.get("mesh", {}).values())
     saved = 4 * rows * classes * (reads_of_xla - reads)
     assert by_xla.traffic_bytes - plan.traffic_bytes == saved

@@ -118,24 +118,27 @@ KINDS = [
 ]
 
 
-def all_slow_but(kept, cases):
-    return [each if kept(each) else pytest.param(*each, marks=pytest.mark.slow) for each in cases]
+# Of one fragment and of several, ragged, and of long rows those that are read twice in part.
+SIZES_OF_TARGETS = [
+    *((5, 64, "bfloat16"), (6, 1000, "bfloat16"), (3, 392, "float32")),
+    *((2, 1064, "float16"), (3, 1064, "float32"), (3, 5000, "bfloat16")),
+    *((2, 50264, "bfloat16"), (2, 32768, "float32")),
+]
+QUICK = [
+    *((5, 64, "bfloat16", kind) for kind in ("smoothing, class weights", "dense, bfloat16")),
+    *((3, 1064, "float32", kind) for kind in ("smoothing", "dense")),
+]
 
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("kind", KINDS)
-# Of one fragment and of several, ragged, and of long rows those that are read twice in part.
 @pytest.mark.parametrize(
-    ("rows", "classes", "dtype"),
-    all_slow_but(
-        lambda case: case in ((5, 64, "bfloat16"), (3, 1064, "float32")),
-        [
-            *((5, 64, "bfloat16"), (6, 1000, "bfloat16"), (3, 392, "float32")),
-            *((2, 1064, "float16"), (3, 1064, "float32"), (3, 5000, "bfloat16")),
-            *((2, 50264, "bfloat16"), (2, 32768, "float32")),
-        ],
-    ),
+    ("rows", "classes", "dtype", "kind"),
+    [
+        pytest.param(*size, kind, marks=() if (*size, kind) in QUICK else pytest.mark.slow)
+        for size in SIZES_OF_TARGETS
+        for kind in KINDS
+    ],
 )
 def test_targets_of_classes_agree_with_the_oracle(rows, classes, dtype, kind):
     """With a z-loss, and weights, of which one is 0."""
@@ -157,9 +160,10 @@ def test_targets_of_classes_agree_with_the_oracle(rows, classes, dtype, kind):
 
 def targets_for_digits(classes):
     """One class has nearly all of the target, or all have as much, or some have none."""
-    t = np.full(classes, 1e-9)
-    t[8] = 3
-    yield t
+    for most in (7, 8):  # the largest logit's, and another one's
+        t = np.full(classes, 1e-9)
+        t[most] = 3
+        yield t
     yield np.full(classes, 1 / classes)
     yield np.where(np.arange(classes) % 5 == 0, np.arange(classes) / 7, 0)
     yield np.eye(classes)[7]
@@ -523,6 +527,8 @@ HEAD_OPTIONS = [
     {"bias": "classes", "logit_scale": np.float32(0.7), "softcap": np.float32(5)},
     {"reduction": "none", "ignore_index": 3, "class_weights": "classes"},
     {"reduction": "none", "bias": "classes", "where": np.arange(5) % 2 == 0},
+    {"reduction": "none", "label_smoothing": np.float32(0.1), "ignore_index": 3},
+    {"bias": "classes", "label_smoothing": np.float32(0.1), "ignore_index": 3},
     {"labels": "dense", "where": np.arange(5) % 2 == 0},
 ]
 

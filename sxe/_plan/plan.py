@@ -370,7 +370,7 @@ def _plan(
 
 def _reason(work: Work) -> str:
     """Why it has its implementation, and how often a chunk's logits are read for it."""
-    reads = {1: "once", 2: "twice", 3: "three times"}[work.reads_of_logits]
+    reads = ("once", "twice", "three times", "four times")[work.reads_of_logits - 1]
     if not work.backend.uses_row_kernels:
         return f"XLA, unless the kernels are asked for; a chunk's logits are read {reads}"
     if work.makes_gradient_with_state:

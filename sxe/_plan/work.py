@@ -95,7 +95,8 @@ class Work:
             return 1
         by_kernel = self.backend.uses_row_kernels and has_state_kernel(self.classes)
         of_state = 1 if by_kernel else self.backend.reads_of_state
-        return of_state + (self.path is not None)
+        of_cost = self.backend.reads_of_dense_cost * ("label_smoothing" in self.options)
+        return of_state + of_cost + (self.path is not None)
 
     @property
     def computes_logits_again(self) -> bool:

@@ -257,7 +257,6 @@ def long_rows(launch: Launch, given: Given, scratch: tuple[Any, ...], *, interpr
         if rings:
             largest, others = _merge_warps_targets(parts, turn, warps)
             found.total[row] = largest + others
-            g += 0 * (largest + others)  # NaN, where a target is not finite
         scales = g / (1 + r), g_lse / (1 + r)
         scale = (g + g_lse) / (1 + r)
         kept = plgpu.layout_cast(jnp.full(fragment, has_gradient, jnp.int32), layout) != 0

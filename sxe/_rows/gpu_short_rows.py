@@ -134,7 +134,6 @@ def short_rows(launch: Launch, given: Given, scratch: tuple[Any, ...]) -> None:
             largest, others = merge_targets(*lanes)
             store(found.total.at[rows_of(i)], largest + others)
             largest, others = wide(largest), wide(others)
-            g = g + 0 * (largest + others)  # NaN, where a target is not finite
         scales, gap = (g / (1 + r), g_lse * (m + log1p_r) / (1 + r)), zero
         for j, e in enumerate(es):
             is_label = k == label - j * width
