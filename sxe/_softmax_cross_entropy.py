@@ -74,9 +74,10 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
     """The logits [..., K], and the rows of the call.
 
-    The gradient kernel finds itself which rows of weight 0 have a loss. Here that is needed for the
-    derivatives of the weights alone, so that XLA drops the read where nothing differentiates them.
-    It also takes dense targets as they were given, if it can: XLA would write a copy.
+    The gradient kernel finds itself which rows of weight 0 have a loss. Here only the derivatives
+    of the weights need that, so that XLA drops the read where nothing differentiates them. The
+    kernel takes dense targets in the dtype in which they were given, and not masked, because XLA
+    would write a copy.
     """
     logits, labels, options = inputs
     finite = None
@@ -188,13 +189,11 @@ def _is_dense(labels: Array) -> bool:
 def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
     """Of targets for each class as the gradient kernel reads them, or None where it reads none."""
     labels, options = inputs.labels, inputs.options
-    is_changed = options.label_smoothing is not None and options.class_weights is not None
-    if _is_dense(labels):
-        is_changed = options.label_smoothing is not None or options.class_weights is not None
-        if not is_changed and labels.dtype in (jnp.bfloat16, jnp.float16):
-            return labels.dtype
-        return jnp.float32
-    return jnp.float32 if is_changed else None
+    smooths, weighs = options.label_smoothing is not None, options.class_weights is not None
+    if not _is_dense(labels):
+        return jnp.float32 if smooths and weighs else None
+    is_served = labels.dtype in (jnp.bfloat16, jnp.float16)
+    return labels.dtype if is_served and not (smooths or weighs) else jnp.float32
 
 
 def _result_of_kernel(

@@ -151,8 +151,8 @@ class Layout(NamedTuple):
                 )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
-        # No mesh axis is left to divide anything, or by their types no input is split. A kernel for
-        # GPUs needs shard_map all the same.
+        # Nothing has to be divided: no mesh axis is left, or by their types no input is split. A
+        # kernel for GPUs needs a shard_map even then.
         needs_split = self.kinds == (AxisType.Explicit,) and options.implementation != "mosaic_gpu"
         if not names or (needs_split and not self._used):
             return result(inputs)

@@ -127,8 +127,8 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool =
         x = transform(u, shared.transform)
         mask = rows.with_loss(has_loss(x, head.f.axis_name, head.f.backend))
     kept = keep(mask, u)
-    # For a kernel, masking u would make XLA write a copy of it, so that gradients are masked. Where
-    # rows share targets, whose gradient is a sum over all rows, XLA needs a masked u.
+    # For a kernel XLA would write a masked copy of u, so that gradients are masked instead. The
+    # exception is XLA's gradient for targets that rows share, a sum over all rows.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
     x, found = transform(kept if late_mask is None else u, shared.transform), None

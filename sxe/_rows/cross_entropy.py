@@ -57,6 +57,12 @@ class Part(NamedTuple):
     target: Array | None
 
 
+def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> Array:
+    """(1 + r) (T q - t): D7 times 1 + r, from e = exp(x - m), t, and T - t."""
+    t, others = t_and_others
+    return e * others - t * ((1 - e) + r)
+
+
 def row_gradient(
     x: Array, t: tuple[Array | None, Array], state: Normalizer, g: Results, backend: Backend
 ) -> Array:
@@ -71,7 +77,7 @@ def row_gradient(
     if t_here is None:
         d = t_elsewhere * g_loss
         return e * ((d if g_lse is None else d + g_lse) / (1 + r))
-    d = (e * t_elsewhere - t_here * ((1 - e) + r)) * g_loss
+    d = scaled_difference(e, (t_here, t_elsewhere), r) * g_loss
     return (d if g_lse is None else d + e * g_lse) / (1 + r)
 
 

@@ -3,21 +3,24 @@
 For logits x [N, K], targets t [N, K] and weights w [N], one launch computes of each row
 
     (m, r)              the state of ``normalizer``
-    w (T q_l - t_l)     the gradient, line D7, and with a z-loss the whole of it
+    w (T q_l - t_l)     the gradient, line D7. A z-loss adds its own.
 
-and what else the loss needs: of a label its logit, and of targets of other classes the sum of what
-they cost. Where only a label has a target, it reads no targets.
+It also finds the label's logit, and of targets of other classes the sum of what they cost. Where
+only a label has a target, no array of targets is read.
 
 A row that fits on the chip is read from memory once, and its gradient is written once. Of a row
-that does not fit there, each warpgroup reads its first blocks again, soon enough that they are
-still in the L2 cache: of bfloat16 rows of 131,072 classes, 64 of 256 KiB on each of 132
-multiprocessors, together 8 MiB. Of float32 rows they are 320 of 512 KiB, or 336 where the gradient
-is narrower, together 41 or 43 MiB. That cache holds about as much.
+that does not fit there, each warpgroup reads its first blocks a second time, soon enough that they
+should still be in the L2 cache, which has 50 MiB. On 132 multiprocessors together, of rows of
 
-Targets of classes are read with the logits, and take their part of the chip. Of bfloat16 rows with
-float32 targets, up to 32,768 classes are read once. Of 50,264 classes, 144 of 295 KiB are read
-again, together 19 MiB. Of 131,072 classes they would be 576 of 768 KiB, together 74 MiB, so that a
-part comes from memory twice; with bfloat16 targets they are 320 of 512 KiB, together 41 MiB.
+    131,072 classes, bfloat16                           64 of 256 KiB are read again,     8 MiB
+    131,072 classes, float32                           320 of 512 KiB                    41 MiB
+    131,072 classes, float32, bfloat16 gradient        336 of 512 KiB                    43 MiB
+     50,264 classes, bfloat16, float32 targets         144 of 295 KiB                    19 MiB
+    131,072 classes, bfloat16, bfloat16 targets        320 of 512 KiB                    41 MiB
+    131,072 classes, bfloat16, float32 targets         576 of 768 KiB                    74 MiB
+
+The last ones do not fit, so that a part of them comes from memory twice. Shorter rows of each kind
+are read once: of bfloat16 with float32 targets, those of up to 32,768 classes.
 
 A program of the grid is a CUDA block.
 """
@@ -33,7 +36,7 @@ from sxe._rows.gpu_choice import SHORT_CLASSES, VECTOR_BYTES
 from sxe._rows.gpu_lanes import WARPS, run
 from sxe._rows.gpu_long_rows import long_launch, long_rows, long_scratch
 from sxe._rows.gpu_short_rows import short_launch, short_rows, short_scratch
-from sxe._rows.gpu_terms import Bytes, Found, Given, RowTerms
+from sxe._rows.gpu_terms import Found, ItemSizes, Refs, RowTerms
 from sxe._rows.normalizer import Normalizer
 
 
@@ -60,18 +63,21 @@ def state_and_gradient(
     is_short, d = K <= SHORT_CLASSES, jax.ShapeDtypeStruct(x.shape, d_dtype)
     sizes = N, K, VECTOR_BYTES // x.dtype.itemsize
     dense_dtype = None if dense is None else dense.dtype
-    of = Bytes(x.dtype.itemsize, d.dtype.itemsize, dense_dtype.itemsize if dense_dtype else 0)
+    of_dense = 0 if dense_dtype is None else dense_dtype.itemsize
+    itemsizes = ItemSizes(x.dtype.itemsize, d.dtype.itemsize, of_dense)
     is_label_alone, pad = terms.label_target is None, 0
     if is_short:
-        launch = short_launch(*sizes, cores=cores, of=of)
-        scratch = short_scratch(launch, x.dtype, dense_dtype)
+        launch = short_launch(*sizes, cores=cores, itemsizes=itemsizes)
+        of_program: Any = short_scratch(launch, x.dtype, dense_dtype)
         # Short rows come four at a time, so that the arrays of rows are padded to a multiple of it.
         pad = -N % WARPS
         if dense is not None and len(dense) < N:
             dense = jnp.broadcast_to(dense, (WARPS, K))
     else:
-        launch = long_launch(*sizes, cores=cores, of=of, is_label_alone=is_label_alone)
-        scratch = long_scratch(launch, x.dtype, dense_dtype, d.dtype)
+        launch = long_launch(
+            *sizes, cores=cores, itemsizes=itemsizes, is_label_alone=is_label_alone
+        )
+        of_program = long_scratch(launch, x.dtype, dense_dtype, d.dtype)
     terms = terms._replace(has_gradient=terms.has_gradient.astype(jnp.int32))
     terms = jax.tree.map(lambda a: jnp.pad(a, (0, pad)), terms)
     each: Any = jax.ShapeDtypeStruct((N + pad,), jnp.float32)
@@ -81,14 +87,16 @@ def state_and_gradient(
         gap = each if is_short else jax.ShapeDtypeStruct((N, WARPS * launch.groups), jnp.float32)
         total = None if dense is None else each
     outputs = Found(Normalizer(each, each), each, d, gap, total)
-    arrays, structure = jax.tree.flatten(Given(x, dense, terms, outputs))
+    arrays, structure = jax.tree.flatten(Refs(x, dense, terms, outputs))
+    scratch, structure_of_scratch = jax.tree.flatten(of_program)
 
     def body(*refs: Any) -> None:
-        given = jax.tree.unflatten(structure, refs[: len(arrays)])
+        in_memory = jax.tree.unflatten(structure, refs[: len(arrays)])
+        shared = jax.tree.unflatten(structure_of_scratch, refs[len(arrays) :])
         if is_short:
-            short_rows(launch, given, refs[len(arrays) :])
+            short_rows(launch, in_memory, shared)
         else:
-            long_rows(launch, given, refs[len(arrays) :], interpret=interpret)
+            long_rows(launch, in_memory, shared, interpret=interpret)
 
     results = run(
         body,
@@ -96,7 +104,7 @@ def state_and_gradient(
         results=jax.tree.leaves(outputs),
         grid={"program": launch.programs},
         groups=launch.groups,
-        scratch=scratch,
+        scratch=tuple(scratch),
         interpret=interpret,
     )
     found = jax.tree.unflatten(jax.tree.structure(outputs), results)

@@ -60,7 +60,7 @@ def run(
 
 
 def fragment_layout(vector: int) -> Any:
-    """Of [4, 32 vectors]: each warp has a row, and each lane a vector of it."""
+    """Of an array [4, 32 vector]: each warp has a row, each lane ``vector`` neighbours of it."""
     fragment = WARPS, LANES * vector
     return plgpu.Layout.TILED(plgpu.Tiling((fragment, (vector,))), (-3,), (-2,), -1)
 
@@ -107,7 +107,7 @@ def nan_where_infinite(m: Array, r: Array) -> Array:
 
 
 def store(ref: Any, of_rows: Array) -> None:
-    """Four numbers, fewer than JAX 0.12 writes to memory without being told to."""
+    """Writes four numbers. JAX 0.12 does not write so few unless it is told to."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, of_rows, optimized=False)
     else:

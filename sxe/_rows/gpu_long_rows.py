@@ -3,14 +3,18 @@
 A block is some classes of a row. Blocks go through a ring of slots in shared memory. A slot is
 filled by a bulk copy, read twice, overwritten with the gradient, and emptied by a bulk copy. It
 then takes the next block at once, which may be of the next row, so that memory is read and written
-at all times. A gradient that is narrower than the logits has slots of its own. Targets of classes
-have slots beside those of the logits, which are filled at the same time.
+at all times. If a row has more blocks than there are slots, the first ones are read once, give
+their slots to others, and are filled in again.
+
+A gradient that is narrower than the logits has slots of its own. Targets of classes have slots
+beside those of the logits, which are filled at the same time.
 
 What crosses warps goes through shared memory: see ``gpu_lanes``.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,68 +33,302 @@ from sxe._rows.gpu_lanes import (
     store,
 )
 from sxe._rows.gpu_terms import (
-    Bytes,
-    Given,
+    ItemSizes,
     Launch,
+    Refs,
     add_target,
-    dense_gap,
+    dense_cost,
     gradient,
     merge_targets,
-    scratch,
+    rings_and_barrier,
     uniform_gap,
 )
 
-BLOCK_BYTES = 8192  # of a row, for one bulk copy
+BLOCK_BYTES = 8192  # of the logits of a block, and so of a bulk copy
 TWO_ROWS_VECTORS = 4096  # a multiprocessor holds two rows of so many, and slots for the next ones
-RING_BYTES = 55 * 1024  # of one of four warpgroups, which share 227 KiB
-MOST_SLOTS = 8  # of a ring
+HALF_RING_BYTES = 32 * 1024  # of one of six warpgroups, of two programs on a multiprocessor
+RING_BYTES = 55 * 1024  # of one of four warpgroups, whose program may have 227 KiB
+MOST_SLOTS = 8  # of a ring, so that four of them have the 32 barriers that Pallas allows
 LOG2_E = 1.4426950408889634
 
 
 def long_launch(
-    rows: int, classes: int, vector: int, *, cores: int, of: Bytes, is_label_alone: bool
+    rows: int,
+    classes: int,
+    vector: int,
+    *,
+    cores: int,
+    itemsizes: ItemSizes,
+    is_label_alone: bool,
 ) -> Launch:
     """How long rows are divided.
 
-    A multiprocessor has 227 KiB of shared memory, and 65,536 registers for all threads. A thread
-    takes 72 where a label alone has a target, and up to 96 where other classes have one.
+    A multiprocessor has 65,536 registers for all threads. A thread takes 72 where a label alone has
+    a target, and up to 120 where other classes have one.
     """
-    size, narrows, slot_bytes = WARPS * LANES * vector, of.d != of.x, of.x + of.dense
-    # Two programs on a multiprocessor hide each other's waiting, if it holds the rows of both: six
-    # warpgroups together, each with a ring of 32 KiB. One program has four.
-    if is_label_alone and not narrows and classes <= TWO_ROWS_VECTORS * vector:
-        per_core, groups, ring_bytes, block_bytes = 2, 3, 32 * 1024, BLOCK_BYTES
-    else:
-        per_core, groups, ring_bytes, block_bytes = 1, 4, RING_BYTES, BLOCK_BYTES
-    if narrows:
-        block_bytes = 3 * BLOCK_BYTES // 4
-    if of.dense:
+    narrows = itemsizes.d != itemsizes.x
+    fits_twice = classes <= TWO_ROWS_VECTORS * vector
+    per_core, groups, ring_bytes, block_bytes = 1, 4, RING_BYTES, BLOCK_BYTES
+    # With more arrays in a slot, smaller blocks leave several slots to each warpgroup.
+    if itemsizes.dense:
         block_bytes = BLOCK_BYTES // 2
+    elif narrows:
+        block_bytes = 3 * BLOCK_BYTES // 4
+    elif is_label_alone and fits_twice:
+        # Two programs on a multiprocessor hide each other's waiting.
+        per_core, groups, ring_bytes = 2, 3, HALF_RING_BYTES
+    size = WARPS * LANES * vector
     block = min(block_bytes * vector // VECTOR_BYTES, classes // size * size)
-    ring_bytes -= 2 * block * of.d if narrows else 0
-    slots = min(ring_bytes // (block * slot_bytes), MOST_SLOTS)
+    if narrows:
+        ring_bytes -= 2 * block * itemsizes.d
+    slots = min(ring_bytes // (block * (itemsizes.x + itemsizes.dense)), MOST_SLOTS)
     programs = min(rows, per_core * cores)
     return Launch(rows, classes, vector, programs, groups, slots, (block,), narrows)
 
 
+class _Scratch(NamedTuple):
+    """What a program has in shared memory.
+
+    Attributes:
+      parts: what warps know of a row: [2, number of statistics, warps]. It is written anew for each
+        row, in turns, so that what the row before left may still be read.
+      met: the barrier at which all warpgroups have written their parts.
+      filled: a barrier for each slot.
+      x, dense: the slots of logits, and of targets, or None.
+      d: the slots of the gradient, if they are not those of the logits, or None.
+    """
+
+    parts: Any
+    met: Any
+    filled: Any
+    x: Any
+    dense: Any
+    d: Any
+
+
 def long_scratch(
     launch: Launch, dtype: DTypeLike, dense: DTypeLike | None, d_dtype: DTypeLike
-) -> tuple[Any, ...]:
-    """What warpgroups tell each other, slots of the gradient if it has its own, and the rings."""
+) -> _Scratch:
     statistics = 2 if dense is None else 4
-    parts = plgpu.SMEM((2, statistics, WARPS * launch.groups), jnp.float32)
-    met = plgpu.Barrier(num_arrivals=launch.groups)
-    of_d = (plgpu.SMEM((2 * launch.groups, *launch.slot), d_dtype),) if launch.narrows else ()
-    return parts, met, *of_d, *scratch(launch, (dtype, dense), 1)
+    of_d = plgpu.SMEM((2 * launch.groups, *launch.slot), d_dtype) if launch.narrows else None
+    return _Scratch(
+        plgpu.SMEM((2, statistics, WARPS * launch.groups), jnp.float32),
+        plgpu.Barrier(num_arrivals=launch.groups),
+        *rings_and_barrier(launch, (dtype, dense), copies=1),
+        of_d,
+    )
 
 
-def _exp(x: Array, m: Array) -> Array:
-    """exp(x - m) for a gradient: in few instructions, and off by about |x - m| 2^-23."""
-    return jnp.exp2((x - m) * LOG2_E)
+class _Ring(NamedTuple):
+    """How the blocks of a warpgroup go through its slots.
+
+    Loads are numbered over all rows of the program. A row has ``loads`` of them: its own blocks of
+    the warpgroup, some of them past the end, and then the first ones again.
+    """
+
+    launch: Launch
+    refs: Refs
+    scratch: _Scratch
+    program: Array
+    group: Array
+    interprets: bool
+
+    @property
+    def block(self) -> int:
+        """How many classes a block has."""
+        return self.launch.slot[0]
+
+    @property
+    def size(self) -> int:
+        """Of a fragment of a block, as a warpgroup has it in registers."""
+        return WARPS * LANES * self.launch.vector
+
+    @property
+    def blocks(self) -> int:
+        """Of a row. The last one ends with the row."""
+        return -(-self.launch.classes // self.block)
+
+    @property
+    def overlap(self) -> int:
+        """How many classes the last block shares with the one before."""
+        return self.blocks * self.block - self.launch.classes
+
+    @property
+    def own(self) -> int:
+        return -(-self.blocks // self.launch.groups)
+
+    @property
+    def again(self) -> int:
+        """How many blocks are read a second time."""
+        return max(0, self.own - self.launch.slots)
+
+    @property
+    def loads(self) -> int:
+        return self.own + self.again
+
+    @property
+    def rows(self) -> Array:
+        """How many rows this program has."""
+        launch = self.launch
+        return (launch.rows - self.program + launch.programs - 1) // launch.programs
+
+    def row(self, i: Array) -> Array:
+        """The index of the program's row i."""
+        return self.program + i * self.launch.programs
+
+    def slot_of(self, load: Array) -> Array:
+        return self.group * self.launch.slots + lax.rem(load, self.launch.slots)
+
+    def slot_of_d(self, load: Array) -> Array:
+        return self.group * 2 + lax.rem(load, 2) if self.launch.narrows else self.slot_of(load)
+
+    def block_of(self, load: Array) -> Array:
+        """Of a row, from the number of the load within the row."""
+        return self.group * self.own + jnp.where(load < self.own, load, load - self.own)
+
+    def start_of(self, block: Array) -> Array:
+        start = block * self.block
+        if self.overlap:
+            start = jnp.minimum(start, self.launch.classes - self.block)
+        return pl.multiple_of(start, self.launch.vector)
+
+    def skipped(self, block: Array) -> Array:
+        """How many of a block's first classes belong to the block before."""
+        return jnp.where(block == self.blocks - 1, self.overlap, 0)
+
+    def if_in_row(
+        self, block: Array, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], carry: Any
+    ) -> Any:
+        """then(carry) for a block of the row, and otherwise(carry) for one past its end."""
+        if self.own * self.launch.groups == self.blocks:
+            return then(carry)
+        return lax.cond(block < self.blocks, then, otherwise, carry)
+
+    def start_load(self, load: Array) -> None:
+        i = load // self.loads
+        block = self.block_of(load - i * self.loads)
+
+        @pl.when((load < self.rows * self.loads) & (block < self.blocks))
+        def start() -> None:
+            (x, dense, _, _), scratch = self.refs, self.scratch
+            row, slot = self.row(i), self.slot_of(load)
+            classes = pl.ds(self.start_of(block), self.block)
+            self._copy(x.at[row, classes], scratch.x.at[slot], scratch.filled.at[slot])
+            if dense is not None:
+                source = dense.at[0 * row if dense.shape[0] == 1 else row, classes]
+                self._copy(source, scratch.dense.at[slot], scratch.filled.at[slot])
+
+    @staticmethod
+    def _copy(source: Any, slot: Any, filled: Any) -> None:
+        in_bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+        plgpu.copy_gmem_to_smem(source, slot, filled, oob_mode=in_bounds)
+
+    def wait_for(self, load: Array) -> None:
+        plgpu.barrier_wait(self.scratch.filled.at[self.slot_of(load)])
+
+    def read(self, slots: Any, slot: Array, fragment: int) -> Array:
+        ref = slots.at[slot, pl.ds(fragment * self.size, self.size)]
+        if self.interprets:  # the interpreter has no reshaped references
+            return ref[...].reshape(self.launch.fragment).astype(jnp.float32)
+        ref = ref.reshape(*self.launch.fragment)
+        return plgpu.load(ref, layout=self.launch.layout, optimized=False).astype(jnp.float32)
+
+    def write(self, slots: Any, slot: Array, fragment: int, d: Array) -> None:
+        ref = slots.at[slot, pl.ds(fragment * self.size, self.size)]
+        if self.interprets:
+            ref[...] = d.reshape(self.size)
+        else:
+            ref.reshape(*self.launch.fragment)[...] = d
+
+    def is_new(self, skipped: Any, fragment: int) -> Array:
+        """Of a fragment of a block, which classes are not among the first ones of the block."""
+        iota = functools.partial(
+            plgpu.broadcasted_iota, jnp.int32, self.launch.fragment, layout=self.launch.layout
+        )
+        return iota(0) * self.launch.fragment[1] + iota(1) + fragment * self.size >= skipped
+
+    def full(self, value: Any, dtype: DTypeLike = jnp.float32) -> Array:
+        array = jnp.full(self.launch.fragment, value, dtype)
+        return plgpu.layout_cast(array, self.launch.layout)
 
 
-def _merge_warps(parts: Any, turn: Array, warps: int) -> tuple[Array, Array]:
-    """The state of a row, from those of all warps, which ``parts`` holds."""
+def long_rows(launch: Launch, refs: Refs, scratch: _Scratch, *, interpret: bool) -> None:
+    """The body of the kernel."""
+    program, group = lax.axis_index("program"), lax.axis_index("group")
+    ring = _Ring(launch, refs, scratch, program, group, interpret)
+
+    def process(i: Array, _: Any) -> None:
+        first_load = i * ring.loads
+        lanes = _read_row(ring, first_load)
+        state, targets = _meet(ring, lanes, lax.rem(i, 2))
+        _write_row(ring, first_load, _row_of(ring, ring.row(i), state, targets))
+
+    lax.fori_loop(0, launch.slots, lambda load, _: ring.start_load(load), None)
+    lax.fori_loop(0, ring.rows, process, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _read_row(ring: _Ring, first_load: Array) -> tuple[Any, Any]:
+    """The states of the lanes from the blocks of this warpgroup, and those of their targets."""
+    slots = ring.scratch
+
+    def add_fragment(slot: Array, j: int, skipped: int, lanes: Any) -> Any:
+        (state, of_targets), is_masked = lanes, j * ring.size < skipped
+
+        def read(slots: Any, neutral: float) -> Array:
+            a = ring.read(slots, slot, j)
+            return jnp.where(ring.is_new(skipped, j), a, neutral) if is_masked else a
+
+        state = add_logits(read(slots.x, -jnp.inf), state)
+        if slots.dense is not None:
+            of_targets = add_target(read(slots.dense, 0.0), of_targets)
+        return state, of_targets
+
+    def add_block(n: Array, lanes: Any) -> Any:
+        block = ring.block_of(n)
+
+        def add(lanes: Any) -> Any:
+            ring.wait_for(first_load + n)
+
+            def fragments(skipped: int, lanes: Any) -> Any:
+                for j in range(skipped // ring.size, ring.block // ring.size):
+                    lanes = add_fragment(ring.slot_of(first_load + n), j, skipped, lanes)
+                return lanes
+
+            whole = functools.partial(fragments, 0)
+            if not ring.overlap:
+                return whole(lanes)
+            ragged = functools.partial(fragments, ring.overlap)
+            return lax.cond(block == ring.blocks - 1, ragged, whole, lanes)
+
+        lanes = ring.if_in_row(block, add, lambda lanes: lanes, lanes)
+        if ring.again:
+
+            @pl.when(n < ring.again)
+            def load_next() -> None:
+                plgpu.commit_smem()  # a copy may not overtake what was read before it
+                ring.start_load(first_load + n + ring.launch.slots)
+
+        return lanes
+
+    zero = ring.full(0.0)
+    of_targets = () if slots.dense is None else (zero, zero)
+    start = (ring.full(-jnp.inf), ring.full(-1.0)), of_targets
+    lanes: tuple[Any, Any] = lax.fori_loop(0, ring.own, add_block, start)
+    return lanes
+
+
+def _meet(
+    ring: _Ring, lanes: tuple[Any, Any], turn: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
+    """The state of the row, and (largest, rest) of its targets, from all warps."""
+    (state, of_targets), parts = lanes, ring.scratch.parts
+    warps_here, warps = pl.ds(WARPS * ring.group, WARPS), WARPS * ring.launch.groups
+    parts[turn, 0, warps_here], parts[turn, 1, warps_here] = merge_lanes(*state)
+    if of_targets:
+        parts[turn, 2, warps_here], parts[turn, 3, warps_here] = merge_targets(*of_targets)
+    plgpu.barrier_arrive(ring.scratch.met)
+    plgpu.barrier_wait(ring.scratch.met)
     m = functools.reduce(jnp.maximum, [parts[turn, 0, j] for j in range(warps)])
     rest, tops = jnp.float32(0), jnp.float32(-1)
     for j in range(warps):
@@ -98,240 +336,156 @@ def _merge_warps(parts: Any, turn: Array, warps: int) -> tuple[Array, Array]:
         is_top = of_warp == m
         rest += jnp.where(is_top, r_of_warp, (1 + r_of_warp) * exp_difference(of_warp, m))
         tops += jnp.where(is_top, 1.0, 0.0)
-    return m, nan_where_infinite(m, rest + tops)
-
-
-def _merge_warps_targets(parts: Any, turn: Array, warps: int) -> tuple[Array, Array]:
-    """(largest, rest) of a row's targets, likewise."""
-    found = parts[turn, 2, 0], parts[turn, 3, 0]
+    of_row = m, nan_where_infinite(m, rest + tops)
+    if not of_targets:
+        return of_row, None
+    targets = parts[turn, 2, 0], parts[turn, 3, 0]
     for j in range(1, warps):
-        largest, rest = add_target(parts[turn, 2, j], found)
-        found = largest, rest + parts[turn, 3, j]
-    return found
+        largest, others = add_target(parts[turn, 2, j], targets)
+        targets = largest, others + parts[turn, 3, j]
+    return of_row, targets
 
 
-def long_rows(launch: Launch, given: Given, scratch: tuple[Any, ...], *, interpret: bool) -> None:
-    x_ref, dense_ref, terms, found = given
-    parts, met, *rest_of_scratch = scratch
-    filled, ring, *rings = rest_of_scratch[launch.narrows :]
-    out = rest_of_scratch[0] if launch.narrows else ring  # slots of the gradient
-    first_row, group = lax.axis_index("program"), lax.axis_index("group")
-    K, slots, (block,) = launch.classes, launch.slots, launch.slot
-    fragment, layout = launch.fragment, launch.layout
-    size = fragment[0] * fragment[1]
-    blocks = -(-K // block)  # of a row. The last one ends with the row, and may overlap.
-    overlap = blocks * block - K
-    own = -(-blocks // launch.groups)  # blocks of this warpgroup, some of them past the end
-    again = max(0, own - slots)  # blocks that are read a second time
-    loads = own + again  # of a row
-    rows = (launch.rows - first_row + launch.programs - 1) // launch.programs
-    warps, warps_here = WARPS * launch.groups, pl.ds(WARPS * group, WARPS)
+class _Row(NamedTuple):
+    """What the gradient of a row needs: scalars.
 
-    def slot_of(n: Array) -> Array:
-        return group * slots + lax.rem(n, slots)
+    Attributes:
+      row: its index.
+      m, r, log1p_r: its state.
+      label, label_target, uniform: its targets, as in ``RowTerms``.
+      largest, others: largest + others - t are the targets of all classes but one with t, without
+        the label's own target.
+      scales: the cotangents of loss and lse, divided by 1 + r.
+      has_gradient: int32.
+    """
 
-    def block_of(n: Array) -> Array:
-        """The block of a row that its load number n brings."""
-        return group * own + jnp.where(n < own, n, n - own)
+    row: Array
+    m: Array
+    r: Array
+    log1p_r: Array
+    label: Array
+    label_target: Array
+    uniform: Array
+    largest: Array
+    others: Array
+    scales: tuple[Array, Array]
+    has_gradient: Array
 
-    def start_of(b: Array) -> Array:
-        start = b * block
-        return pl.multiple_of(jnp.minimum(start, K - block) if overlap else start, launch.vector)
 
-    def load(n: Array) -> None:
-        """Starts load number n of this warpgroup, counted over all of its rows."""
-        i = n // loads
-        b = block_of(n - i * loads)
+def _row_of(
+    ring: _Ring, row: Array, state: tuple[Array, Array], targets: tuple[Array, Array] | None
+) -> _Row:
+    """Stores what is known of the row. All warpgroups store the same."""
+    (m, r), terms, found = state, ring.refs.terms, ring.refs.found
+    found.state.m[row], found.state.r[row] = m, r
+    label_target = jnp.float32(1) if terms.label_target is None else terms.label_target[row]
+    uniform = jnp.float32(0) if terms.uniform is None else terms.uniform[row]
+    largest, others = uniform, (ring.launch.classes - 1) * uniform
+    if targets is not None:
+        largest, others = targets
+        found.total[row] = largest + others
+    log1p_r = log1p(r)
+    g, g_lse = terms.weight[row], terms.lse_weight[row] * (m + log1p_r)
+    return _Row(
+        row,
+        *(m, r, log1p_r),
+        *(terms.label[row], label_target, uniform),
+        *(largest, others),
+        (g / (1 + r), g_lse / (1 + r)),
+        terms.has_gradient[row],
+    )
 
-        @pl.when((n < rows * loads) & (b < blocks))
-        def start() -> None:
-            slot, row = slot_of(n), first_row + i * launch.programs
-            copy = functools.partial(
-                plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            )
-            classes = pl.ds(start_of(b), block)
-            copy(x_ref.at[row, classes], ring.at[slot], filled.at[slot])
-            for dense_ring in rings:
-                row_of_targets = 0 * row if dense_ref.shape[0] == 1 else row
-                source = dense_ref.at[row_of_targets, classes]
-                copy(source, dense_ring.at[slot], filled.at[slot])
 
-    def out_slot_of(n: Array) -> Array:
-        return group * 2 + lax.rem(n, 2) if launch.narrows else slot_of(n)
+def _exp(x: Array, m: Array) -> Array:
+    """exp(x - m) for a gradient: in few instructions, and off by about |x - m| 2^-23."""
+    return jnp.exp2((x - m) * LOG2_E)
 
-    def fragment_of(ref: Any, slot: Array, i: int) -> Any:
-        return ref.at[slot, pl.ds(i * size, size)]
 
-    def read(ring: Any, slot: Array, i: int) -> Array:
-        ref = fragment_of(ring, slot, i)
-        if interpret:  # it has no reshaped references
-            return ref[...].reshape(fragment).astype(jnp.float32)
-        x = plgpu.load(ref.reshape(*fragment), layout=layout, optimized=False)
-        return x.astype(jnp.float32)
+def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
+    """Writes the gradient: of the blocks that are still in the ring, and then of those read again.
 
-    def write(slot: Array, i: int, d: Array) -> None:
-        ref = fragment_of(out, slot, i)
-        if interpret:
-            ref[...] = d.reshape(size)
-        else:
-            ref.reshape(*fragment)[...] = d
+    Also stores what targets of classes cost, of the blocks of each warp.
+    """
+    gap_ref = ring.refs.found.gap
 
-    def full(value: float) -> Array:
-        return plgpu.layout_cast(jnp.full(fragment, value, jnp.float32), layout)
+    def differentiate(n: Array, gap: Any) -> Any:
+        load = ring.again + n
+        block = ring.block_of(load)
 
-    def is_new(skipped: Any, i: int) -> Array:
-        """Of fragment i of a block, which classes are not among its first ``skipped`` ones."""
-        k = plgpu.broadcasted_iota(jnp.int32, fragment, 0, layout=layout) * fragment[1]
-        k += plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
-        return k + i * size >= skipped
+        def write_block(gap: Any) -> Any:
+            if ring.again:
 
-    def process_row(i: Array, _: Any) -> None:
-        row, begin = first_row + i * launch.programs, i * loads
+                @pl.when(load >= ring.own)
+                def wait() -> None:
+                    ring.wait_for(first_load + load)
 
-        def add_block(n: Array, lanes: Any) -> Any:
-            b = block_of(n)
+            return _write_block(ring, first_load + load, block, (row, gap))
 
-            def add(lanes: Any) -> Any:
-                slot = slot_of(begin + n)
-                plgpu.barrier_wait(filled.at[slot])
-
-                def fragments(skipped: int, lanes: Any) -> Any:
-                    state, *of_targets = lanes
-                    for j in range(skipped // size, block // size):
-                        read_all = [(ring, -jnp.inf), *((of, 0.0) for of in rings)]
-                        x, *ts = [
-                            jnp.where(is_new(skipped, j), read(of, slot, j), neutral)
-                            if j * size < skipped
-                            else read(of, slot, j)
-                            for of, neutral in read_all
-                        ]
-                        state = add_logits(x, state)
-                        of_targets = [*map(add_target, ts, of_targets)]
-                    return state, *of_targets
-
-                if not overlap:
-                    return fragments(0, lanes)
-                last = b == blocks - 1
-                return lax.cond(
-                    last,
-                    functools.partial(fragments, overlap),
-                    functools.partial(fragments, 0),
-                    lanes,
-                )
-
-            if own * launch.groups == blocks:
-                lanes = add(lanes)
-            else:
-                lanes = lax.cond(b < blocks, add, lambda lanes: lanes, lanes)
-            if again:
-
-                @pl.when(n < again)
-                def load_next() -> None:
-                    plgpu.commit_smem()  # a copy may not overtake what was read before it
-                    load(begin + n + slots)
-
-            return lanes
-
-        start = (full(-jnp.inf), full(-1.0)), *((full(0.0), full(0.0)) for _ in rings)
-        lanes, *lanes_of_targets = lax.fori_loop(0, own, add_block, start)
-        # The states of all warps, by way of shared memory. It is written anew for each row, so
-        # that the one before may still be read.
-        turn = lax.rem(i, 2)
-        parts[turn, 0, warps_here], parts[turn, 1, warps_here] = merge_lanes(*lanes)
-        for of in lanes_of_targets:
-            parts[turn, 2, warps_here], parts[turn, 3, warps_here] = merge_targets(*of)
-        plgpu.barrier_arrive(met)
-        plgpu.barrier_wait(met)
-        m, r = _merge_warps(parts, turn, warps)
-        log1p_r = log1p(r)
-        found.state.m[row], found.state.r[row] = m, r  # all warpgroups write the same
-        label, has_gradient = terms.label[row], terms.has_gradient[row]
-        g, g_lse = terms.weight[row], terms.lse_weight[row] * (m + log1p_r)
-        largest = others = uniform = jnp.float32(0)
-        label_target = jnp.float32(1)
-        if terms.label_target is not None:
-            label_target = terms.label_target[row]
-        if terms.uniform is not None:
-            largest = uniform = terms.uniform[row]
-            others = (K - 1) * uniform
-        if rings:
-            largest, others = _merge_warps_targets(parts, turn, warps)
-            found.total[row] = largest + others
-        scales = g / (1 + r), g_lse / (1 + r)
-        scale = (g + g_lse) / (1 + r)
-        kept = plgpu.layout_cast(jnp.full(fragment, has_gradient, jnp.int32), layout) != 0
-
-        def differentiate(n: Array, gap: Any) -> Any:
-            """Of the blocks that are still in the ring first, and then of those read again."""
-            number = again + n
-            b = block_of(number)
-
-            def write_gradient(gap: Any) -> Any:
-                slot, out_slot = slot_of(begin + number), out_slot_of(begin + number)
-                if again:
-
-                    @pl.when(number >= own)
-                    def wait() -> None:
-                        plgpu.barrier_wait(filled.at[slot])
-
-                k = label - start_of(b)
-                here = (k >= 0) & (k < block)  # where two blocks overlap, in both of them
-                k = jnp.where(here, k, 0)
-                # All warps have read it before one writes: JAX puts a barrier before a store.
-                x_label = ring[slot, k].astype(jnp.float32)
-                t_label = rings[0][slot, k].astype(jnp.float32) if rings else uniform
-                skipped = jnp.where(b == blocks - 1, overlap, 0)
-                for j in range(block // size):
-                    x = read(ring, slot, j)
-                    e = _exp(x, m)
-                    if terms.label_target is None:
-                        d = e * scale  # D7, t = 0 and T = 1
-                    else:
-                        if rings:
-                            t = read(rings[0], slot, j)
-                            more = dense_gap(x, t, m)
-                        else:
-                            t, more = uniform, uniform_gap(x, uniform, m, log1p_r)
-                        gap += jnp.where(is_new(skipped, j), more, 0.0) if overlap else more
-                        d = gradient(e, (t, others + (largest - t) + label_target), r, scales)
-                    write(out_slot, j, jnp.where(kept, d, 0.0).astype(found.d.dtype))
-
-                @pl.when(here)
-                def put_label() -> None:
-                    found.x_label[row] = x_label
-                    t = t_label + label_target, others + (largest - t_label)
-                    d = gradient(jnp.exp(x_label - m), t, r, scales)
-                    out[out_slot, k] = jnp.where(has_gradient != 0, d, 0.0).astype(found.d.dtype)
-
-                plgpu.commit_smem()
-                target = found.d.at[row, pl.ds(start_of(b), block)]
-                plgpu.copy_smem_to_gmem(out.at[out_slot], target)
-
-                # All copies but this one have left the ring, so that the slot before is free.
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                return gap
-
-            def wait_for_last(gap: Any) -> Any:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                return gap
-
-            if own * launch.groups == blocks:
-                gap = write_gradient(gap)
-            else:
-                gap = lax.cond(b < blocks, write_gradient, wait_for_last, gap)
-
-            @pl.when(n > 0)
-            def load_freed() -> None:
-                load(begin + number - 1 + slots)
-
+        def wait_for_last(gap: Any) -> Any:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             return gap
 
-        gap = lax.fori_loop(0, own, differentiate, () if found.gap is None else full(0.0))
-        if found.gap is not None:
-            store(found.gap.at[row, warps_here], jnp.sum(gap, axis=1))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        load(begin + loads - 1 + slots)
+        gap = ring.if_in_row(block, write_block, wait_for_last, gap)
 
-    lax.fori_loop(0, slots, lambda n, _: load(n), None)
-    lax.fori_loop(0, rows, process_row, None)
-    plgpu.wait_smem_to_gmem(0)
+        @pl.when(n > 0)
+        def load_freed() -> None:
+            ring.start_load(first_load + load - 1 + ring.launch.slots)
+
+        return gap
+
+    start = () if gap_ref is None else ring.full(0.0)
+    gap = lax.fori_loop(0, ring.own, differentiate, start)
+    if gap_ref is not None:
+        warps_here = pl.ds(WARPS * ring.group, WARPS)
+        store(gap_ref.at[row.row, warps_here], jnp.sum(gap, axis=1))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    ring.start_load(first_load + ring.loads - 1 + ring.launch.slots)
+
+
+def _write_block(ring: _Ring, load: Array, block: Array, row_and_gap: tuple[_Row, Any]) -> Any:
+    """Writes the gradient of one block, and adds to the gap of the lanes."""
+    (row, gap), slots, found = row_and_gap, ring.scratch, ring.refs.found
+    slot, slot_of_d = ring.slot_of(load), ring.slot_of_d(load)
+    out = slots.d if ring.launch.narrows else slots.x
+    k = row.label - ring.start_of(block)
+    has_label = (k >= 0) & (k < ring.block)  # where two blocks overlap, both may have it
+    k = jnp.where(has_label, k, 0)
+    # All warps have to read it before one writes. JAX puts a barrier before each store.
+    x_label = slots.x[slot, k].astype(jnp.float32)
+    t_label = row.uniform if slots.dense is None else slots.dense[slot, k].astype(jnp.float32)
+    is_kept = ring.full(row.has_gradient, jnp.int32) != 0
+    scale_alone = row.scales[0] + row.scales[1]
+
+    for j in range(ring.block // ring.size):
+        x = ring.read(slots.x, slot, j)
+        e = _exp(x, row.m)
+        if found.gap is None:
+            d = e * scale_alone  # D7 of a class that has no target, of T = 1
+        else:
+            if slots.dense is None:
+                t, cost = row.uniform, uniform_gap(x, row.uniform, row.m, row.log1p_r)
+            else:
+                t = ring.read(slots.dense, slot, j)
+                cost = dense_cost(x, t, row.m)
+            if ring.overlap:
+                cost = jnp.where(ring.is_new(ring.skipped(block), j), cost, 0.0)
+            gap += cost
+            others = row.others + (row.largest - t) + row.label_target
+            d = gradient(e, (t, others), row.r, row.scales)
+        d = jnp.where(is_kept, d, 0.0).astype(found.d.dtype)
+        ring.write(out, slot_of_d, j, d)
+
+    @pl.when(has_label)
+    def put_label() -> None:
+        found.x_label[row.row] = x_label
+        t = t_label + row.label_target, row.others + (row.largest - t_label)
+        d = gradient(jnp.exp(x_label - row.m), t, row.r, row.scales)
+        d = jnp.where(row.has_gradient != 0, d, 0.0).astype(found.d.dtype)
+        out[slot_of_d, k] = d
+
+    plgpu.commit_smem()
+    target = found.d.at[row.row, pl.ds(ring.start_of(block), ring.block)]
+    plgpu.copy_smem_to_gmem(out.at[slot_of_d], target)
+    # All copies but this one have left the ring, so that the slot before is free.
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    return gap

@@ -53,8 +53,8 @@ def _of_rows(
 ) -> Found:
     """State and gradient of rows [..., K].
 
-    Of rows that count, ``with_loss`` [...] says which weigh something or have a loss: only the
-    derivatives of the gradient ask.
+    ``with_loss`` [...] is for the derivative rule below, not for the kernel. It says which of the
+    rows that count weigh something or have a loss.
     """
 
     @custom_vmap
@@ -146,6 +146,27 @@ class Forward(NamedTuple):
     d_targets: Targets
 
 
+def _terms(rows: Rows, g: Array, z_loss: Array | None) -> Terms:
+    targets, shape = rows.targets, rows.weight.shape
+    counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
+    z = 0 if z_loss is None else z_loss
+    # No class has the label -1, which is that of rows without one.
+    label, label_target = jnp.int32(-1), jnp.float32(0)
+    if targets.label is not None and targets.label_target is not None:
+        label, label_target = targets.label, targets.label_target
+    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
+    has_gradient = counts & (rows.weight != 0)
+    terms, dense = RowTerms(label, has_gradient, g * targets.total, 2 * z * g), None
+    if targets.dense is not None:
+        # 0, or NaN where the label is no class.
+        nothing = 0 if targets.label is None else 0 * targets.total
+        terms = terms._replace(weight=g + nothing, label_target=label_target)
+        dense = targets.dense.t
+        if dense.shape[-1] == 1:
+            terms, dense = terms._replace(uniform=dense[..., 0]), None
+    return Terms(jax.tree.map(lambda a: jnp.broadcast_to(a, shape), terms), dense)
+
+
 def forward(
     f: CrossEntropy, x: Array, rows: Rows, *, g: Array, z_loss: Array | None, d_dtype: DTypeLike
 ) -> Forward:
@@ -153,53 +174,46 @@ def forward(
 
     A row may count that weighs 0 and has logits without a loss, NaN or infinite ones.
     """
-    targets, shape = rows.targets, rows.weight.shape
-    counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
-    z = 0 if z_loss is None else z_loss
-    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
-    has_gradient = counts & (rows.weight != 0)
-    # No class has the label -1, which is that of rows without one.
-    label, label_target = jnp.int32(-1), jnp.float32(0)
-    if targets.label is not None and targets.label_target is not None:
-        label, label_target = targets.label, targets.label_target
-    row_terms = RowTerms(label, has_gradient, g * targets.total, 2 * z * g)
-    dense = None
-    if targets.dense is not None:
-        # 0, or NaN where the label is no class.
-        nothing = 0 if targets.label is None else 0 * targets.total
-        row_terms = row_terms._replace(weight=g + nothing, label_target=label_target)
-        dense = targets.dense.t
-        if dense.shape[-1] == 1:
-            row_terms, dense = row_terms._replace(uniform=dense[..., 0]), None
-    row_terms = jax.tree.map(lambda a: jnp.broadcast_to(a, shape), row_terms)
+    terms = _terms(rows, g, z_loss)
     known = rows.with_loss(has_loss(x, None, f.backend))  # XLA drops it where nothing needs it
-    found = _of_rows(f, x, known, Terms(row_terms, dense), d_dtype)
+    found = _of_rows(f, x, known, terms, d_dtype)
     with_loss = rows.with_loss(found.state.has_loss)
-    state, x_label, _, gaps, total = jax.tree.map(
-        lambda a: jnp.where(with_loss, a, 0), found._replace(d=None)
-    )
-
-    label_gap = gap(label_target, x_label, state.m, state.log1p_r)
-    cost = label_target * label_gap
-    d_targets = jax.tree.map(jnp.zeros_like, targets._replace(label=None))
+    masked = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), found._replace(d=None))
+    targets = rows.targets
     if targets.label is None:
-        cost, targets = jnp.zeros_like(cost), targets._replace(total=total)
-    else:
+        targets = targets._replace(total=masked.total)
+    cost, d_targets = _of_targets(f, keep(with_loss, x), targets, (terms, masked, g))
+    results, _ = f.merge(Part(masked.state, cost, None), targets)  # D0
+    return Forward(results, found.d, d_targets)
+
+
+def _of_targets(
+    f: CrossEntropy, x: Array, targets: Targets, of_rows: tuple[Terms, Found, Array]
+) -> tuple[Array, Targets]:
+    """sum_k t_k (m - x_k) of each row, and the gradients for the targets."""
+    terms, found, g = of_rows
+    state, gaps = found.state, found.gap
+    cost = jnp.zeros_like(state.m)
+    d_targets = jax.tree.map(jnp.zeros_like, targets._replace(label=None))
+    if targets.label is not None and targets.label_target is not None:
+        is_class = (targets.label >= 0) & (targets.label < x.shape[-1])
+        label_gap = gap(targets.label_target, found.x_label, state.m, state.log1p_r)
+        label_gap = jnp.where(is_class, label_gap, 0)
+        cost = targets.label_target * label_gap
         # D0 differentiated in t_k is -log q_k, which counts what t_k adds to T.
         d_targets = d_targets._replace(label_target=g * (label_gap + state.log1p_r))
-    if dense is not None:
-        cost = cost + gaps
-        of_dense = f.target_gradient(keep(with_loss, x), targets, state, Results(g, None)).dense
-        d_targets = d_targets._replace(dense=of_dense)
-    elif targets.dense is not None:
-        # Where nothing is spread, no class costs anything, not even one that cannot occur.
-        uniform = row_terms.uniform
-        cost = cost + jnp.where(uniform == 0, 0, gaps)
-        of_all = gaps / spread(uniform) + x.shape[-1] * state.log1p_r
-        d_t = jnp.sum(g * of_all).reshape(targets.dense.t.shape)
-        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
-    results, _ = f.merge(Part(state, cost, None), targets)  # D0
-    return Forward(results, found.d, d_targets)
+    if targets.dense is None:
+        return cost, d_targets
+    if terms.dense is not None:
+        of_dense = f.target_gradient(x, targets, state, Results(g, None)).dense
+        return cost + gaps, d_targets._replace(dense=of_dense)
+    # Where nothing is spread, no class costs anything, not even one that cannot occur.
+    uniform = terms.rows.uniform
+    assert uniform is not None
+    of_all = gaps / spread(uniform) + x.shape[-1] * state.log1p_r
+    d_t = jnp.sum(g * of_all).reshape(targets.dense.t.shape)
+    d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
+    return cost + jnp.where(uniform == 0, 0, gaps), d_targets
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Array:

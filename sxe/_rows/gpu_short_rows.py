@@ -4,7 +4,8 @@ Four rows at a time go through a slot of the ring. They are read there as often 
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,155 +23,238 @@ from sxe._rows.gpu_lanes import (
     store,
 )
 from sxe._rows.gpu_terms import (
-    Bytes,
-    Given,
+    ItemSizes,
     Launch,
+    Refs,
+    RowTerms,
     add_target,
-    dense_gap,
+    dense_cost,
     gradient,
     merge_targets,
-    scratch,
+    rings_and_barrier,
     uniform_gap,
 )
 
-SLOTS_BYTES = 200 * 1024  # of a multiprocessor's shared memory
+RINGS_BYTES = 200 * 1024  # of the 227 KiB of shared memory that a program may have
 
 
-def short_launch(rows: int, classes: int, vector: int, *, cores: int, of: Bytes) -> Launch:
+def short_launch(
+    rows: int, classes: int, vector: int, *, cores: int, itemsizes: ItemSizes
+) -> Launch:
     width = LANES * vector
     fours = -(-rows // WARPS)
     slot = -(-classes // width), WARPS, width
-    most = SLOTS_BYTES // (slot[0] * WARPS * width * (of.x + of.dense))
-    # With an array of targets, a thread takes up to 168 registers for logits of 32 bits, else 128.
-    groups = 3 if of.dense and of.x == 4 else 4
-    slots = min(3, most // groups)
+    slots = RINGS_BYTES // (math.prod(slot) * (itemsizes.x + itemsizes.dense))
+    # A thread takes up to 128 of 65,536 registers or, with an array of targets for logits of 32
+    # bits, up to 168.
+    groups = 3 if itemsizes.dense and itemsizes.x == 4 else 4
     programs = min(-(-fours // groups), cores)
-    return Launch(rows, classes, vector, programs, groups, slots, slot)
+    return Launch(rows, classes, vector, programs, groups, min(3, slots // groups), slot)
 
 
-def short_scratch(launch: Launch, dtype: DTypeLike, dense: DTypeLike | None) -> tuple[Any, ...]:
-    # A slot is filled by a copy for each fragment.
-    return scratch(launch, (dtype, dense), launch.slot[0])
+class _Scratch(NamedTuple):
+    """What a program has in shared memory: a barrier for each slot, and the slots.
+
+    Those of targets may be None.
+    """
+
+    filled: Any
+    x: Any
+    dense: Any
 
 
-def short_rows(launch: Launch, given: Given, scratch: tuple[Any, ...]) -> None:
-    x_ref, dense_ref, terms, found = given
-    filled, ring, *rings = scratch
-    group = lax.axis_index("group")
-    slots, (fragments, _, width) = launch.slots, launch.slot
-    fragment, layout = launch.fragment, launch.layout
-    team = lax.axis_index("program") * launch.groups + group
-    teams = launch.programs * launch.groups
-    steps = (-(-launch.rows // WARPS) - team + teams - 1) // teams
-    shares_targets = dense_ref is not None and dense_ref.shape[0] == WARPS < launch.rows
+def short_scratch(launch: Launch, dtype: DTypeLike, dense: DTypeLike | None) -> _Scratch:
+    # A copy for each fragment.
+    return _Scratch(*rings_and_barrier(launch, (dtype, dense), copies=launch.slot[0]))
 
-    def rows_of(i: Array) -> Any:
-        return pl.ds((team + i * teams) * WARPS, WARPS)
 
-    def columns(j: int) -> Any:
-        # A slice of a number that JAX knows may not reach past the end. The copies stop there.
-        return pl.ds(j * width + 0 * team, width)
+class _Team(NamedTuple):
+    """A warpgroup, and the rows that it takes: four in each step."""
 
-    def slot_of(i: Array) -> Array:
-        return group * slots + lax.rem(i, slots)
+    launch: Launch
+    refs: Refs
+    scratch: _Scratch
+    number: Array  # of this warpgroup among all
+    group: Array
 
-    def load(i: Array) -> None:
-        @pl.when(i < steps)
+    @property
+    def teams(self) -> int:
+        return self.launch.programs * self.launch.groups
+
+    @property
+    def steps(self) -> Array:
+        fours = -(-self.launch.rows // WARPS)
+        return (fours - self.number + self.teams - 1) // self.teams
+
+    @property
+    def fragments(self) -> range:
+        return range(self.launch.slot[0])
+
+    @property
+    def width(self) -> int:
+        return self.launch.slot[2]
+
+    def rows(self, step: Array) -> Any:
+        return pl.ds((self.number + step * self.teams) * WARPS, WARPS)
+
+    def columns(self, j: int) -> Any:
+        # JAX rejects a slice past the end whose start it knows. The copy stops at the end.
+        return pl.ds(j * self.width + 0 * self.number, self.width)
+
+    def slot(self, step: Array) -> Array:
+        return self.group * self.launch.slots + lax.rem(step, self.launch.slots)
+
+    def start_load(self, step: Array) -> None:
+        @pl.when(step < self.steps)
         def start() -> None:
-            slot = slot_of(i)
-            for j in range(fragments):
-                source = x_ref.at[rows_of(i), columns(j)]
-                plgpu.copy_gmem_to_smem(source, ring.at[slot, j], filled.at[slot])
-                for dense_ring in rings:
-                    rows = pl.ds(0 * team, WARPS) if shares_targets else rows_of(i)
-                    source = dense_ref.at[rows, columns(j)]
-                    plgpu.copy_gmem_to_smem(source, dense_ring.at[slot, j], filled.at[slot])
+            (x, dense, _, _), scratch, slot = self.refs, self.scratch, self.slot(step)
+            rows = rows_of_dense = self.rows(step)
+            if dense is not None and dense.shape[0] < self.launch.rows:
+                rows_of_dense = pl.ds(0 * self.number, WARPS)  # all rows have the same
+            for j in self.fragments:
+                source = x.at[rows, self.columns(j)]
+                plgpu.copy_gmem_to_smem(source, scratch.x.at[slot, j], scratch.filled.at[slot])
+                if dense is not None:
+                    source = dense.at[rows_of_dense, self.columns(j)]
+                    to = scratch.dense.at[slot, j]
+                    plgpu.copy_gmem_to_smem(source, to, scratch.filled.at[slot])
 
-    def of_rows(ref: Any, i: Array) -> Array:
-        """[4] of an array of rows."""
-        return plgpu.load(ref.at[rows_of(i)], layout=layout.reduce(1), optimized=False)
+    def wide(self, a: Array) -> Array:
+        """[4] as an array of the registers of a fragment."""
+        return lax.broadcast_in_dim(a, self.launch.fragment, (0,))
 
-    def wide(a: Array) -> Array:
-        return lax.broadcast_in_dim(a, fragment, (0,))
+    def terms(self, step: Array) -> RowTerms:
+        def of_rows(ref: Any) -> Array:
+            layout = self.launch.layout.reduce(1)
+            return self.wide(plgpu.load(ref.at[self.rows(step)], layout=layout, optimized=False))
 
-    def total(of_lanes: Array) -> Array:
-        return jnp.sum(of_lanes, axis=1)
+        terms: RowTerms = jax.tree.map(of_rows, self.refs.terms)
+        return terms
 
-    def step(i: Array, _: Any) -> None:
-        slot = slot_of(i)
-        label, has_gradient, g, g_lse, label_target, uniform = jax.tree.map(
-            lambda ref: wide(of_rows(ref, i)), terms
-        )
-        plgpu.barrier_wait(filled.at[slot])
-        k = plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
-        zero = plgpu.layout_cast(jnp.zeros(fragment, jnp.float32), layout)
+    def iota(self) -> Array:
+        fragment, layout = self.launch.fragment, self.launch.layout
+        return plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
 
-        def inside(j: int, a: Array, outside: float) -> Array:
-            is_whole = (j + 1) * width <= launch.classes
-            return a if is_whole else jnp.where(k < launch.classes - j * width, a, outside)
+    def inside(self, j: int, a: Array, outside: float) -> Array:
+        """a, and another number past the end of the row."""
+        if (j + 1) * self.width <= self.launch.classes:
+            return a
+        return jnp.where(self.iota() < self.launch.classes - j * self.width, a, outside)
 
-        def read(ring: Any, j: int, outside: float) -> Array:
-            a = plgpu.load(ring.at[slot, j], layout=layout, optimized=False)
-            return inside(j, a.astype(jnp.float32), outside)
+    def read(self, slots: Any, slot: Array, j: int, *, outside: float) -> Array:
+        a = plgpu.load(slots.at[slot, j], layout=self.launch.layout, optimized=False)
+        return self.inside(j, a.astype(jnp.float32), outside)
 
-        logits = functools.partial(read, ring, outside=-jnp.inf)
-        top = jnp.max(functools.reduce(jnp.maximum, map(logits, range(fragments))), axis=1)
-        m = wide(top)
-        rest, count, x_label, es = zero, zero, zero, []
-        for j in range(fragments):
-            x = logits(j)
-            e = exp_difference(x, m)
-            # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
-            near = jnp.where(x >= m - 0.25, 1.0, 0.0)
-            rest, count = rest + (e - near), count + near
-            x_label = x_label + jnp.where(k == label - j * width, x, 0.0)
-            es.append(e)
-        r_of_row = nan_where_infinite(top, total(rest) + (total(count) - 1))
-        r, log1p_r = wide(r_of_row), wide(log1p(r_of_row))
-        if rings:
-            lanes = zero, zero
-            for j in range(fragments):
-                lanes = add_target(read(rings[0], j, 0.0), lanes)
-            largest, others = merge_targets(*lanes)
-            store(found.total.at[rows_of(i)], largest + others)
-            largest, others = wide(largest), wide(others)
-        scales, gap = (g / (1 + r), g_lse * (m + log1p_r) / (1 + r)), zero
-        for j, e in enumerate(es):
-            is_label = k == label - j * width
-            if label_target is None:
-                d = jnp.where(is_label, (e - 1) - r, e) * scales[0] + e * scales[1]  # D7, times T
-            else:
-                x = logits(j)
-                if rings:
-                    t = read(rings[0], j, 0.0)
-                    gap = gap + dense_gap(x, t, m)
-                    others_of = others + (largest - t)
-                else:
-                    t, others_of = uniform, (launch.classes - 1) * uniform
-                    gap = gap + inside(j, uniform_gap(x, uniform, m, log1p_r), 0.0)
-                others_of = jnp.where(is_label, others_of, others_of + label_target)
-                t = jnp.where(is_label, t + label_target, t)
-                d = gradient(e, (t, others_of), r, scales)
-            ring[slot, j] = jnp.where(has_gradient != 0, d, 0.0).astype(found.d.dtype)
-        plgpu.commit_smem()
-        for j in range(fragments):
-            plgpu.copy_smem_to_gmem(
-                ring.at[slot, j],
-                found.d.at[rows_of(i), columns(j)],
-                commit_group=j == fragments - 1,
-            )
-        store(found.state.m.at[rows_of(i)], top)
-        store(found.state.r.at[rows_of(i)], r_of_row)
-        store(found.x_label.at[rows_of(i)], total(x_label))
-        if label_target is not None:
-            store(found.gap.at[rows_of(i)], total(gap))
-        # All copies but these have left the ring, so that the slot before is free.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    def x(self, slot: Array, j: int) -> Array:
+        return self.read(self.scratch.x, slot, j, outside=-jnp.inf)
 
-        @pl.when(i > 0)
+    def dense(self, slot: Array, j: int) -> Array:
+        return self.read(self.scratch.dense, slot, j, outside=0.0)
+
+    def zero(self) -> Array:
+        array = jnp.zeros(self.launch.fragment, jnp.float32)
+        return plgpu.layout_cast(array, self.launch.layout)
+
+    def store(self, ref: Any, step: Array, of_rows: Array) -> None:
+        store(ref.at[self.rows(step)], of_rows)
+
+
+def short_rows(launch: Launch, refs: Refs, scratch: _Scratch) -> None:
+    """The body of the kernel."""
+    group = lax.axis_index("group")
+    number = lax.axis_index("program") * launch.groups + group
+    team = _Team(launch, refs, scratch, number, group)
+
+    def process(step: Array, _: Any) -> None:
+        terms = team.terms(step)
+        plgpu.barrier_wait(team.scratch.filled.at[team.slot(step)])
+        state, es = _state(team, step, terms.label)
+        # The gradient before has left its slot, while these exponentials were computed.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(step > 0)
         def load_freed() -> None:
-            load(i - 1 + slots)
+            team.start_load(step - 1 + launch.slots)
 
-    lax.fori_loop(0, slots, lambda i, _: load(i), None)
-    lax.fori_loop(0, steps, step, None)
+        _write_gradient(team, step, terms, (state, es))
+
+    lax.fori_loop(0, launch.slots, lambda step, _: team.start_load(step), None)
+    lax.fori_loop(0, team.steps, process, None)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _total(of_lanes: Array) -> Array:
+    return jnp.sum(of_lanes, axis=1)
+
+
+def _state(team: _Team, step: Array, label: Array) -> tuple[tuple[Array, Array], list[Array]]:
+    """(m, r) of each row, wide, and the exponentials of each fragment. Stores what is found."""
+    slot, found, k = team.slot(step), team.refs.found, team.iota()
+    xs = [team.x(slot, j) for j in team.fragments]
+    top = jnp.max(functools.reduce(jnp.maximum, xs), axis=1)
+    m, es = team.wide(top), []
+    rest = count = x_label = team.zero()
+    for j in team.fragments:
+        x = team.x(slot, j)
+        e = exp_difference(x, m)
+        # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
+        near = jnp.where(x >= m - 0.25, 1.0, 0.0)
+        rest, count = rest + (e - near), count + near
+        x_label = x_label + jnp.where(k == label - j * team.width, x, 0.0)
+        es.append(e)
+    r = nan_where_infinite(top, _total(rest) + (_total(count) - 1))
+    team.store(found.state.m, step, top)
+    team.store(found.state.r, step, r)
+    team.store(found.x_label, step, _total(x_label))
+    return (m, team.wide(r)), es
+
+
+def _targets(team: _Team, step: Array) -> tuple[Array, Array]:
+    """(largest, rest) of the targets of classes, wide. Stores their sum."""
+    lanes = team.zero(), team.zero()
+    for j in team.fragments:
+        lanes = add_target(team.dense(team.slot(step), j), lanes)
+    largest, rest = merge_targets(*lanes)
+    team.store(team.refs.found.total, step, largest + rest)
+    return team.wide(largest), team.wide(rest)
+
+
+def _write_gradient(
+    team: _Team, step: Array, terms: RowTerms, state_and_es: tuple[tuple[Array, Array], list[Array]]
+) -> None:
+    """Writes the gradient. Stores what targets of classes cost, if there are any."""
+    ((m, r), es), slots, found = state_and_es, team.scratch, team.refs.found
+    slot, k = team.slot(step), team.iota()
+    label, has_gradient, g, g_lse, label_target, uniform = terms
+    log1p_r, gap = log1p(r), team.zero()
+    scales = g / (1 + r), g_lse * (m + log1p_r) / (1 + r)
+    largest = rest = None
+    if slots.dense is not None:
+        largest, rest = _targets(team, step)
+    for j, e in enumerate(es):
+        is_label = k == label - j * team.width
+        if label_target is None:
+            d = jnp.where(is_label, (e - 1) - r, e) * scales[0] + e * scales[1]  # D7, of T = 1
+        else:
+            x = team.x(slot, j)
+            if largest is not None and rest is not None:
+                t = team.dense(slot, j)
+                cost, others = dense_cost(x, t, m), rest + (largest - t)
+            else:
+                assert uniform is not None
+                t, others = uniform, (team.launch.classes - 1) * uniform
+                cost = team.inside(j, uniform_gap(x, uniform, m, log1p_r), 0.0)
+            gap = gap + cost
+            others = jnp.where(is_label, others, others + label_target)
+            t = jnp.where(is_label, t + label_target, t)
+            d = gradient(e, (t, others), r, scales)
+        slots.x[slot, j] = jnp.where(has_gradient != 0, d, 0.0).astype(found.d.dtype)
+    plgpu.commit_smem()
+    for j in team.fragments:
+        plgpu.copy_smem_to_gmem(
+            slots.x.at[slot, j],
+            found.d.at[team.rows(step), team.columns(j)],
+            commit_group=j == len(team.fragments) - 1,
+        )
+    if label_target is not None:
+        team.store(found.gap, step, _total(gap))

@@ -28,11 +28,11 @@ from sxe._rows.gpu_lanes import (
     run,
     store,
 )
-from sxe._rows.normalizer import Normalizer, merge
+from sxe._rows.normalizer import Normalizer, merge_parts
 from sxe._rows.normalizer import normalize_tile as plain_twin
 
 UNROLL = 4  # loads of a lane that are in flight together
-PER_CORE = 8  # programs for each multiprocessor, of which about six run at a time
+PER_CORE = 8  # programs for each multiprocessor, of which six or more run at a time
 
 
 def normalize_tile(x: Array, backend: Backend) -> Normalizer:
@@ -78,7 +78,7 @@ def state(x: Array, *, cores: int, interpret: bool = False) -> Normalizer:
         grid={"part": parts, "team": teams},
         interpret=interpret,
     )
-    return functools.reduce(merge, [Normalizer(m[i, :N], r[i, :N]) for i in range(parts)])
+    return merge_parts(Normalizer(m[:, :N], r[:, :N]))
 
 
 def _rows(

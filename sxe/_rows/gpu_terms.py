@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from sxe._rows.cross_entropy import scaled_difference
 from sxe._rows.gpu_choice import LANES
 from sxe._rows.gpu_lanes import WARPS, fragment_layout, plgpu
 from sxe._rows.normalizer import Normalizer
@@ -40,10 +41,10 @@ class Found(NamedTuple):
 
     Attributes:
       state: of ``normalizer``, [N].
-      x_label: [N], the label's logit.
+      x_label: [N], the label's logit. Where the label is no class, it may be anything.
       d: [N, K], the gradient.
-      gap: [N], the sum of all s_k (m - x_k), where s_k is d_k or, if that is uniform,
-        ``spread(uniform)``. None in rows of a label alone.
+      gap: [N], what targets of classes cost: sum_k d_k (m - x_k). If d_k is uniform, see
+        ``uniform_gap``. None in rows of a label alone.
       total: [N], the sum of all d_k, or None if they are uniform or 0.
     """
 
@@ -54,8 +55,15 @@ class Found(NamedTuple):
     total: Any = None
 
 
-class Given(NamedTuple):
-    """The arrays of a launch, in memory: logits [N, K], d_k [N, K] or [1, K] or None, and more."""
+class Refs(NamedTuple):
+    """The arrays of a launch in the GPU's memory.
+
+    Attributes:
+      x: the logits [N, K].
+      dense: d_k, [N, K], or fewer rows of it if all rows have the same, or None.
+      terms: what else is known of rows.
+      found: the results.
+    """
 
     x: Any
     dense: Any
@@ -69,10 +77,11 @@ class Launch(NamedTuple):
     Attributes:
       rows, classes: N and K.
       vector: how many logits a lane loads at once.
-      programs: of the grid, each of which takes every so many rows.
+      programs: how many there are. Program p takes rows (if they are short, sixteen at a time) p,
+        p + programs, p + 2 programs, and so on.
       groups: warpgroups of a program.
       slots: in the ring of a warpgroup.
-      slot: the shape of one: of a long row [block], of four short ones [fragments, 4, classes].
+      slot: the shape of one: of a long row [block], of four short ones [fragments, 4, width].
       narrows: whether the gradient has another dtype than the logits. Then it has slots of its own,
         two for each warpgroup.
     """
@@ -96,25 +105,29 @@ class Launch(NamedTuple):
         return fragment_layout(self.vector)
 
 
-class Bytes(NamedTuple):
-    """Of a logit, of its gradient and, where there is an array of them, of a target: else 0."""
+class ItemSizes(NamedTuple):
+    """The bytes of a logit, of its gradient, and of a target, or 0 if no array holds targets."""
 
     x: int
     d: int
     dense: int
 
 
-def scratch(
-    launch: Launch, dtypes: tuple[DTypeLike, DTypeLike | None], copies: int
-) -> tuple[Any, ...]:
-    """The ring for logits and, if they have a dtype, targets; and a barrier for each slot."""
+def rings_and_barrier(
+    launch: Launch, dtypes: tuple[DTypeLike, DTypeLike | None], *, copies: int
+) -> tuple[Any, Any, Any]:
+    """A barrier for each slot, and the slots: of logits, and of targets if those have a dtype.
+
+    ``copies`` is how many fill a slot.
+    """
     slots = launch.groups * launch.slots
-    rings = tuple(plgpu.SMEM((slots, *launch.slot), of) for of in dtypes if of is not None)
-    return plgpu.Barrier(num_barriers=slots, num_arrivals=copies * len(rings)), *rings
+    rings = [None if of is None else plgpu.SMEM((slots, *launch.slot), of) for of in dtypes]
+    copies *= sum(ring is not None for ring in rings)
+    return plgpu.Barrier(num_barriers=slots, num_arrivals=copies), rings[0], rings[1]
 
 
 def spread(uniform: Array) -> Array:
-    """By what gaps are multiplied before they are summed, so that no sum overflows: never 0."""
+    """The factor of gaps in their sum: so that it does not overflow, and never 0."""
     return jnp.where(uniform == 0, 1.0, uniform)
 
 
@@ -124,7 +137,7 @@ def uniform_gap(x: Array, uniform: Array, m: Array, log1p_r: Array) -> Array:
     return jnp.where(x == -jnp.inf, cannot_occur, m - x) * spread(uniform)
 
 
-def dense_gap(x: Array, t: Array, m: Array) -> Array:
+def dense_cost(x: Array, t: Array, m: Array) -> Array:
     """t (m - x), and 0 where t is 0."""
     return jnp.where(t == 0, 0.0, t * (m - x))
 
@@ -133,8 +146,8 @@ def gradient(
     e: Array, t_and_others: tuple[Array, Array], r: Array, scales: tuple[Array, Array]
 ) -> Array:
     """D7, from t and T - t, and from the cotangents of loss and lse divided by 1 + r."""
-    (t, others), (scale, lse_scale) = t_and_others, scales
-    return (e * others - t * ((1 - e) + r)) * scale + e * lse_scale
+    scale, lse_scale = scales
+    return scaled_difference(e, t_and_others, r) * scale + e * lse_scale
 
 
 # The sum of targets, apart from the largest one: see ``targets.Dense``. Each lane starts from (0,

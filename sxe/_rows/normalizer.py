@@ -118,6 +118,13 @@ def merge(a: Normalizer, b: Normalizer) -> Normalizer:
     return Normalizer(m, rest_a + rest_b + (top_a + top_b - 1))
 
 
+def merge_parts(parts: Normalizer) -> Normalizer:
+    """The state of all classes, from the states of parts of them along a first axis."""
+    m = jnp.max(parts.m, axis=0, keepdims=True)
+    rest, tops = (jnp.sum(a, axis=0) for a in _rest(parts, m))
+    return Normalizer(m[0], rest + (tops - 1))
+
+
 def merge_over(state: Normalizer, axis_name: AxisName) -> Normalizer:
     """``merge`` of the states of all shards: one max and one sum over a mesh."""
     if axis_name is None:
