@@ -29,3 +29,8 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 class ArgumentValueError(ArgumentError, ValueError):
     """The argument has a value or shape that does not fit."""
+
+
+def unserved(needed: str) -> ArgumentValueError:
+    """The error that says what the kernels for GPUs would need."""
+    return ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {needed}; use 'xla'")

@@ -230,26 +230,36 @@ def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
     checks.check_logits("logits", logits)
     class_axes = axes.class_axes(options.axis, logits.ndim)
     checks.check_rows(labels, options, logits.shape, class_axes)
-    result = functools.partial(_result, with_gradient=with_gradient)
-    layout = options.layout
-    if layout is None and options.implementation == "mosaic_gpu" and axes.is_explicit(logits):
-        # XLA divides its own programs as the types say, but no kernel.
-        layout = layout_of_logits(logits, class_axes)
-    if layout is not None:
-        out = reduction.result_specs(options, layout.of_rows())
-        out = (out, layout.of_logits(logits.ndim, class_axes)) if with_gradient else out
-        return layout.run(result, inputs, class_axes, ndim=logits.ndim, out=out)
+    if options.layout is not None:
+        return _divided(options.layout, inputs, class_axes, with_gradient=with_gradient)
     axes.check_axis_name("axis_name", options.axis_name, "the logits", logits)
     axes.check_axis_name("batch_axis_name", options.batch_axis_name, "the logits", logits)
     inputs = join_shards(inputs, class_axes, ndim=logits.ndim)
+    logits = inputs.logits
     others = {"labels": inputs.labels, **inputs.options.of_rows()}
-    axes.check_mapped(logits=inputs.logits, **others)
-    axes.check_splits("logits", sharding(inputs.logits), class_axes, **others)
-    found = result(inputs)
+    axes.check_mapped(logits=logits, **others)
+    axes.check_splits("logits", sharding(logits), class_axes, **others)
+    if options.implementation == "mosaic_gpu" and axes.is_explicit(logits):
+        # XLA divides its own programs as the types say, but no kernel.
+        layout = layout_of_logits(logits, class_axes)
+        found = _divided(layout, inputs, class_axes, with_gradient=with_gradient)
+    else:
+        found = _result(inputs, with_gradient=with_gradient)
     if with_gradient and inputs.options.axis_name != options.axis_name:
         value, gradient = found
         return value, axes.shard_of(gradient, options.axis_name, class_axes[0])
     return found
+
+
+def _divided(
+    layout: Layout, inputs: _Inputs, class_axes: tuple[int, ...], *, with_gradient: bool
+) -> Any:
+    """``_result`` of what each device has of global inputs."""
+    ndim = inputs.logits.ndim
+    out = reduction.result_specs(inputs.options, layout.of_rows())
+    out = (out, layout.of_logits(ndim, class_axes)) if with_gradient else out
+    result = functools.partial(_result, with_gradient=with_gradient)
+    return layout.run(result, inputs, class_axes, ndim=ndim, out=out)
 
 
 def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
@@ -364,8 +374,9 @@ def softmax_cross_entropy(
       implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": two kernels for
         NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp", one of them reads the
         logits once and writes the gradient once, in the forward pass. So a cotangent other than 1
-        rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes. It serves
-        no split classes, no ``where`` of classes, and not ``jax.grad`` of float16. For all else the
+        rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes, of logits
+        and of dense targets. It serves no split classes, no ``where`` of classes, and not
+        ``jax.grad`` of float16 logits, which a loss scale may multiply later. For all else the
         other one reads the logits once for the state of rows, and XLA computes the gradient.
         float64, another platform, JAX before 0.11.2, and several devices are an error, unless
         ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh divides the rows. None: "xla", so

@@ -213,9 +213,10 @@ def test_kernels_stay_in_registers(compiled, capfd, monkeypatch, function, dtype
     compiled(function, *of_logits(classes, dtype))
     report = capfd.readouterr().out
     found = assembled(report)
-    assert len(found) == len(launches) == 1, f"expected the report of one kernel, got {report!r}"
+    assert len(found) == 1, f"expected the report of one kernel, got {report!r}"
     assert found[0][:4] == ("sm_90a", 0, 0, 0)
-    groups, *grid = launches[0]
+    # Of a loss that is differentiated, JAX traces the value first, and then what it compiles.
+    groups, *grid = launches[-1]
     programs = 1 if len(grid) > 1 else -(-grid[0] // 132)  # of the gradient kernel, on one core
     assert 0 < programs * groups * 128 * found[0].registers <= 65536
     if function is kernel_alone and classes in (1032, 32000):

@@ -236,18 +236,72 @@ def test_the_derivative_by_label_smoothing_beside_bad_labels(classes):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("classes", [64, pytest.param(1064, marks=pytest.mark.slow)])
 def test_dense_targets_that_are_not_finite(classes, bad):
-    """Their row is NaN, and no other."""
+    """Their row is NaN, and no other. So it is where their sum overflows."""
     logits, labels = problem(3, classes, "float32")
-    targets = jax.nn.one_hot(labels, classes).at[1, 5].set(bad)
+    targets = jax.nn.one_hot(labels, classes).at[1, 4:6].set(bad)
     loss, gradient = kernel_gradient(logits, targets)
     assert jnp.isnan(loss)
+    assert jnp.isnan(kernel_loss(logits, targets))
     assert jnp.isnan(gradient[1]).all()
     others = jnp.array([0, 2])
     expected = kernel_gradient(logits, labels)[1][others]
     np.testing.assert_allclose(gradient[others], expected, rtol=2e-5, atol=1e-30)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("mask", ["where", "weights"])
+def test_derivatives_by_options_beside_targets_that_do_not_count(mask):
+    rng = np.random.default_rng(15)
+    x = jnp.asarray(rng.standard_normal((5, 64)), jnp.float32).at[1].set(jnp.nan)
+    t = jnp.asarray(rng.random((5, 64)), jnp.float32).at[1].set(jnp.nan)
+    counts = {mask: jnp.asarray(np.arange(5) != 1, bool if mask == "where" else "float32")}
+
+    def loss(f, a, c):
+        return f(x, t, label_smoothing=a, class_weights=c, **counts)
+
+    by_smoothing_and_weights = jax.grad(loss, (1, 2))
+    given = 0.1, jnp.linspace(0.5, 2, 64)
+    ours, xla = (
+        by_smoothing_and_weights(f, *given) for f in (kernel_loss, sxe.softmax_cross_entropy)
+    )
+    for a, b in zip(ours, xla, strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_for_narrow_targets_are_rounded_once(dtype):
+    """After a loss scale, which keeps what is below float16's numbers."""
+    x, t = jnp.zeros((4, 64)).at[1, 0].set(3), jnp.full((4, 64), 1 / 64, dtype)
+    weights = jnp.full(4, 1e-9)
+
+    def gradient(f):
+        scaled = lambda t: 2.0**15 * f(x, t, weights=weights, reduction="sum")  # noqa: E731
+        return jax.grad(scaled)(t)
+
+    ours, xla = gradient(kernel_loss), gradient(sxe.softmax_cross_entropy)
+    assert ours.dtype == dtype
+    assert np.all(np.asarray(ours, np.float64) > 0)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(*(np.asarray(a, np.float64) for a in (ours, xla)), rtol=eps)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [64, 1064])
+def test_the_lse_of_a_row_of_minus_infinity(classes):
+    logits, labels = problem(3, classes, "float32")
+    logits = logits.at[1].set(-jnp.inf)
+    (loss, metrics), gradient = kernel_gradient(logits, labels, return_metrics=True)
+    assert jnp.isnan(loss)
+    assert jnp.isnan(gradient[1]).all()
+    assert metrics.lse[1] == -jnp.inf
 
 
 @needs_pallas
@@ -1139,6 +1193,13 @@ def test_rows_and_classes_that_an_explicit_mesh_splits(split, monkeypatch):
         for a, b in zip(found(kernel_loss), found(sxe.softmax_cross_entropy), strict=True):
             assert jax.typeof(a) == jax.typeof(b)
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+        if split[0] is not None:
+            mapped = jax.vmap(functools.partial(kernel_loss, reduction="none"))
+            with pytest.raises(ValueError, match=r"'mosaic_gpu' no jax\.vmap over an axis"):
+                mapped(logits[:, None], labels[:, None])
+            otherwise = jax.reshard(labels, P("model"))
+            with pytest.raises(ValueError, match="labels: expected to be split as logits"):
+                kernel_loss(logits, otherwise)
         swapped = logits.reshape(8, 8, 8, out_sharding=P(split[0], None, split[1]))
         if split[1] is not None:
             with pytest.raises(ValueError, match="expected class axes of which at most the first"):

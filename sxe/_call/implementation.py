@@ -8,12 +8,7 @@ from jax.typing import DTypeLike
 from sxe._arrays import are_known
 from sxe._backend import Backend
 from sxe._call.options import Implementation
-from sxe._errors import ArgumentValueError
-
-
-def unserved(needed: str) -> ArgumentValueError:
-    """The error that says what the kernels would need."""
-    return ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {needed}; use 'xla'")
+from sxe._errors import unserved
 
 
 def choose(

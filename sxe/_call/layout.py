@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sxe._arrays import AxisName, axis_names, sharding
 from sxe._call.axes import free_axes, mapped_axes, spmd_axes, vmap_axes, whole
-from sxe._errors import ArgumentValueError
+from sxe._errors import ArgumentValueError, unserved
 
 
 class Inputs(Protocol):
@@ -140,8 +140,16 @@ class Layout(NamedTuple):
         kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
         names = {name for name, kind in kinds.items() if kind in self.kinds}
         explicit = AxisType.Explicit in kinds.values()
+        by_kernel = options.implementation == "mosaic_gpu"
         if explicit:
-            names &= free_axes(self.mesh)
+            free = free_axes(self.mesh)
+            mapped = {name for name in names - free if kinds[name] == AxisType.Explicit}
+            if by_kernel and mapped:
+                raise unserved(
+                    "no jax.vmap over an axis that an Explicit mesh splits, got one split along "
+                    f"{sorted(mapped)} (an axis of rows may be left to the call instead)"
+                )
+            names &= free
             if taken := self._used - names:
                 raise ArgumentValueError(
                     "batch, classes",
@@ -151,16 +159,16 @@ class Layout(NamedTuple):
                 )
             # Types say how the inputs are split, and must say what shard_map is told.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
-        # Nothing has to be divided: no mesh axis is left, or by their types no input is split. A
-        # kernel for GPUs needs a shard_map even then.
-        needs_split = self.kinds == (AxisType.Explicit,) and options.implementation != "mosaic_gpu"
-        if not names or (needs_split and not self._used):
+        # No mesh axis is left to divide anything, or by their types no input is split. A kernel for
+        # GPUs needs a shard_map even then.
+        is_whole = self.kinds == (AxisType.Explicit,) and not self._used
+        if not names or (is_whole and not by_kernel):
             return result(inputs)
-        if mapped := vmap_axes(batch_axis_name):
+        if of_vmap := vmap_axes(batch_axis_name):
             raise ArgumentValueError(
                 "batch_axis_name",
-                f"expected no axis of a jax.vmap, got {mapped[0]!r}, where an "
-                "Explicit mesh splits hidden or kernel: JAX has no lax.psum along it there; use "
+                f"expected no axis of a jax.vmap, got {of_vmap[0]!r}, where an "
+                "Explicit mesh splits other axes: JAX has no lax.psum along it there; use "
                 "return_metrics=True, and sum loss_sum and weight_sum",
             )
         spmd = spmd_axes(self.mesh) if explicit else None

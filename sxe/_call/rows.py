@@ -64,8 +64,8 @@ def make_rows(
 
     Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
     and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
-    rows have a loss if their label is good. If it is None, all do, as far as is known here. Dense
-    targets that no option changes stay ``as_given``: in their dtype, and not masked.
+    rows have a loss if their label is good. If it is None, all do, as far as is known here. If
+    ``as_given``, dense targets that no option changes stay in their dtype, and are not masked.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options.axis_name, backend)
@@ -83,6 +83,7 @@ def make_rows(
             mask = _both(mask, labels != np.array(ignored, labels.dtype))
         good = (labels >= 0) & (labels < classes.number)
     else:
+        as_given = as_given and a is None and c is None
         labels = labels if as_given else labels.astype(dtype)
         total = jnp.sum(labels, axis=-1, dtype=dtype)
         good = jnp.isfinite(psum(total, options.axis_name))

@@ -386,6 +386,7 @@ def _row_of(
         found.total[row] = largest + others
     log1p_r = log1p(r)
     g, g_lse = terms.weight[row], terms.lse_weight[row] * (m + log1p_r)
+    g += 0 * (largest + others)  # NaN, where the sum of targets is not finite
     return _Row(
         row,
         *(m, r, log1p_r),

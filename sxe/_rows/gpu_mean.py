@@ -24,10 +24,10 @@ from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_label
 
 
 class Terms(NamedTuple):
-    """What the kernel is told of rows, [...], and the targets of their classes.
+    """What the kernel is told.
 
     Attributes:
-      rows: see there.
+      rows: of each row, [...].
       dense: [..., K], or [1, ..., 1, K] if all rows have the same, or None.
     """
 
@@ -177,11 +177,13 @@ def forward(
     terms = _terms(rows, g, z_loss)
     known = rows.with_loss(has_loss(x, None, f.backend))  # XLA drops it where nothing needs it
     found = _of_rows(f, x, known, terms, d_dtype)
-    with_loss = rows.with_loss(found.state.has_loss)
+    state, with_loss = found.state, rows.with_loss(found.state.has_loss)
+    # As elsewhere, the lse of a row of -inf alone is -inf.
+    found = found._replace(state=state._replace(r=jnp.where(state.m == -jnp.inf, -1, state.r)))
     masked = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), found._replace(d=None))
     targets = rows.targets
     if targets.label is None:
-        targets = targets._replace(total=masked.total)
+        targets = targets._replace(total=masked.total + 0 * masked.total)  # NaN if not finite
     cost, d_targets = _of_targets(f, keep(with_loss, x), targets, (terms, masked, g))
     results, _ = f.merge(Part(masked.state, cost, None), targets)  # D0
     return Forward(results, found.d, d_targets)
@@ -254,25 +256,32 @@ def _mean_fwd(f: CrossEntropy, x: Any, rows: Any, share: Any) -> tuple[tuple[Arr
     results, d, d_targets = _forward(f, x, rows, share)
     value = _mean(f, results, rows, share)
     weighed = f.weigh(results, rows.weight, share.z_loss)
+    t_like = None
     if d_targets.dense is not None:
-        # Of targets [..., K] the gradient is computed only if it is wanted: see ``_mean_bwd``.
-        t = rows.targets.dense.t
-        d_t = d_targets.dense.t if wanted.targets.dense.t else jnp.zeros((0,))
-        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t.astype(t.dtype)))
+        # Of targets [..., K] the gradient is computed only if it is wanted. It is rounded to their
+        # dtype when a cotangent has multiplied it.
+        t_like = jnp.zeros((0,), rows.targets.dense.t.dtype)
+        d_t = d_targets.dense.t if wanted.targets.dense.t else t_like
+        d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
     d_rows = Rows(d_targets, weighed.d_weight / share.divisor, None, None)
     d_z = None if weighed.d_z is None else weighed.d_z / share.divisor
-    return (value, results), (d, d_rows, Share(-value / share.divisor, d_z))
+    return (value, results), (d, d_rows, Share(-value / share.divisor, d_z), t_like)
 
 
-def _mean_bwd(f: CrossEntropy, res: tuple[Array, Rows, Share], g: Any) -> tuple[Any, ...]:
-    g_mean = instantiate(g[0])
+def _mean_bwd(f: CrossEntropy, res: tuple[Any, ...], g: Any) -> tuple[Any, ...]:
+    (*gradients, t_like), g_mean = res, instantiate(g[0])
 
     def times(a: Array) -> Array | None:
         # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
         # rounded a second time. An empty one is not wanted.
         return None if a.shape == (0,) else (g_mean * a.astype(g_mean.dtype)).astype(a.dtype)
 
-    return jax.tree.map(times, res)
+    d_x, d_rows, d_share = jax.tree.map(times, gradients)
+    if t_like is not None and d_rows.targets.dense.t is not None:
+        dense = d_rows.targets.dense
+        dense = dense._replace(t=dense.t.astype(t_like.dtype))
+        d_rows = d_rows._replace(targets=d_rows.targets._replace(dense=dense))
+    return d_x, d_rows, d_share
 
 
 mean.defvjp(_mean_fwd, _mean_bwd, symbolic_zeros=True)

@@ -227,10 +227,11 @@ def _write_gradient(
     slot, k = team.slot(step), team.iota()
     label, has_gradient, g, g_lse, label_target, uniform = terms
     log1p_r, gap = log1p(r), team.zero()
-    scales = g / (1 + r), g_lse * (m + log1p_r) / (1 + r)
     largest = rest = None
     if slots.dense is not None:
         largest, rest = _targets(team, step)
+        g = g + 0 * (largest + rest)  # NaN, where the sum of targets is not finite
+    scales = g / (1 + r), g_lse * (m + log1p_r) / (1 + r)
     for j, e in enumerate(es):
         is_label = k == label - j * team.width
         if label_target is None:

@@ -22,9 +22,9 @@ class RowTerms(NamedTuple):
       label: int32. It may lie outside of [0, K), and its logit may then be anything.
       has_gradient: bool. If it is False the gradient of the row is 0, whatever its logits are. Its
         state is computed all the same.
-      weight: float32, g in D7. In rows of a label alone it is g T.
+      weight: float32, g in D7; or, in rows of a label alone, g T, as D7 is proportional to T there.
       lse_weight: float32. lse times this is the cotangent of the row's lse.
-      label_target: float32, or None in rows of a label alone, where it is 1.
+      label_target: float32, or None in rows of a label alone.
       uniform: float32, or None.
     """
 
