@@ -20,8 +20,8 @@ class RowTerms(NamedTuple):
 
     Attributes:
       label: int32. It may lie outside of [0, K), and its logit may then be anything.
-      has_gradient: bool. If it is False the gradient of the row is 0, whatever its logits are. Its
-        state is computed all the same.
+      has_gradient: bool, which the kernel gets as int32. If it is False the gradient of the row is
+        0, whatever its logits are. Its state is computed all the same.
       weight: float32, g in D7; or, in rows of a label alone, g T, as D7 is proportional to T there.
       lse_weight: float32. lse times this is the cotangent of the row's lse.
       label_target: float32, or None in rows of a label alone.
