@@ -679,6 +679,7 @@ def test_options_as_without_it(options, classes):
         labels = rng.random((3, 2, classes)).astype(np.float32)
     if isinstance(options.get("where"), str):
         options["where"] = rng.random((3, 2, classes)) < 0.8
+        np.put_along_axis(options["where"], labels[..., None], values=True, axis=-1)
     if "class_weights" in options:
         options["class_weights"] = np.linspace(0.5, 2.0, classes, dtype=np.float32)
     logits = jnp.asarray(np.moveaxis(logits, -1, options.get("axis", -1)), jnp.float32)
@@ -700,7 +701,9 @@ def test_options_as_without_it(options, classes):
     for i in range(0, len(results), 2):
         for a, b in zip(results[i], results[i + 1], strict=True):
             assert np.isfinite(b).all()
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+            # The derivative by a class weight is a difference of losses, which are of log K.
+            atol = 1e-7 if classes < 1000 else 5e-7
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=atol)
 
 
 HEAD_OPTIONS = [
