@@ -182,9 +182,9 @@ class _Ring(NamedTuple):
     def slot_of_d(self, load: Array) -> Array:
         return self.group * 2 + lax.rem(load, 2) if self.launch.narrows else self.slot_of(load)
 
-    def block_of(self, load: Array) -> Array:
-        """Of a row, from the number of the load within the row."""
-        return self.group * self.own + jnp.where(load < self.own, load, load - self.own)
+    def block_of(self, n: Array) -> Array:
+        """The block of a row that load n of this row brings."""
+        return self.group * self.own + jnp.where(n < self.own, n, n - self.own)
 
     def start_of(self, block: Array) -> Array:
         start = block * self.block
@@ -350,7 +350,7 @@ class _Row(NamedTuple):
     """What the gradient of a row needs: scalars.
 
     Attributes:
-      row: its index.
+      number: its index among all rows.
       m, r, log1p_r: its state.
       label, label_target, uniform: its targets, as in ``RowTerms``.
       largest, others: largest + others - t are the targets of all classes but one with t, without
@@ -359,7 +359,7 @@ class _Row(NamedTuple):
       has_gradient: int32.
     """
 
-    row: Array
+    number: Array
     m: Array
     r: Array
     log1p_r: Array
@@ -409,18 +409,18 @@ def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
     """
     gap_ref = ring.refs.found.gap
 
-    def differentiate(n: Array, gap: Any) -> Any:
-        load = ring.again + n
-        block = ring.block_of(load)
+    def differentiate(i: Array, gap: Any) -> Any:
+        n = ring.again + i
+        block, load = ring.block_of(n), first_load + n
 
         def write_block(gap: Any) -> Any:
             if ring.again:
 
-                @pl.when(load >= ring.own)
+                @pl.when(n >= ring.own)
                 def wait() -> None:
-                    ring.wait_for(first_load + load)
+                    ring.wait_for(load)
 
-            return _write_block(ring, first_load + load, block, (row, gap))
+            return _write_block(ring, load, block, (row, gap))
 
         def wait_for_last(gap: Any) -> Any:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -428,9 +428,9 @@ def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
 
         gap = ring.if_in_row(block, write_block, wait_for_last, gap)
 
-        @pl.when(n > 0)
+        @pl.when(i > 0)
         def load_freed() -> None:
-            ring.start_load(first_load + load - 1 + ring.launch.slots)
+            ring.start_load(load - 1 + ring.launch.slots)
 
         return gap
 
@@ -438,7 +438,7 @@ def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
     gap = lax.fori_loop(0, ring.own, differentiate, start)
     if gap_ref is not None:
         warps_here = pl.ds(WARPS * ring.group, WARPS)
-        store(gap_ref.at[row.row, warps_here], jnp.sum(gap, axis=1))
+        store(gap_ref.at[row.number, warps_here], jnp.sum(gap, axis=1))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     ring.start_load(first_load + ring.loads - 1 + ring.launch.slots)
 
@@ -478,14 +478,14 @@ def _write_block(ring: _Ring, load: Array, block: Array, row_and_gap: tuple[_Row
 
     @pl.when(has_label)
     def put_label() -> None:
-        found.x_label[row.row] = x_label
+        found.x_label[row.number] = x_label
         t = t_label + row.label_target, row.others + (row.largest - t_label)
         d = gradient(jnp.exp(x_label - row.m), t, row.r, row.scales)
         d = jnp.where(row.has_gradient != 0, d, 0.0).astype(found.d.dtype)
         out[slot_of_d, k] = d
 
     plgpu.commit_smem()
-    target = found.d.at[row.row, pl.ds(ring.start_of(block), ring.block)]
+    target = found.d.at[row.number, pl.ds(ring.start_of(block), ring.block)]
     plgpu.copy_smem_to_gmem(out.at[slot_of_d], target)
     # All copies but this one have left the ring, so that the slot before is free.
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)

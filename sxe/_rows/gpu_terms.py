@@ -77,8 +77,8 @@ class Launch(NamedTuple):
     Attributes:
       rows, classes: N and K.
       vector: how many logits a lane loads at once.
-      programs: how many there are. Program p takes rows (if they are short, sixteen at a time) p,
-        p + programs, p + 2 programs, and so on.
+      programs: how many there are. Program p takes long rows p, p + programs, and so on. Of short
+        rows it takes four for each of its warpgroups at a time.
       groups: warpgroups of a program.
       slots: in the ring of a warpgroup.
       slot: the shape of one: of a long row [block], of four short ones [fragments, 4, width].
