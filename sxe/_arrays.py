@@ -1,11 +1,12 @@
 """What arrays are typed as: their dtype, how a mesh splits them, and along which axes they vary."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -52,6 +53,21 @@ def _keep_tangent_jvp(
 ) -> tuple[Array, Array]:
     (mask, x), (_, x_dot) = primals, tangents
     return keep_tangent(mask, x), keep(mask, x_dot)
+
+
+def jvp_of_moved(
+    f: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """``jax.jvp``, only by those arrays whose tangents are no symbolic zeros."""
+    leaves, tree = jax.tree.flatten(primals)
+    dots = jax.tree.leaves(tangents)
+    moved = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+
+    def of_moved(*some: Array) -> Any:
+        given = dict(enumerate(leaves)) | dict(zip(moved, some, strict=True))
+        return f(*jax.tree.unflatten(tree, given.values()))
+
+    return jax.jvp(of_moved, [leaves[i] for i in moved], [dots[i] for i in moved])
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -124,9 +140,12 @@ def reshard(x: Array, spec: Sequence[AxisName]) -> Array:
     return jax.reshard(x, PartitionSpec(*spec))
 
 
-def zeros_like(x: Array, shape: tuple[int, ...]) -> Array:
-    """Zeros of that shape, float32 or float64 and typed as varying as x, to start a loop with."""
-    zeros = jnp.zeros(shape, wide_dtype(x.dtype))
+def zeros_like(x: Array, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:
+    """Zeros of that shape, typed as varying as x, to start a loop with.
+
+    They are float32 or float64, if no dtype is given.
+    """
+    zeros = jnp.zeros(shape, dtype or wide_dtype(x.dtype))
     if jax.sharding.get_abstract_mesh().explicit_axes:
         # Under jit the type of new zeros has no mesh, and then jax.vmap can't carry them in a loop.
         zeros = jax.reshard(zeros, PartitionSpec(*(None for _ in shape)))

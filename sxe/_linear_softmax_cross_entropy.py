@@ -28,16 +28,16 @@ from sxe._call.options import HeadOptions, Implementation, Options, Reduction, R
 from sxe._call.reduction import Metrics
 from sxe._call.rows import make_rows
 from sxe._errors import ArgumentValueError
-from sxe._head.chunked import Head, Outcome, Shared, results_by, single_rows, weighted_sum
-from sxe._head.loops import tiling
-from sxe._head.path import FORWARD, gradient_path
+from sxe._head.chunked import Head, Shared
+from sxe._head.examples import outcome_of_examples
+from sxe._head.path import gradient_path
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.predictions import first_of
 from sxe._rows.targets import Rows
 
 T = TypeVar("T")
-Prepared = tuple[Head, Shared, Array, Rows]  # what the head takes; hidden [N, D], with padding
+Prepared = tuple[Head, Shared, Array, Rows]  # what the head takes; hidden [N, D]
 
 
 class _Inputs(NamedTuple):
@@ -48,7 +48,7 @@ class _Inputs(NamedTuple):
 
 
 def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
-    """A call as what the head takes, padded to whole chunks; and its rows as they came."""
+    """A call as what the head takes; and its rows as they came."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     dtype, shape = jnp.result_type(hidden, kernel), (*rows_shape, classes)
@@ -57,24 +57,17 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     check_rule(options.rule, backend)
     finite = None if options.weights is None else jnp.all(jnp.isfinite(hidden), axis=-1)
     rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
-    n = math.prod(rows_shape)
-    chunks, _, padding = tiling(
-        n, classes, chunk_size=options.chunk_size, dtype=dtype, backend=backend
-    )
 
     def flat(x: Array) -> Array:
-        x = x.reshape(n, *x.shape[len(rows_shape) :])
-        return jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) if padding else x
+        return x.reshape(math.prod(rows_shape), *x.shape[len(rows_shape) :])
 
     def wide(x: Array | float | None) -> Array | None:
         return None if x is None else jnp.asarray(x, wide_dtype(dtype))
 
-    targets, dense, mask = rows.targets, None, rows.mask
+    targets, dense = rows.targets, None
     if targets.label is not None and targets.dense is not None:  # label smoothing
         dense = jax.tree.map(lambda a: a.reshape(1, *a.shape[len(rows_shape) :]), targets.dense)
         targets = targets._replace(dense=None)
-    if mask is None and padding:
-        mask = jnp.ones(rows_shape, jnp.bool_)
     # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
     fsdp = None if options.layout is None else options.layout.fsdp
     if fsdp is None:
@@ -87,11 +80,15 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     head = Head(
         f=CrossEntropy(options.axis_name, backend),
         products=Products(dtype, product_precision(dtype), backend),
-        chunks=chunks,
+        path=gradient_path(options.rule, options.reduction),
+        rule=options.rule,
+        chunk_size=options.chunk_size,
+        # Rows that several devices hold would be gathered, if they were sorted.
+        skips=rows.mask is not None and backend.is_local,
         has_weights=options.weights is not None,
         predicts=options.return_metrics,
     )
-    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, mask))
+    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, rows.mask))
     return (head, *_typed_alike(shared, flat(hidden), flat_rows, options.axis_name)), rows
 
 
@@ -118,26 +115,16 @@ def _typed_alike(
     return shared, tile(hidden), row(rows)._replace(targets=targets)
 
 
-def _run(prepared: Prepared, options: Options) -> tuple[Outcome, Any]:
-    """What comes out of the head, and the weighted loss of each row or their sum."""
-    head, shared, hidden, rows = prepared
-    if gradient_path(options.rule, options.reduction) == FORWARD:
-        outcome = weighted_sum(head, shared, hidden, rows)
-        return outcome, outcome.value
-    if options.rule == "vjp":
-        outcome = single_rows(head, shared, hidden, rows)
-    else:
-        outcome = results_by(options.rule, head, shared, (hidden, rows))
-    return outcome, head.f.weigh(outcome.results, rows.weight, shared.z_loss).value
-
-
 def _result(inputs: _Inputs) -> Any:
     options = inputs.options
-    prepared, rows = _prepare(inputs)
-    outcome, loss = _run(prepared, options)
+    (head, shared, hidden, flat_rows), rows = _prepare(inputs)
+    outcome = outcome_of_examples(head, shared, hidden, flat_rows)
+    loss = outcome.value
+    if loss is None:
+        loss = head.f.weigh(outcome.results, flat_rows.weight, shared.z_loss).value
 
     def rows_of(x: Any) -> Array:
-        return x[: rows.weight.size].reshape(rows.weight.shape)
+        return x.reshape(rows.weight.shape)
 
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.

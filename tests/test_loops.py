@@ -140,19 +140,20 @@ def test_chunks_give_what_all_rows_give(chunks):
     rows = {"x": jnp.arange(12.0), "y": jnp.arange(24).reshape(12, 2), "none": None}
     seen = []
 
-    def body(carry, rows):
+    def body(factor, carry, rows):
         total, first = carry
         assert rows["none"] is None
         seen.append(rows["x"].shape)
         outputs = {
-            "x": 2 * rows["x"],
+            "x": factor * rows["x"],
             "y": rows["y"][:, ::-1],
             "first": jnp.full(rows["x"].shape, rows["x"][0]),
             "none": None,
         }
         return (total + jnp.sum(rows["x"]), 3 * first + rows["x"][0]), outputs
 
-    carry, outputs = over_chunks(body, (jnp.float32(1), jnp.float32(0)), rows, chunks)
+    arrays = jnp.float32(2), (jnp.float32(1), jnp.float32(0)), rows
+    carry, outputs = over_chunks(body, arrays, chunks)
     assert set(seen) == {(12 // chunks,)}
     assert carry[0] == 1 + 66
     assert carry[1] == functools.reduce(lambda number, i: 3.0 * number + i, range(chunks), 0.0)
@@ -165,11 +166,11 @@ def test_chunks_give_what_all_rows_give(chunks):
 def wide_rows(weight, x, chunks):
     """Sums and rows of arrays [C, 500] that a backward pass needs."""
 
-    def body(total, x):
+    def body(weight, total, x):
         wide = jnp.sin(x[:, None] * weight[None])
         return total + jnp.sum(wide), jnp.sum(wide**2, axis=1)
 
-    total, rows = over_chunks(body, jnp.float32(0), x, chunks)
+    total, rows = over_chunks(body, (weight, jnp.float32(0), x), chunks)
     return total + jnp.sum(rows * jnp.arange(1.0, 13))
 
 
@@ -192,6 +193,84 @@ def test_nothing_of_a_chunks_size_is_kept_for_the_backward_pass():
 
     assert largest(1) == 12 * 500
     assert largest(4) == 500
+
+
+# Loops over chunks of the rows that run.
+
+
+def runs_of(rows, chunks, runs):
+    """A sum and outputs of rows by ``over_chunks``, and the rows that were in a chunk."""
+
+    def body(factor, carry, rows):
+        total, chunk = carry
+        outputs = {"x": factor * rows["x"], "none": None, "ran": jnp.ones_like(rows["x"])}
+        return (total + jnp.sum(rows["x"]), chunk + len(rows["x"])), outputs
+
+    arrays = jnp.float32(2), (jnp.float32(1), jnp.int32(0)), rows
+    return over_chunks(body, arrays, chunks, runs=runs)
+
+
+SIZES = (3, 128)  # of chunks: whole ones alone, and quarters at the end
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 32, 33, 64, 65, 127, 128, 129, 192, 193, 511, 512])
+@pytest.mark.parametrize("size", SIZES)
+def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
+    count = 4 * size
+    number = min(number, count)
+    rng = np.random.default_rng(number)
+    runs = np.isin(np.arange(count), rng.permutation(count)[:number])
+    x = np.arange(1.0, count + 1, dtype=np.float32)
+    (total, rows_run), outputs = jax.jit(runs_of, static_argnums=1)({"x": x}, 4, runs)
+    ran = np.asarray(outputs["ran"]) == 1
+    np.testing.assert_array_equal(ran[runs], True)
+    np.testing.assert_array_equal(outputs["x"], np.where(ran, 2 * x, 0))
+    assert total == 1 + x[ran].sum()
+    whole, left = divmod(number, size)
+    part = size // 4 if size >= 128 else size
+    expected = (whole + 1) * size if left > 2 * part else whole * size + -(-left // part) * part
+    assert rows_run == ran.sum() == expected
+    if number == expected:
+        np.testing.assert_array_equal(ran, runs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_examples_of_a_vmap_run_as_many_chunks_as_one_of_them_needs(size):
+    """Without a choice between the old and the new carry, which would copy it."""
+    runs = np.arange(4 * size) < np.array([[0], [2 * size + 1], [size]])
+    x = np.random.default_rng(0).normal(size=runs.shape).astype(np.float32)
+    several = jax.vmap(lambda x, runs: runs_of({"x": x}, 4, runs))
+    (totals, rows_run), outputs = jax.jit(several)(x, runs)
+    ran = np.asarray(outputs["ran"]) == 1
+    assert set(rows_run.tolist()) == {3 * size if size < 128 else 2 * size + size // 4}
+    assert ran.sum(axis=1).tolist() == rows_run.tolist()
+    np.testing.assert_allclose(totals, 1 + np.where(ran, x, 0).sum(axis=1), rtol=1e-5, atol=1e-5)
+    # For a number of steps that differs, JAX asks in each step whether any example goes on.
+    text = jax.jit(several).lower(x, runs).as_text()
+    assert text.count("stablehlo.while") == (1 if size < 128 else 2)
+    assert "stablehlo.or" not in text
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_derivatives_of_a_loop_over_rows_that_run(size):
+    """Also in reverse mode, where all chunks run, and by what is moved alone."""
+    x = jnp.linspace(-2, 3, 4 * size)
+    runs = np.arange(4 * size) % 3 == 0
+
+    def loss(weight, x, runs):
+        def body(weight, total, x):
+            return total + jnp.sum(weight * x["x"] * x["runs"]), jnp.sin(weight * x["x"])
+
+        rows = {"x": x, "runs": jnp.asarray(runs_of_rows, x.dtype)}
+        total, outputs = over_chunks(body, (weight, jnp.float32(0), rows), 4, runs=runs)
+        return total + jnp.sum(jnp.where(runs_of_rows, outputs, 0) * jnp.arange(1.0, 4 * size + 1))
+
+    runs_of_rows = runs
+    for argnums in (0, 1, (0, 1)):
+        for transformed in (jax.grad, jax.jacfwd):
+            found = transformed(lambda w, x: loss(w, x, jnp.asarray(runs)), argnums)(0.7, x)
+            expected = transformed(lambda w, x: loss(w, x, None), argnums)(0.7, x)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), found, expected)
 
 
 # Loops over blocks of rows.

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import checkify, jet
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
+
+from sxe._primitives import CallPrimitive
 
 
 def checked(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> Array:
@@ -93,24 +94,13 @@ def _check(
     )
 
 
-class _Checked(Primitive):
-    multiple_results = True
-
-    def bind(self, *args: Any, subfuns: tuple[Any, ...] = (), **params: Any) -> Any:
-        if subfuns:  # from checkify: the rewritten inner program, with the error as an argument
-            return subfuns[0].call_wrapped(*args)
-        return super().bind(*args, **params)
+class _Checked(CallPrimitive):
+    def run(self, *inputs: Any, **params: Any) -> list[Any]:
+        labels, _ = inputs
+        return [labels]
 
 
 _checked_p = _Checked("checked_labels")
-
-
-def _identity(labels: Any, bad: Any, **params: Any) -> list[Any]:
-    return [labels]
-
-
-def _lowering(ctx: Any, labels: Any, bad: Any, **params: Any) -> list[Any]:
-    return [labels]
 
 
 def _batch(args: Any, axes: Any, *, call_jaxpr: Any, mapped: Any, **params: Any) -> Any:
@@ -121,8 +111,5 @@ def _jet(primals_in: Any, series_in: Any, **params: Any) -> Any:
     return _checked_p.bind(*primals_in, **params), [series_in[0]]
 
 
-_checked_p.def_impl(_identity)
-_checked_p.def_abstract_eval(_identity)
-mlir.register_lowering(_checked_p, _lowering)
 batching.primitive_batchers[_checked_p] = _batch
 jet.jet_rules[_checked_p] = _jet

@@ -11,6 +11,9 @@ kernel, in one of two ways:
                     chunk again: 8 N D K FLOPs.
 
 Rules other than "vjp" leave all of this to JAX, which differentiates the same chunks one by one.
+
+Where some rows do not count, those that do are brought to the front, and only chunks that hold any
+are run.
 """
 
 import dataclasses
@@ -22,9 +25,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import equal_shares, keep, sum_of_shares, wide_dtype, zeros_like
-from sxe._head.loops import in_row_blocks, over_chunks
+from sxe._arrays import equal_shares, keep, sum_of_shares, vary_like, wide_dtype, zeros_like
+from sxe._head.loops import in_row_blocks, over_chunks, tiling
+from sxe._head.path import FORWARD, GradientPath
 from sxe._head.projection import Products, Transform, transform, transform_bwd
+from sxe._primitives import whole
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
@@ -68,18 +73,26 @@ class Head:
     Attributes:
       f: the function of rows.
       products: how hidden states and kernel are multiplied.
-      chunks: how many chunks the rows are divided into.
+      path: where its gradients are computed.
+      rule: by which it is differentiated.
+      chunk_size: the most rows that a chunk may have, None for the default.
+      skips: whether chunks that hold no row that counts are left out.
       has_weights: whether a row of weight 0 may have no loss.
       predicts: whether the class of each row's largest logit is wanted.
+      chunks: how many chunks the rows are divided into, once their number is known.
       wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
         and of the rows. No other gradient is computed.
     """
 
     f: RowFunction
     products: Products
-    chunks: int
+    path: GradientPath
+    rule: str
+    chunk_size: int | None
+    skips: bool
     has_weights: bool
     predicts: bool
+    chunks: int = 1
     wanted: tuple[Any, Any, Any] = (None, None, None)
 
 
@@ -272,6 +285,40 @@ def _add(sums: T, more: T) -> T:
 # All chunks.
 
 
+def outcome_of(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+    """What comes out of the head for hidden states [N, D] and their rows, by its path and rule."""
+    n, dtype, backend = len(hidden), head.products.dtype, head.f.backend
+    sizes = n, shared.kernel.shape[1]
+    chunks, _, padding = tiling(*sizes, chunk_size=head.chunk_size, dtype=dtype, backend=backend)
+    head = dataclasses.replace(head, chunks=chunks)
+    if padding:
+        mask = jnp.ones(n, jnp.bool_) if rows.mask is None else rows.mask
+        rows = rows._replace(mask=vary_like(mask, rows.weight))
+        hidden, rows = jax.tree.map(
+            lambda a: jnp.pad(a, ((0, padding),) + ((0, 0),) * (a.ndim - 1)), (hidden, rows)
+        )
+    if head.path == FORWARD:
+        outcome = weighted_sum(head, shared, hidden, rows)
+    elif head.rule == "vjp":
+        outcome = single_rows(head, shared, hidden, rows)
+    else:
+        outcome = _results_by_rule(head, shared, hidden, rows)
+    if not padding:
+        return outcome
+    results, found = jax.tree.map(lambda a: a[:n], (outcome.results, outcome.best))
+    return Outcome(outcome.value, results, found)
+
+
+def _runs(head: Head, rows: Rows) -> Array | None:
+    """The rows without which a chunk need not be run, or None if all chunks are run."""
+    if not head.skips or rows.mask is None:
+        return None
+    # A row of weight 0 adds nothing, but where it has a loss, that is its weight's derivative.
+    of_rows = head.wanted[2]
+    has_part = of_rows is not None and of_rows.weight
+    return rows.mask if has_part else rows.mask & (rows.weight != 0)
+
+
 def _narrow(head: Head, shared: Shared, hidden: Array) -> tuple[Shared, Array]:
     """Kernel and hidden states in the dtype of their product.
 
@@ -290,7 +337,7 @@ def _results(
     """
     of_all = dataclasses.replace(head, has_weights=False)
 
-    def chunk(none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Any]:
+    def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Any]:
         hidden, rows = chunk
 
         def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
@@ -300,16 +347,20 @@ def _results(
         u = head.products.u(hidden, shared.kernel)
         return none, in_row_blocks(block, none, u, rows, backend=head.f.backend)[2]
 
-    _, (parts, found) = over_chunks(chunk, (), (hidden, rows), head.chunks)
+    arrays = shared, (), (hidden, rows)
+    _, (parts, found) = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
     results, state = head.f.merge(parts, rows.targets)
     mask = rows.with_loss(state.has_loss) if head.has_weights else rows.mask
     return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
 
 
-def results_by(rule: str, head: Head, shared: Shared, hidden_and_rows: Chunk) -> Outcome:
-    """The results of single rows by one of the rules for logits, differentiated by JAX."""
+def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+    """The results of single rows by one of the rules for logits, differentiated by JAX.
 
-    def chunk(none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Outcome]:
+    All chunks are run.
+    """
+
+    def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Outcome]:
         hidden, rows = chunk
         kept = keep(rows.mask, hidden)  # a NaN there times a d u of 0 is a NaN
         tile = _tile(head, shared, head.products.u(kept, shared.kernel), rows)
@@ -317,14 +368,14 @@ def results_by(rule: str, head: Head, shared: Shared, hidden_and_rows: Chunk) ->
         if head.predicts and rows.mask is not None:
             constants, hidden = lax.stop_gradient((shared, hidden))
             found = _tile(head, constants, head.products.u(hidden, constants.kernel), rows).best
-        results = RULES[rule](head.f, tile.x, tile.targets)
+        results = RULES[head.rule](head.f, tile.x, tile.targets)
         return none, Outcome(None, _keep(tile.mask, results), found)
 
     # The products are of operands in float32, which holds those of narrower ones: JAX would round
     # the kernel's gradient to the operands' dtype in every chunk.
     products = dataclasses.replace(head.products, dtype=shared.kernel.dtype)
     head = dataclasses.replace(head, products=products)
-    return over_chunks(chunk, (), hidden_and_rows, head.chunks)[1]
+    return over_chunks(chunk, (shared, (), (hidden, rows)), head.chunks)[1]
 
 
 def _only(wanted: Any, gradients: T) -> T:
@@ -350,14 +401,19 @@ def weighted_sum(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outco
     return outcome._replace(value=jnp.sum(weighed.value))
 
 
+def _sums_fwd(head: Head, shared: Shared, hidden: Array, rows: Rows) -> tuple[Sums, Any]:
+    chunk = functools.partial(_chunk_fwd, head)
+    arrays = shared, _zero_sums(head, shared, rows), (hidden, rows)
+    return over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
+
+
 def _weighted_sum_fwd(
     head: Head, shared_primals: Shared, hidden_primal: Any, rows_primals: Rows
 ) -> tuple[Outcome, Any]:
     (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     head = dataclasses.replace(head, wanted=wanted)
     shared, hidden = _narrow(head, shared, hidden)
-    chunk = functools.partial(_chunk_fwd, head, shared)
-    sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), (hidden, rows), head.chunks)
+    sums, outputs = whole(functools.partial(_sums_fwd, head), shared, hidden, rows)
     (value, d_shared), (d_hidden, results, found, d_rows) = sums, outputs
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
@@ -401,7 +457,8 @@ def _single_rows_fwd(
 ) -> tuple[Outcome, Any]:
     (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     shared, hidden = _narrow(head, shared, hidden)
-    outcome, state, mask = _results(head, shared, hidden, rows)
+    results = functools.partial(_results, dataclasses.replace(head, wanted=wanted))
+    outcome, state, mask = whole(results, shared, hidden, rows)
     # Arrays, because residuals may not be Python values.
     flags = jax.tree.map(lambda w: jnp.zeros((int(w),)), wanted)
     return outcome, (shared, hidden, rows._replace(mask=mask), state, flags)
@@ -415,9 +472,9 @@ def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | 
     first, *others = g.results
     others = [None if isinstance(a, SymbolicZero) else a for a in others]
     g_results = sum_of_shares(type(g.results)(instantiate(first), *others), head.f.axis_name)
-    chunk = functools.partial(_chunk_bwd, head, shared)
-    chunks = (hidden, rows), (state, g_results)
-    sums, outputs = over_chunks(chunk, _zero_sums(head, shared, rows), chunks, head.chunks)
+    chunk = functools.partial(_chunk_bwd, head)
+    arrays = shared, _zero_sums(head, shared, rows), ((hidden, rows), (state, g_results))
+    sums, outputs = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
     return sums[1], *outputs
 
 

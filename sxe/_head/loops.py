@@ -13,14 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import max_dim, min_dim
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 
-from sxe._arrays import are_known
+from sxe._arrays import are_known, jvp_of_moved, zeros_like
 from sxe._backend import Backend, bits_of
 from sxe._rows.cpu import part_of, rows_per_block
 
+T = TypeVar("T")
+Shared = TypeVar("Shared")
 Carry = TypeVar("Carry")
 Sums = TypeVar("Sums")
+Rows = TypeVar("Rows")
 
 
 class Tiling(NamedTuple):
@@ -71,27 +75,127 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-def over_chunks(
-    body: Callable[[Carry, Any], tuple[Carry, Any]], carry: Carry, rows: Any, chunks: int
-) -> tuple[Carry, Any]:
-    """``lax.scan`` of body over chunks of arrays [N, ...], and of its outputs to [N, ...].
+Body = Callable[[Shared, Carry, Rows], tuple[Carry, Any]]  # of a chunk: new carry, outputs
 
-    A chunk takes every n-th row of n chunks, so that where devices split the rows, each has some of
-    them. If JAX differentiates the loop, it computes a chunk again and keeps nothing of its size.
+
+PARTS_AT_END = 2
+
+
+def rows_of_part(chunk_size: int) -> int:
+    """The rows of a quarter of a chunk, or 0 where a quarter is too small to be run alone."""
+    return chunk_size // 4 if are_known(chunk_size) and chunk_size >= 128 else 0
+
+
+def over_chunks(
+    body: Body[Shared, Carry, Rows],
+    arrays: tuple[Shared, Carry, Rows],
+    chunks: int,
+    *,
+    runs: Array | None = None,
+) -> tuple[Carry, Any]:
+    """carry, outputs = body(shared, carry, rows) of chunks of rows [N, ...], one after the other.
+
+    The outputs of all chunks become arrays [N, ...]. A chunk takes every n-th row of n chunks, so
+    that where devices split the rows, each has some of them.
+
+    If ``runs``, bool [N], leaves rows out, chunks without any other row are not run. Outputs are
+    then 0 in rows that were not in a chunk.
     """
     if chunks == 1:
-        return body(carry, rows)
+        return body(*arrays)
+    if runs is not None:
+        return _over_chunks_that_run(body, chunks, arrays, runs)
+    shared, carry, rows = arrays
 
+    # If JAX differentiates the loop, it computes a chunk again and keeps nothing of its size.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry: Carry, i: Array) -> tuple[Carry, Any]:
         def take(x: Array) -> Array:
             x = x.reshape(-1, chunks, *x.shape[1:])
             return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
-        return body(carry, jax.tree.map(take, rows))
+        return body(shared, carry, jax.tree.map(take, rows))
 
     carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
     return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _over_chunks_that_run(
+    body: Body[Shared, Carry, Rows],
+    chunks: int,
+    arrays: tuple[Shared, Carry, Rows],
+    runs: Array,
+) -> tuple[Carry, Any]:
+    """Rows that run are brought to the front, and as many chunks are run as they fill.
+
+    What they leave in the last chunk, if it is at most half of it, is run in quarters of a chunk.
+    """
+    shared, carry, rows = arrays
+    running = jnp.cumsum(runs, dtype=jnp.int32)  # among the rows up to each
+    number, index = running[-1], jnp.arange(len(runs), dtype=jnp.int32)
+    position = jnp.where(runs, running - 1, number + index - running)
+    order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
+
+    def run(first: Array | int, size: int, steps: Array, state: Any) -> Any:
+        """state, after so many steps of so many rows, from that row of the order on."""
+
+        def step(i: Array, state: Any) -> Any:
+            carry, outputs = state
+            start = first + i * size
+            carry, new = body(shared, carry, take(start, size))
+            put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+            return carry, jax.tree.map(put, outputs, new)
+
+        return lax.fori_loop(0, steps, step, state)
+
+    def take(start: Array | int, size: int) -> Any:
+        return _rows_at(lax.dynamic_slice_in_dim(order, start, size), rows)
+
+    size = len(runs) // chunks
+    part = rows_of_part(size)
+    _, some = jax.eval_shape(body, shared, carry, take(0, size))
+    outputs = jax.tree.map(lambda y: zeros_like(y, (len(runs), *y.shape[1:]), y.dtype), some)
+    whole = _most((number + (size - 1 - PARTS_AT_END * part)) // size)
+    state = run(0, size, whole, (carry, outputs))
+    if part:
+        left = number - whole * size
+        state = run(whole * size, part, _most((jnp.maximum(left, 0) + (part - 1)) // part), state)
+    carry, outputs = state
+    return carry, _rows_at(position, outputs)
+
+
+def _over_chunks_that_run_jvp(
+    body: Body[Shared, Carry, Rows],
+    chunks: int,
+    primals: tuple[Any, Any],
+    tangents: tuple[Any, Any],
+) -> tuple[Any, Any]:
+    # All chunks: JAX has no reverse mode for a loop whose number of steps is not known.
+    (arrays, _), (arrays_dot, _) = primals, tangents
+    return jvp_of_moved(lambda *arrays: over_chunks(body, arrays, chunks), arrays, arrays_dot)
+
+
+_over_chunks_that_run.defjvp(_over_chunks_that_run_jvp, symbolic_zeros=True)
+
+
+def _rows_at(at: Array, rows: T) -> T:
+    return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), rows)
+
+
+@custom_vmap
+def _most(steps: Array) -> Array:
+    """steps, and under a vmap those of the example that needs most.
+
+    A loop whose number of steps differs between examples would select between the old and the new
+    carry in each step, and so copy all of it.
+    """
+    return steps
+
+
+@_most.def_vmap
+def _most_of_examples(size: int, mapped: Any, steps: Array) -> tuple[Array, bool]:
+    return _most(jnp.max(steps, axis=0)), False
 
 
 def in_row_blocks(

@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import AxisName, psum, wide
+from sxe._arrays import AxisName, jvp_of_moved, psum, wide
 from sxe._backend import Backend, apart
 from sxe._rows import cpu, normalizer, targets
 from sxe._rows.normalizer import Normalizer, finite_shift
@@ -57,13 +56,7 @@ def _dense_cost_jvp(
     backend: Backend, primals: tuple[Array, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     # A tangent that is zero must not meet an infinite gap, so that only others are multiplied.
-    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-
-    def plain(*some: Array) -> Array:
-        t, x, m, log1p_r = (dict(enumerate(primals)) | dict(zip(moved, some, strict=True))).values()
-        return targets.dense_cost(t, x, m, log1p_r)
-
-    _, cost_dot = jax.jvp(plain, [primals[i] for i in moved], [tangents[i] for i in moved])
+    _, cost_dot = jvp_of_moved(targets.dense_cost, primals, tangents)
     return dense_cost(*primals, backend), cost_dot
 
 

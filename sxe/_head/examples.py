@@ -1,0 +1,83 @@
+"""What ``jax.vmap`` makes of the head: the rows of all examples become rows of one call.
+
+JAX's own rule would compute the logits of a chunk of every example at the same time, and a gradient
+for the kernel for each of them, [B, D, K], to add them up. Here they are those of one call,
+whatever the number of examples is. The call is differentiated after it is mapped: a gradient of a
+vmap is one of that call. In a vmap of a gradient JAX differentiates first, and each example has a
+gradient of its own.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.interpreters import batching
+
+from sxe._arrays import sharding
+from sxe._head.chunked import Head, Outcome, Shared, outcome_of
+from sxe._head.path import AGAIN
+from sxe._primitives import CallPrimitive
+from sxe._rows.targets import Rows
+
+
+def outcome_of_examples(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+    """``outcome_of``, as a call that ``jax.vmap`` makes longer."""
+    if head.rule == "autodiff":  # for jax.experimental.jet, which knows no primitive but JAX's
+        return outcome_of(head, shared, hidden, rows)
+    inputs = shared, hidden, rows
+    of_head = functools.partial(outcome_of, head)
+    return _head_p.of(of_head, *inputs, head=head, tree=jax.tree.structure(inputs))
+
+
+def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> tuple[Any, Any]:
+    if not _are_rows_of_one_call(inputs, axes, tree):
+        return _head_p.batch(inputs, axes, **params)
+    size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
+
+    def first(x: Array, axis: int | None) -> Array:
+        """x [B, N, ...]."""
+        if axis is None:
+            return jnp.broadcast_to(x, (size, *x.shape))
+        return jnp.moveaxis(x, axis, 0)
+
+    shared, *_ = jax.tree.unflatten(tree, inputs)
+    _, *of_rows = jax.tree.unflatten(tree, map(first, inputs, axes))
+    hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_rows)
+    # How much each example counts is not known in the forward pass.
+    outcome = outcome_of_examples(dataclasses.replace(head, path=AGAIN), shared, hidden, rows)
+    value = None
+    if head.path != AGAIN:
+        value = head.f.weigh(outcome.results, rows.weight, shared.z_loss).value
+        value = jnp.sum(value.reshape(size, -1), axis=1)
+    results, best = jax.tree.map(
+        lambda x: x.reshape(size, -1, *x.shape[1:]), (outcome.results, outcome.best)
+    )
+    outputs = jax.tree.leaves(Outcome(value, results, best))
+    return outputs, [0] * len(outputs)
+
+
+def _are_rows_of_one_call(inputs: Any, axes: Any, tree: Any) -> bool:
+    """Whether a vmap along these axes, None where an input is not mapped, makes more rows.
+
+    The examples must share the kernel and its options. Hidden states that they share are better
+    multiplied once, and dense targets that they share would be repeated.
+    """
+    shared, hidden, rows = jax.tree.unflatten(tree, [axis is not None for axis in axes])
+    dense = rows.targets.dense
+    is_split = any(
+        axis is not None and sharding(x)[axis] is not None
+        for x, axis in zip(inputs, axes, strict=True)
+    )
+    return (
+        hidden
+        and not any(jax.tree.leaves(shared))
+        and (dense is None or dense.t)
+        and not is_split  # by an Explicit mesh, along whose axes no chunk of rows can be taken
+    )
+
+
+_head_p = CallPrimitive("head")
+batching.primitive_batchers[_head_p] = _batch
