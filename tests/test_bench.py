@@ -24,6 +24,7 @@ PROBLEMS = [
     Problem(7, 11),
     Problem(70, 13, dense=True, confident=0.5),
     Problem(67, 19, hidden=5),
+    Problem(66, 19, hidden=5, counting=0.25),
     Problem(9, 11, hidden=5, dtype="bfloat16", confident=0.3),
 ]
 
@@ -31,14 +32,17 @@ PROBLEMS = [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_the_truth_is_that_of_the_oracle(problem):
     *inputs, labels = problem.data()
+    assert problem.counting == 1 or (labels >= 0).sum() == problem.rows_that_count == 16
     inputs = [np.asarray(jnp.asarray(x, problem.dtype)) for x in inputs]
     true = truth(problem, *inputs, labels)
     rows, classes = problem.samples(labels)
     if problem.hidden is None:
         value, gradients = oracle.loss(*inputs, labels), [oracle.gradient(*inputs, labels)]
     else:
-        value = oracle.head_loss(*inputs, labels)
-        found = oracle.head_gradients(*inputs, labels)
+        counts = {"where": labels >= 0}
+        labels = np.maximum(labels, 0)
+        value = oracle.head_loss(*inputs, labels, **counts)
+        found = oracle.head_gradients(*inputs, labels, **counts)
         gradients = [found["hidden"], found["kernel"]]
     assert true.loss == pytest.approx(float(value), rel=1e-12)
     at = (rows, (slice(None), classes))
@@ -114,6 +118,27 @@ def test_a_share_of_the_rows_of_all_standard_problems_is_confident(quick):
     problems = standard_problems(quick, confident=0.25)
     assert {p.confident for p in problems} == {0.25}
     assert len(set(problems)) == len(problems) > 5
+
+
+def test_rows_that_do_not_count_are_measured_beside_all_rows(capsys, tmp_path):
+    """Those that count alone are compared with float64, and with optax."""
+    sizes = ("--rows", "512", "--hidden", "8", "--classes", "300", "--counting", "0.25")
+    file = tmp_path / "found.json"
+    main(["bench", *sizes, "--peers", "optax", "--rounds", "3", "--json", str(file)])
+    printed = capsys.readouterr().out
+    assert "25% counting" in printed
+    assert "/ sxe, all rows" in printed
+    for found in json.loads(file.read_text())["measurements"]:
+        by_name = {t["name"]: t for t in found["timings"]}
+        assert by_name.keys() == {"sxe", "sxe, all rows", "optax", "floor"}
+        assert by_name["sxe, all rows"]["loss_error"] is None
+        for name in ("sxe", "optax"):
+            assert by_name[name]["loss_error"] < 1e-5
+            assert not by_name[name]["wrong"]
+    for wrong, message in ((("--counting", "0"), "(0, 1]"), (sizes[:2] + sizes[4:], "--hidden")):
+        with pytest.raises(SystemExit):
+            main(["bench", *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_errors_are_relative():

@@ -11,6 +11,7 @@ PACKAGE = Path(sxe.__file__).parent
 FLOORS = (
     ("derivation.py", "_errors.py", "_backend.py"),
     ("_arrays.py",),
+    ("_primitives.py",),
     ("_rows",),
     ("_head",),
     ("_call",),

@@ -128,18 +128,86 @@ def call(rows, hidden, classes, dtype, differentiate, options, sizes=None, **axe
     ]
     program = jax.jit(f).lower(*inputs).compile(AS_ELSEWHERE)
     names = {"reduction", "chunk_size", "rule"}
+    ignores = {"where"} if "ignore_index" in options else set()
     plan = sxe.plan(
         rows,
         hidden,
         classes,
         dtype,
         differentiate=differentiate,
-        options=tuple(options.keys() - names),
+        options=tuple(options.keys() - names - {"ignore_index"} | ignores),
         **{name: options[name] for name in options.keys() & names},
         mesh=sizes,
         **axes,
     )
     return program, plan
+
+
+# N, D, K, dtype, what is differentiated, options of the call.
+LEFT_OUT = [
+    (2048, 512, 32768, "float32", BOTH, {}),
+    (2048, 512, 32768, "bfloat16", BOTH, {"reduction": "none"}),
+    (4096, 2048, 16384, "float32", ("hidden",), {}),
+    (1021, 509, 50257, "bfloat16", ("kernel",), {}),
+    (8192, 512, 32768, "float32", (), {}),
+]
+
+
+@pytest.mark.parametrize("each", LEFT_OUT, ids=str)
+def test_memory_where_rows_are_left_out(each, monkeypatch):
+    """By one device, which brings those that count to the front. Their share changes nothing."""
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
+    *sizes, dtype, differentiate, options = each
+    program, plan = call(*sizes, dtype, differentiate, options | {"ignore_index": -1})
+    assert plan == sxe.plan(
+        *sizes, dtype, differentiate=differentiate, options=("where",), **options
+    )
+    fewer = sxe.plan(*sizes, dtype, differentiate=differentiate, counting=0.25, **options)
+    for ratio in memory_ratio(program, fewer):
+        assert abs(ratio - 1) < TOLERANCE, memory_ratio(program, fewer)
+
+
+def test_only_chunks_with_rows_that_count_are_in_the_plan(monkeypatch):
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
+    sizes = {"rows": 2048, "hidden": 512, "classes": 32768, "chunk_size": 256}
+    every = sxe.plan(**sizes)
+    assert (every.chunks, every.rows_run) == (8, 2048)
+    for counting, rows in ((1, 2048), (0.25, 512), (0.26, 576), (0.34, 768), (0.5, 1024), (0, 0)):
+        plan = sxe.plan(**sizes, counting=counting)
+        assert plan.rows_run == rows
+        assert plan.flops == every.flops * rows // 2048
+        assert plan.traffic_bytes <= every.traffic_bytes
+    assert sxe.plan(**sizes, counting=0.25, rule="autodiff").rows_run == 2048
+    assert sxe.plan(**(sizes | {"chunk_size": 2048}), counting=0.25).rows_run == 2048
+    split = sxe.plan(**sizes, counting=0.25, mesh={"data": 2}, batch_axis_name="data")
+    assert (split.chunks, split.rows_run) == (4, 256)
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 8)  # without a mesh: nobody knows
+    assert sxe.plan(**sizes, counting=0.25).rows_run == 2048
+
+
+@pytest.mark.parametrize("counting", [-0.1, 1.1, np.nan, "all", True, None])
+def test_a_share_that_is_none(counting):
+    with pytest.raises((ValueError, TypeError), match="counting: expected a number in"):
+        sxe.plan(8, 4, 16, counting=counting)
+
+
+def test_the_command_prints_rows_in_chunks_that_are_run(monkeypatch, capsys):
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
+    command = [
+        "plan",
+        "--rows",
+        "2048",
+        "--hidden",
+        "512",
+        "--classes",
+        "32768",
+        "--chunk-size",
+        "256",
+    ]
+    main(command)
+    assert "that are run" not in capsys.readouterr().out
+    main([*command, "--counting", "0.25"])
+    assert re.search(r"rows in chunks that are run +512\n", capsys.readouterr().out)
 
 
 def bytes_by_kind(collectives):

@@ -287,7 +287,7 @@ def _add(sums: T, more: T) -> T:
 
 def outcome_of(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
     """What comes out of the head for hidden states [N, D] and their rows, by its path and rule."""
-    n, dtype, backend = len(hidden), head.products.dtype, head.f.backend
+    n, dtype, backend = hidden.shape[0], head.products.dtype, head.f.backend
     sizes = n, shared.kernel.shape[1]
     chunks, _, padding = tiling(*sizes, chunk_size=head.chunk_size, dtype=dtype, backend=backend)
     head = dataclasses.replace(head, chunks=chunks)

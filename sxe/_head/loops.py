@@ -78,12 +78,41 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
 Body = Callable[[Shared, Carry, Rows], tuple[Carry, Any]]  # of a chunk: new carry, outputs
 
 
-PARTS_AT_END = 2
+class Steps(NamedTuple):
+    """How chunks of one size are run until they hold so many rows: first whole ones, then parts.
+
+    A row that is left over would cost a whole chunk. So what is left is run in parts of a quarter
+    of a chunk, if it is at most half of one. Of chunks below 128 rows all are whole.
+
+    Attributes:
+      size: the rows of a whole chunk.
+      part: the rows of a part, or 0.
+    """
+
+    size: int
+    part: int
+
+    def whole(self, rows: Any) -> Any:
+        """The number of whole chunks."""
+        return (rows + (self.size - 1 - 2 * self.part)) // self.size
+
+    def parts(self, left: Any) -> Any:
+        """The number of parts, for what whole chunks left. None is left if that is below 0."""
+        return (left + (self.part - 1)) // self.part
 
 
-def rows_of_part(chunk_size: int) -> int:
-    """The rows of a quarter of a chunk, or 0 where a quarter is too small to be run alone."""
-    return chunk_size // 4 if are_known(chunk_size) and chunk_size >= 128 else 0
+def steps_of(chunk_size: int) -> Steps:
+    has_parts = are_known(chunk_size) and chunk_size >= 128
+    return Steps(chunk_size, chunk_size // 4 if has_parts else 0)
+
+
+def rows_run(rows: int, chunk_size: int) -> int:
+    """How many rows are in the chunks that are run, if so many count."""
+    steps = steps_of(chunk_size)
+    whole = steps.whole(rows)
+    left = rows - whole * steps.size
+    parts = steps.parts(left) if steps.part and left > 0 else 0
+    return whole * steps.size + parts * steps.part
 
 
 def over_chunks(
@@ -127,13 +156,10 @@ def _over_chunks_that_run(
     arrays: tuple[Shared, Carry, Rows],
     runs: Array,
 ) -> tuple[Carry, Any]:
-    """Rows that run are brought to the front, and as many chunks are run as they fill.
-
-    What they leave in the last chunk, if it is at most half of it, is run in quarters of a chunk.
-    """
+    """Rows that run are brought to the front, and as many chunks are run as they fill."""
     shared, carry, rows = arrays
     running = jnp.cumsum(runs, dtype=jnp.int32)  # among the rows up to each
-    number, index = running[-1], jnp.arange(len(runs), dtype=jnp.int32)
+    number, index = running[-1], jnp.arange(runs.shape[0], dtype=jnp.int32)
     position = jnp.where(runs, running - 1, number + index - running)
     order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
 
@@ -152,15 +178,14 @@ def _over_chunks_that_run(
     def take(start: Array | int, size: int) -> Any:
         return _rows_at(lax.dynamic_slice_in_dim(order, start, size), rows)
 
-    size = len(runs) // chunks
-    part = rows_of_part(size)
-    _, some = jax.eval_shape(body, shared, carry, take(0, size))
-    outputs = jax.tree.map(lambda y: zeros_like(y, (len(runs), *y.shape[1:]), y.dtype), some)
-    whole = _most((number + (size - 1 - PARTS_AT_END * part)) // size)
-    state = run(0, size, whole, (carry, outputs))
-    if part:
-        left = number - whole * size
-        state = run(whole * size, part, _most((jnp.maximum(left, 0) + (part - 1)) // part), state)
+    steps = steps_of(runs.shape[0] // chunks)
+    _, some = jax.eval_shape(body, shared, carry, take(0, steps.size))
+    outputs = jax.tree.map(lambda y: zeros_like(y, (runs.shape[0], *y.shape[1:]), y.dtype), some)
+    whole = _most(steps.whole(number))
+    state = run(0, steps.size, whole, (carry, outputs))
+    if steps.part:
+        first = whole * steps.size
+        state = run(first, steps.part, _most(steps.parts(number - first)), state)
     carry, outputs = state
     return carry, _rows_at(position, outputs)
 

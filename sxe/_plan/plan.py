@@ -74,8 +74,9 @@ class Plan(NamedTuple):
       chunk_size: the rows of a chunk.
       chunks: how many there are.
       padding: the rows that are added to make them of one size.
+      rows_run: the rows of the chunks that are run: fewer where only some rows count.
       gradient_dtype: in which the gradient of the logits is multiplied with hidden and kernel.
-      flops: of the matrix products, of all chunks.
+      flops: of the matrix products, of all chunks that are run.
       terms: estimated, what XLA allocates beside arguments and results at the moment when it needs
         most: the bytes of each array, by its name. An array in a result's memory is not named.
       temporary_bytes: the sum of the terms.
@@ -93,6 +94,7 @@ class Plan(NamedTuple):
     chunk_size: int
     chunks: int
     padding: int
+    rows_run: int
     gradient_dtype: str
     flops: int
     terms: Mapping[str, int]
@@ -136,6 +138,7 @@ def plan(
     rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
     chunk_size: int | None = None,
     options: Sequence[str] = (),
+    counting: float = 1.0,
     mesh: Mapping[str, int] | None = None,
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
@@ -158,6 +161,8 @@ def plan(
       reduction, rule, chunk_size: as for the call.
       options: the names of those options in use that make XLA write out more: "where" (or weights,
         or ignore_index), "bias", "logit_scale", "softcap", "label_smoothing" (or dense targets).
+      counting: the share of the rows that count, on each device, where ``where``, ``ignore_index``
+        or ``weights`` leave the others out. Chunks without any of them are not run by rule "vjp".
       mesh: the devices along each mesh axis, as ``{"data": 64, "model": 8}``. None: one device.
       axis_name, batch_axis_name, fsdp: the mesh axes that split the classes, the rows, and the rows
         of the kernel: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
@@ -203,6 +208,10 @@ def plan(
     given = parse_chunk_size("chunk_size", chunk_size)
     if backend is not None:
         arguments.one_of("backend", backend, PLATFORMS)
+    if isinstance(counting, bool) or not isinstance(counting, numbers.Real):
+        raise ArgumentTypeError("counting", f"expected a number in [0, 1], got {counting!r}")
+    if not 0 <= counting <= 1:
+        raise ArgumentValueError("counting", f"expected a number in [0, 1], got {counting!r}")
 
     if mesh is not None and not isinstance(mesh, Mapping):
         raise ArgumentTypeError(
@@ -237,7 +246,8 @@ def plan(
         reduction=reduction,
         rule=rule,
         chunk_size=given,
-        options=frozenset(options),
+        options=frozenset(options) | ({"where"} if counting < 1 else set()),
+        counting=float(counting),
         backend=runs_on,
     )
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
@@ -355,6 +365,7 @@ def _plan(
         chunk_size=size,
         chunks=chunks,
         padding=padding,
+        rows_run=work.rows_run,
         gradient_dtype=str(work.gradient_dtype),
         flops=work.flops,
         terms=terms,

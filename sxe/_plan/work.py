@@ -1,12 +1,13 @@
 """What one device does in a call of the head and in its gradient."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from sxe._arrays import wide_dtype
 from sxe._backend import Backend
-from sxe._head.loops import Tiling, tiling
+from sxe._head.loops import Tiling, rows_run, tiling
 from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
 from sxe._rows.gpu_choice import has_gradient_kernel, has_state_kernel
 
@@ -24,6 +25,7 @@ class Work:
       differentiate: those of ``INPUTS`` that have a gradient.
       reduction, rule, chunk_size: as for the call.
       options: those of ``TILE_OPTIONS`` in use.
+      counting: the share of the rows that count.
       backend: where it runs.
       row_groups, class_shards, kernel_parts: among how many devices rows, classes, and the rows of
         the kernel are divided.
@@ -38,6 +40,7 @@ class Work:
     rule: str
     chunk_size: int | None
     options: frozenset[str]
+    counting: float
     backend: Backend
     row_groups: int = 1
     class_shards: int = 1
@@ -47,6 +50,14 @@ class Work:
     def tiling(self) -> Tiling:
         sizes = self.rows, self.classes
         return tiling(*sizes, chunk_size=self.chunk_size, dtype=self.dtype, backend=self.backend)
+
+    @property
+    def rows_run(self) -> int:
+        """The rows of the chunks that are run, with padding."""
+        chunks, size, _ = self.tiling
+        if self.counting == 1 or chunks == 1 or self.rule != "vjp" or not self.backend.is_local:
+            return chunks * size
+        return rows_run(math.ceil(self.counting * self.rows), size)
 
     @property
     def path(self) -> GradientPath | None:
@@ -107,8 +118,7 @@ class Work:
     def flops(self) -> int:
         """Of the matrix products."""
         products = 1 + len(self.differentiate) + self.computes_logits_again
-        chunks, size, _ = self.tiling
-        return 2 * products * size * chunks * self.hidden * self.classes
+        return 2 * products * self.rows_run * self.hidden * self.classes
 
     @property
     def traffic_bytes(self) -> int:
@@ -124,10 +134,11 @@ class Work:
         # for each product with it.
         logits = (1 + self.reads_of_logits + again) * self.wide_itemsize
         logits += ((gradients > 0) + gradients) * self.gradient_dtype.itemsize
+        rows = min(self.rows, self.rows_run)
         return (
-            self.tiling.chunks * self.hidden * self.classes * kernel
-            + self.rows * self.hidden * hidden
-            + self.rows * self.classes * logits
+            -(-self.rows_run // self.tiling.size) * self.hidden * self.classes * kernel
+            + rows * self.hidden * hidden
+            + rows * self.classes * logits
         )
 
     @property

@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--options", nargs="*", choices=TILE_OPTIONS, default=(), help="options in use"
     )
+    parser.add_argument(
+        "--counting",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the rows, that count: the head runs no chunk without them (default: 1)",
+    )
     parser.add_argument("--backend", choices=PLATFORMS, help="where it will run (default: as here)")
     parser.add_argument(
         "--implementation", choices=IMPLEMENTATIONS, help="of the functions of rows (default: xla)"
@@ -106,6 +113,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             rule=arguments.rule,
             chunk_size=arguments.chunk_size,
             options=arguments.options,
+            counting=arguments.counting,
             backend=arguments.backend,
             implementation=arguments.implementation,
             mesh=arguments.mesh,
@@ -135,6 +143,8 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
     yield "functions of rows", f"by {plan.implementation}: {plan.reason}"
     yield "path", plan.path
     yield "chunks", f"{plan.chunks:,} of {plan.chunk_size:,} rows{padding}"
+    if plan.rows_run < plan.chunks * plan.chunk_size:
+        yield "rows in chunks that are run", f"{plan.rows_run:,}"
     yield "gradient of the logits", f"multiplied in {plan.gradient_dtype}"
     yield "matrix products", f"{plan.flops / 1e9:,.1f} GFLOP"
     yield "memory traffic, at least", _bytes(plan.traffic_bytes)

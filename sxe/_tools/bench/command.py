@@ -45,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the rows, in which the label leads by 20, as in a trained model "
         f"(default: {CONFIDENT})",
     )
+    parser.add_argument(
+        "--counting",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the rows, scattered, that count: the head runs no chunk without them, and is "
+        "measured with all rows beside it (default: 1)",
+    )
     parser.add_argument("--only", choices=("value", "both"), help="the value, or with the gradient")
     parser.add_argument("--peers", nargs="*", help="among those installed (default: all of them)")
     parser.add_argument(
@@ -229,6 +237,10 @@ def _check_problem(parser: argparse.ArgumentParser, arguments: argparse.Namespac
             parser.error(f"--{option}: expected with --rows and --classes")
     if arguments.dense and arguments.hidden:
         parser.error("--dense: expected logits, without --hidden")
+    if not 0 < arguments.counting <= 1:
+        parser.error(f"--counting: expected a share in (0, 1], got {arguments.counting}")
+    if arguments.counting < 1 and not arguments.hidden:
+        parser.error("--counting: expected with --hidden")
     if arguments.suite:
         for option in ("rows", "classes", "hidden", "dtype", "dense", "only", "calls", "plot"):
             if getattr(arguments, option):
@@ -260,6 +272,7 @@ def _problems(arguments: argparse.Namespace) -> list[Problem]:
                 dtype,
                 dense=arguments.dense,
                 confident=arguments.confident,
+                counting=arguments.counting,
             )
             for hidden in arguments.hidden or (None,)
             for classes in arguments.classes

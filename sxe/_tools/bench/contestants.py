@@ -24,6 +24,7 @@ from sxe._backend import backend_of
 from sxe._tools.bench.problem import Array, Outcome, Problem
 
 TORCH_PEERS = ("torch", "liger-kernel", "cut-cross-entropy")
+ALL_ROWS = "sxe, all rows"  # which computes something else
 PEERS = ("optax", "tokamax", "jax-cce", *TORCH_PEERS)
 
 
@@ -214,10 +215,15 @@ class Torch:
 
 def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
     """The functions of (logits, labels) or (hidden, kernel, labels), by peer."""
-    loss = sxe.softmax_cross_entropy if problem.hidden is None else sxe.linear_softmax_cross_entropy
-    ours: dict[str, Callable[..., Any]] = {"sxe": loss}
+    every: Callable[..., Any] = sxe.linear_softmax_cross_entropy
+    if problem.hidden is None:
+        every = sxe.softmax_cross_entropy
+    loss = every if problem.counting == 1 else partial(every, ignore_index=-1)
+    ours = {"sxe": loss}
     if jax.default_backend() == "gpu":
         ours["sxe, mosaic_gpu"] = partial(loss, implementation="mosaic_gpu")
+    if problem.counting < 1:
+        ours[ALL_ROWS] = lambda *arguments: every(*arguments[:-1], jnp.maximum(arguments[-1], 0))
     if problem.hidden is None:
         integer, dense = (
             optax.softmax_cross_entropy_with_integer_labels,
@@ -228,13 +234,21 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
             "optax": {"optax": lambda x, y: (dense if problem.dense else integer)(x, y).mean()},
         }
 
+    def by_optax(logits: Any, labels: Any) -> Any:
+        if problem.counting == 1:
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        counts = labels >= 0
+        labels = jnp.maximum(labels, 0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels, where=counts)
+        return losses.mean(where=counts)
+
     def on_logits(hidden: Any, kernel: Any, labels: Any) -> Any:
         logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return by_optax(logits, labels)
 
     def on_narrow_logits(hidden: Any, kernel: Any, labels: Any) -> Any:
         logits = jnp.matmul(hidden, kernel).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return by_optax(logits, labels)
 
     on_optax = {"optax": on_logits}
     if problem.dtype == "bfloat16" and jax.default_backend() != "cpu":
@@ -254,6 +268,8 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
 
         return jax_cce.linear_cross_entropy(hidden, kernel, labels)
 
+    if problem.counting < 1:  # which the other two have no argument for
+        return {"sxe": ours, "optax": on_optax}
     return {
         "sxe": ours,
         "optax": on_optax,
@@ -262,7 +278,7 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
     }
 
 
-def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant | Products, int]:
+def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant | Products, float]:
     """The least that has to be done, and how often.
 
     For logits it is to write x + 1 into a fresh array, or without gradient to sum x. For the head
@@ -273,6 +289,7 @@ def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant
         write: Callable[..., Any] = lambda x: x + 1  # noqa: E731
         return Contestant("floor", write if gradient else jnp.sum, arguments[0]), 1
     plan = head_plan(problem, gradient)
+    chunks = problem.rows_that_count / plan.chunk_size if problem.counting < 1 else plan.chunks
     backend = backend_of()
     forward = backend.product_dtype(problem.dtype)
     backward = backend.gradient_dtype(problem.dtype)
@@ -292,19 +309,24 @@ def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant
             (lambda hidden, d: matmul(hidden.T, d), hidden.astype(backward), d_logits),
         ]
     if jax.default_backend() != "cpu":
-        return Products("floor", *products), plan.chunks
+        return Products("floor", *products), chunks
 
     def all_of_them(*operands: Any) -> list[Any]:
         return [f(*pair) for (f, *_), pair in zip(products, operands, strict=True)]
 
-    return Contestant("floor", all_of_them, *(pair for _, *pair in products)), plan.chunks
+    return Contestant("floor", all_of_them, *(pair for _, *pair in products)), chunks
 
 
 def head_plan(problem: Problem, gradient: bool) -> sxe.Plan:
     assert problem.hidden is not None
     inputs = ("hidden", "kernel") if gradient else ()
     return sxe.plan(
-        problem.rows, problem.hidden, problem.classes, dtype=problem.dtype, differentiate=inputs
+        problem.rows,
+        problem.hidden,
+        problem.classes,
+        dtype=problem.dtype,
+        differentiate=inputs,
+        counting=problem.counting,
     )
 
 

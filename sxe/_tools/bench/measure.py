@@ -17,6 +17,7 @@ import sxe
 from sxe._backend import backend_of
 from sxe._rows.cpu import rows_per_block
 from sxe._tools.bench.contestants import (
+    ALL_ROWS,
     TORCH_PEERS,
     Contestant,
     Products,
@@ -144,7 +145,8 @@ def measure(
       on_round: called after each round.
       on_phase: called with a short text at the end of each phase.
     """
-    of_torch = [name for name in TORCH_PEERS if name in peers]
+    # Those of PyTorch are asked for means over all rows alone.
+    of_torch = [name for name in TORCH_PEERS if name in peers and problem.counting == 1]
     failed: dict[str, str] = {}
     torch_names: list[str] = []
     with ExitStack() as stack:
@@ -180,12 +182,14 @@ def measure(
             prepared, failed_of_torch = torch_contestants(other, torch_names, on_phase)
             runners += prepared
             failed |= failed_of_torch
-        everyone: list[tuple[Contestant | Torch | Products, int]]
+        everyone: list[tuple[Contestant | Torch | Products, float]]
         everyone = [*((r, 1) for r in runners), (bound, times)]
         judged: dict[str, tuple[float, float | None, bool]] = {}
         repeats: dict[str, int] = {}
         least = shortest(jax.default_backend())
         for each in runners:
+            if each.name == ALL_ROWS:
+                continue
             try:
                 judged[each.name] = _judge(problem, each.outcome(problem, labels), true)
             except Exception as error:
@@ -268,9 +272,9 @@ def _judge(problem: Problem, outcome: Outcome, true: Outcome) -> tuple[float, fl
 def _path(problem: Problem, gradient: bool, arguments: list[Any]) -> str:
     if problem.hidden is not None:
         plan = head_plan(problem, gradient)
-        return (
-            f"{plan.path}, {plan.chunks} chunk{'s' * (plan.chunks > 1)} of {plan.chunk_size} rows"
-        )
+        chunks = f"{plan.chunks} chunk{'s' * (plan.chunks > 1)} of {plan.chunk_size} rows"
+        run = f", of which {plan.rows_run} rows are run" if problem.counting < 1 else ""
+        return f"{plan.path}, {chunks}{run}"
     rows = rows_per_block(arguments[0].shape, backend_of(arguments[0]))
     return "all rows at once" if 2 * rows > problem.rows else f"blocks of {rows} rows"
 

@@ -33,6 +33,7 @@ class Problem(NamedTuple):
 
     Attributes:
       dense: the labels are targets [rows, classes].
+      counting: the share of rows that count. The others have the label -1.
       confident: the share of rows in which the logit of the label leads by 20, as in most rows at
         the end of training. If dense, that class has at least nine tenths of the row's target.
     """
@@ -43,6 +44,7 @@ class Problem(NamedTuple):
     dtype: str = "float32"
     dense: bool = False
     confident: float = 0.0
+    counting: float = 1.0
 
     @property
     def sizes(self) -> str:
@@ -53,6 +55,7 @@ class Problem(NamedTuple):
     def name(self) -> str:
         notes = ["dense"] * self.dense
         notes += [f"{self.confident:.0%} confident"] if self.confident else []
+        notes += [f"{self.counting:.0%} counting"] if self.counting < 1 else []
         return ", ".join((self.sizes, self.dtype, *notes))
 
     def least_bytes(self, gradient: bool) -> int | None:
@@ -64,9 +67,17 @@ class Problem(NamedTuple):
         return None if self.hidden else arrays * self.rows * self.classes * itemsize
 
     def flops(self, gradient: bool) -> int | None:
-        """Of the head's products, 6 N D K with gradient and 2 N D K without; None: given logits."""
-        products = 3 if gradient else 1
-        return 2 * products * self.rows * self.hidden * self.classes if self.hidden else None
+        """Of the head's products, 6 N D K with gradient and 2 N D K without; None: given logits.
+
+        N are the rows that count.
+        """
+        if self.hidden is None:
+            return None
+        return (6 if gradient else 2) * self.rows_that_count * self.hidden * self.classes
+
+    @property
+    def rows_that_count(self) -> int:
+        return round(self.counting * self.rows)
 
     def data(self) -> tuple[Array, ...]:
         """Logits, or hidden states and kernel, in float32; and the labels."""
@@ -91,6 +102,7 @@ class Problem(NamedTuple):
         at_label = kernel[:, labels[confident]].T
         scale = LEAD / np.maximum(np.sum(at_label**2, axis=1, keepdims=True), 1e-6)
         hidden[confident] += at_label * scale
+        labels[np.random.default_rng(5).permutation(N) >= self.rows_that_count] = -1
         return hidden, kernel, labels
 
     def samples(self, labels: Array) -> tuple[Array, Array]:
@@ -98,7 +110,10 @@ class Problem(NamedTuple):
         rng = np.random.default_rng(1)
         rows = np.sort(rng.permutation(self.rows)[:SAMPLES])
         classes = rng.permutation(self.classes)[: SAMPLES // 4]
-        return rows, classes if self.dense else np.union1d(classes, labels[rows])
+        if self.dense:
+            return rows, classes
+        of_rows = labels[rows]
+        return rows, np.union1d(classes, of_rows[of_rows >= 0])
 
 
 def _normal(shape: tuple[int, int], *, seed: int) -> Array:
@@ -192,7 +207,7 @@ def truth(
     if kernel is not None:
         d_classes = namespace.asarray(np.concatenate(at_classes))
         gradients = (d_rows @ kernel.T, first.astype("float64").T @ d_classes)
-    mean = float(np.mean(np.concatenate(losses)))
+    mean = float(np.sum(np.concatenate(losses))) / problem.rows_that_count
     return Outcome(mean, tuple(np.asarray(d) for d in gradients))
 
 
@@ -206,12 +221,12 @@ def _of_rows(problem: Problem, xp: Any, x: Any, kernel: Any, labels: Any) -> tup
     total = e.sum(axis=1, keepdims=True)
     if problem.dense:
         t = labels.astype("float64")
-    else:
+    else:  # no class has the label -1, so that such a row has neither a loss nor a gradient
         at_label = labels[:, None] == xp.arange(problem.classes, dtype="int32")[None]
         t = at_label.astype("float64")
     T = t.sum(axis=1, keepdims=True)
     losses = (t * (m - x)).sum(axis=1) + (T * xp.log(total))[:, 0]
-    return losses, (T * e / total - t) / problem.rows
+    return losses, (T * e / total - t) / problem.rows_that_count
 
 
 def _of_classes(
