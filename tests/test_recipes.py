@@ -28,6 +28,10 @@ CLAIMS = {
         (r"^mean of means: loss off by (\S+)%, gradient by \S+%$", 0.5, 10),
         (r"^mean of means: loss off by \S+%, gradient by (\S+)%$", 50, 1000),
     ],
+    "mean_over_sequences.py": [
+        (r"^mean over all tokens: loss off by (\S+)%, gradients by \S+%$", 0.5, 50),
+        (r"^mean over all tokens: loss off by \S+%, gradients by (\S+)%$", 10, 1000),
+    ],
     "mixed_precision.py": [
         (r"^step 1: loss (\S+), (\S+) in float32$", 6, 7),
         (r"^steps skipped: (\d+) of 300, ", 2, 30),
