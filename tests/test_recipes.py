@@ -41,6 +41,11 @@ CLAIMS = {
         (r"^gradient with scale 2\^16: (\S+)% zeros", 0, 0.5),
         (r"^gradient with scale 2\^16: .* relative error (\S+)$", 0, 1e-2),
     ],
+    "multi_token_prediction.py": [
+        (r"^labels of the depths: \[(\d+), (\d+), (\d+), (\d+)\]$", 121, 141),
+        (r"^temporaries: (\S+) MiB by one call, ", 62, 200),  # a gradient of the kernel is 62.5
+        (r"^temporaries: .*, (\S+) MiB by a call for each depth, ", 250, 500),
+    ],
     "packed_sequences.py": [
         (r"^6 documents, 82 tokens, in (\d+) rows of 42$", 2, 2),
         (r"^labels across borders: gradients off by (\S+)%$", 10, 1000),
