@@ -55,6 +55,11 @@ CLAIMS = {
         (r"^loss after 20 steps: (\S+), ", 0, 0.3),  # log 2 at first
         (r"chosen preferred in (\d+)% of the pairs$", 100, 100),
     ],
+    "supervised_fine_tuning.py": [
+        (r"^16 prompts and answers: (\d+)% of 2048 positions count$", 20, 30),
+        (r"^their labels are the answers and their ends: True$", 0, 0),
+        (r"^a mask of the inputs: gradients off by (\S+)%$", 10, 1000),
+    ],
     "tied_embedding_equinox.py": LEARNS,
     "tied_embedding_linen.py": LEARNS,
     "tied_embedding_nnx.py": LEARNS,
