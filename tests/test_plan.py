@@ -185,6 +185,24 @@ def test_only_chunks_with_rows_that_count_are_in_the_plan(monkeypatch):
     assert sxe.plan(**sizes, counting=0.25).rows_run == 2048
 
 
+@pytest.mark.parametrize("by", [BOTH, ("hidden",), ("kernel",)], ids="-".join)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_the_forward_pass_keeps(reduction, by):
+    """All that ``jax.vjp`` holds but the operands of the product, which a loop does not copy."""
+    hidden, kernel = jnp.ones((640, 32), jnp.bfloat16), jnp.ones((32, 300), jnp.bfloat16)
+    labels, given = jnp.zeros(640, jnp.int32), {"hidden": hidden, "kernel": kernel}
+
+    def loss(differentiated):
+        head = sxe.linear_softmax_cross_entropy
+        return head(**given | differentiated, labels=labels, reduction=reduction, chunk_size=64)
+
+    _, pullback = jax.vjp(loss, {name: given[name] for name in by})
+    kept = [a for a in jax.tree.leaves(pullback) if a.dtype != jnp.bfloat16]
+    plan = sxe.plan(640, 32, 300, "bfloat16", differentiate=by, reduction=reduction)
+    assert abs(sum(a.nbytes for a in kept) / plan.kept_bytes - 1) < 0.05
+    assert sxe.plan(640, 32, 300, "bfloat16", differentiate=()).kept_bytes == 0
+
+
 @pytest.mark.parametrize("counting", [-0.1, 1.1, np.nan, "all", True, None])
 def test_a_share_that_is_none(counting):
     with pytest.raises((ValueError, TypeError), match="counting: expected a number in"):
@@ -193,17 +211,7 @@ def test_a_share_that_is_none(counting):
 
 def test_the_command_prints_rows_in_chunks_that_are_run(monkeypatch, capsys):
     monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
-    command = [
-        "plan",
-        "--rows",
-        "2048",
-        "--hidden",
-        "512",
-        "--classes",
-        "32768",
-        "--chunk-size",
-        "256",
-    ]
+    command = ["plan", "--rows=2048", "--hidden=512", "--classes=32768", "--chunk-size=256"]
     main(command)
     assert "that are run" not in capsys.readouterr().out
     main([*command, "--counting", "0.25"])

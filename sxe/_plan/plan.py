@@ -81,6 +81,8 @@ class Plan(NamedTuple):
         most: the bytes of each array, by its name. An array in a result's memory is not named.
       temporary_bytes: the sum of the terms.
       peak_bytes: estimated, with arguments and results.
+      kept_bytes: what the forward pass keeps for the backward pass, beside hidden and kernel. A
+        ``lax.scan`` or ``lax.map`` whose gradient is taken outside of it keeps that for each step.
       logits_bytes: what the [N, K] logits would take in the dtype in which they are computed.
       logits_peak_bytes: what a program that makes them needs at least: arguments, results, logits.
       traffic_bytes: what the matrix products and the row rule read and write, at least.
@@ -100,6 +102,7 @@ class Plan(NamedTuple):
     terms: Mapping[str, int]
     temporary_bytes: int
     peak_bytes: int
+    kept_bytes: int
     logits_bytes: int
     logits_peak_bytes: int
     traffic_bytes: int
@@ -371,6 +374,7 @@ def _plan(
         terms=terms,
         temporary_bytes=temporary,
         peak_bytes=others + temporary,
+        kept_bytes=work.kept_bytes,
         logits_bytes=work.logits_bytes,
         logits_peak_bytes=others + work.logits_bytes,
         traffic_bytes=work.traffic_bytes,

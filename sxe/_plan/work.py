@@ -142,6 +142,17 @@ class Work:
         )
 
     @property
+    def kept_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass, beside hidden and kernel."""
+        if self.path is None:
+            return 0
+        if self.path == FORWARD:
+            sizes = {"hidden": self.rows * self.hidden, "kernel": self.hidden * self.classes}
+            return self.wide_itemsize * sum(sizes[name] for name in self.differentiate)
+        # Label, target, its sum, weight, m, r, and what the loss is multiplied by.
+        return self.rows * 7 * self.wide_itemsize
+
+    @property
     def logits_bytes(self) -> int:
         return self.rows * self.classes * self.wide_itemsize
 

@@ -152,6 +152,8 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
     for name, n in plan.terms.items():
         yield f"  {name}", _bytes(n)
     yield "peak, about", f"{_bytes(plan.peak_bytes)}, with arguments and results"
+    if plan.kept_bytes:
+        yield "kept for the backward pass", _bytes(plan.kept_bytes)
     yield "logits, if they existed", _bytes(plan.logits_bytes)
     yield "peak with logits, at least", _bytes(plan.logits_peak_bytes)
     for kind in dict.fromkeys(c.kind for c in plan.collectives):
