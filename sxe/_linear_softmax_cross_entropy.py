@@ -303,8 +303,14 @@ def linear_softmax_cross_entropy(
     ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"``, around the call or as the
     option ``jax_default_matmul_precision``, applies to all products of the head, both ways.
 
-    Rows that do not count contribute nothing to value or gradient, whatever stands in them.
-    Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.
+    Rows that do not count contribute nothing to value or gradient, whatever stands in them. By rule
+    "vjp", and on one device or inside of ``jax.shard_map``, chunks without any other row are not
+    run. Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.
+
+    ``jax.vmap`` over hidden states and labels makes the examples rows of one call: there is one
+    gradient of the kernel, and logits are computed twice, 8 N D K. In a ``jax.lax.scan`` whose
+    gradient is taken outside of it, a "mean" or "sum" keeps a gradient of the kernel for each step,
+    and "none" does not.
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
