@@ -33,7 +33,6 @@ from sxe._head.examples import outcome_of_examples
 from sxe._head.path import gradient_path
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
-from sxe._rows.predictions import first_of
 from sxe._rows.targets import Rows
 
 T = TypeVar("T")
@@ -87,6 +86,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         skips=rows.mask is not None and backend.is_local,
         has_weights=options.weights is not None,
         predicts=options.return_metrics,
+        ranks=reduction.ranks_labels(labels, options),
     )
     flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, rows.mask))
     return (head, *_typed_alike(shared, flat(hidden), flat_rows, options.axis_name)), rows
@@ -132,11 +132,13 @@ def _result(inputs: _Inputs) -> Any:
     value = sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
     if options.reduction == "none":
         value = rows_of(loss)
-    if outcome.best is None:
+    if outcome.ranking is None:
         return value
-    predictions = first_of(outcome.best, inputs.kernel.shape[1], options.axis_name)
-    lse = rows_of(outcome.results.lse)
-    return value, reduction.metrics(sums, lse, rows, rows_of(predictions))
+    results, ranking = jax.tree.map(rows_of, (outcome.results, outcome.ranking))
+    classes, axis_name = inputs.kernel.shape[1], options.axis_name
+    return value, reduction.metrics(
+        sums, rows, results, ranking, classes=classes, axis_name=axis_name
+    )
 
 
 @functools.partial(jax.jit, inline=True)
@@ -153,7 +155,7 @@ def _call(inputs: _Inputs) -> Any:
     layout = inputs.options.layout
     if layout is None:
         return _result(inputs)
-    out = reduction.result_specs(inputs.options, layout.of_rows())
+    out = reduction.result_specs(labels, inputs.options, layout.of_rows())
     return layout.run(_result, inputs, class_axes, ndim=len(shape), out=out)
 
 

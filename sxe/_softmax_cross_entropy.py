@@ -41,10 +41,10 @@ from sxe._call.options import (
 )
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
-from sxe._rows.cross_entropy import CrossEntropy
+from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
-from sxe._rows.predictions import best, first_of
+from sxe._rows.predictions import rank
 from sxe._rows.rules import RULES, results_and_state
 from sxe._rows.targets import Rows, Targets
 
@@ -155,8 +155,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     divisor = reduction.denominator(sums.weight, sums.parts, options.reduction)
     value: Any = loss if options.reduction == "none" else sums.loss / divisor
     if options.return_metrics:
-        predictions = first_of(best(inputs.logits), x.shape[-1], options.axis_name)
-        value = value, reduction.metrics(sums, results.lse, rows, predictions)
+        value = value, _metrics(inputs, x, rows, (sums, results))
     if not with_gradient:
         return value
     g = f.weigh(results, rows.weight / divisor, z).g
@@ -165,6 +164,18 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
         gradient = jnp.where(class_mask, gradient, 0)
     class_axes = axes.class_axes(options.axis, given.ndim)
     return value, axes.classes_back(gradient.astype(given.dtype), class_axes, given.shape)
+
+
+def _metrics(
+    inputs: _Inputs, x: Array, rows: Rows, sums_and_results: tuple[reduction.Sums, Results]
+) -> Metrics:
+    sums, results = sums_and_results
+    options = inputs.options
+    label = rows.targets.label if reduction.ranks_labels(inputs.labels, options) else None
+    ranking = rank(x, label, options.axis_name)
+    return reduction.metrics(
+        sums, rows, results, ranking, classes=x.shape[-1], axis_name=options.axis_name
+    )
 
 
 def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
@@ -215,9 +226,7 @@ def _result_of_kernel(
     if options.return_metrics:
         loss = f.weigh(results, rows.weight, z).value
         sums = reduction.sum_rows(jnp.sum(loss), rows, options)
-        predictions = first_of(best(inputs.logits), x.shape[-1], None)
-        assert results.lse is not None
-        value = value, reduction.metrics(sums, results.lse, rows, predictions)
+        value = value, _metrics(inputs, x, rows, (sums, results))
     if like is None:
         return value
     class_axes = axes.class_axes(options.axis, like.ndim)
@@ -256,7 +265,7 @@ def _divided(
 ) -> Any:
     """``_result`` of what each device has of global inputs."""
     ndim = inputs.logits.ndim
-    out = reduction.result_specs(inputs.options, layout.of_rows())
+    out = reduction.result_specs(inputs.labels, inputs.options, layout.of_rows())
     out = (out, layout.of_logits(ndim, class_axes)) if with_gradient else out
     result = functools.partial(_result, with_gradient=with_gradient)
     return layout.run(result, inputs, class_axes, ndim=ndim, out=out)
@@ -355,7 +364,8 @@ def softmax_cross_entropy(
         and NaN, with its gradient, where something counts and sum_i w_i is 0. "sum", sum_i w_i
         loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient; for
-        ``jax.value_and_grad`` with ``has_aux=True``.
+        ``jax.value_and_grad`` with ``has_aux=True``. Predictions, probabilities and ranks of rows
+        that do not count are none that could be right: see there.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
         split. Logits, dense targets, class weights and class masks are then this device's classes;
         labels are indices of all classes. An axis that splits nothing is an error. With

@@ -136,6 +136,28 @@ def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **
     return np.moveaxis(each, range(-len(axes), 0), axes)
 
 
+def check_rows_metrics(metrics, x, counts, labels=None):
+    """Check what the metrics say of each row, from its logits x [..., K] and whether it counts.
+
+    Without labels there must be no label_rank.
+    """
+    x, counts = np.asarray(x).astype(np.float64), np.asarray(counts)
+    x = np.where(counts[..., None], x, 0)
+    e = np.exp(x - x.max(-1, keepdims=True))
+    lse = x.max(-1) + np.log(e.sum(-1))
+    assert_close(metrics.lse, np.where(counts, lse, 0))
+    assert_close(metrics.max_probability, np.where(counts, 1 / e.sum(-1), 0))
+    np.testing.assert_array_equal(metrics.predictions, np.where(counts, x.argmax(-1), -1))
+    assert metrics.predictions.dtype == np.int32
+    if labels is None:
+        assert metrics.label_rank is None
+        return
+    label = np.where(counts, labels, 0).astype(int)[..., None]
+    rank = (x > np.take_along_axis(x, label, -1)).sum(-1)
+    np.testing.assert_array_equal(metrics.label_rank, np.where(counts, rank, x.shape[-1]))
+    assert metrics.label_rank.dtype == np.int32
+
+
 def exact_row(x, t):
     """D0 and its gradient for one row in 60-digit arithmetic: (loss, [gradient]), as mpf."""
     with mpmath.workdps(DIGITS):

@@ -117,7 +117,8 @@ def test_eval_shape(rule, dtype):
         def of(*shapes_and_dtypes):
             return [jax.ShapeDtypeStruct(*a) for a in shapes_and_dtypes]
 
-        metrics = of(((), wide), ((), wide), ((N,), wide), ((N,), jnp.int32))
+        rows = of(((N,), wide), ((N,), jnp.int32), ((N,), wide))
+        metrics = [*of(((), wide), ((), wide)), *rows, None]
         for reduction, shape in [("mean", ()), ("sum", ()), ("none", (N,))]:
             value, found = jax.eval_shape(functools.partial(loss, reduction=reduction), p)
             assert [value, *found] == [*of((shape, wide)), *metrics]

@@ -167,7 +167,7 @@ def test_axes(batch, classes, fsdp, kind):
         assert gradients[name].sharding.is_equivalent_to(
             NamedSharding(mesh, spec), gradients[name].ndim
         ), name
-    for name in ("lse", "predictions"):
+    for name in ("lse", "predictions", "max_probability", "label_rank"):
         assert getattr(metrics, name).sharding.is_equivalent_to(NamedSharding(mesh, rows), 2)
     assert value.sharding.is_fully_replicated
 
@@ -384,19 +384,26 @@ def test_labels_are_checked():
 
 # What the compiled program moves
 
+ALL_METRICS = sxe.Metrics._fields
 ROWS, WIDTH, CLASSES = 64, 24, 512  # of all shards; no two products of parts of them are the same
 
 
 def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=False, **layout):
-    """The collectives of value and gradients, as (opcode, elements, whether in a loop)."""
+    """The collectives of value and gradients, as (opcode, elements, whether in a loop).
+
+    ``return_metrics`` among the static options is a tuple of those metrics that are returned.
+    """
+    static = dict(static)
+    wanted = static.pop("return_metrics", ())
     p = head_problem(*options, dense=dense, shape=(ROWS, WIDTH, CLASSES))
     over = sxe.over_mesh(HEAD, mesh, **layout)
     g = np.ones(ROWS if static.get("reduction") == "none" else (), np.float32)
 
     def f(p, g):
         def loss(q):
-            value = over(**(p | q), **static)
-            return value if static.get("return_metrics") else (value, None)
+            value = over(**(p | q), **static, return_metrics=bool(wanted))
+            value, metrics = value if wanted else (value, None)
+            return value, [getattr(metrics, name) for name in wanted]
 
         q = {name: p[name] for name in differentiate}
         value, pull, metrics = jax.vjp(loss, q, has_aux=True)
@@ -416,15 +423,17 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("metrics", [ALL_METRICS[:-1], ALL_METRICS], ids=["sums", "ranks"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_collectives(shape, reduction):
+def test_collectives(shape, metrics, reduction):
     """d hidden and d kernel once a call, and else a number a row or less.
 
-    In the loop over chunks are the statistics of a sum's chunk: its gradients follow at once.
+    In the loop over chunks are the statistics of a sum's chunk: its gradients follow at once. There
+    also is the label's logit, if the metrics are asked how many are larger.
     """
     data, model = shape
     rows, classes = ROWS // data, CLASSES // model
-    static = {"reduction": reduction, "chunk_size": 2, "return_metrics": True}
+    static = {"reduction": reduction, "chunk_size": 2, "return_metrics": metrics}
     found = moved(make_mesh(*shape), static, EVERY_OF_HEAD, batch="data", classes="model")
     large = sorted((c.opcode, c.size, c.in_loop) for c in found if c.size > rows)
     d_kernel = ("all-reduce", WIDTH * classes, False)
@@ -432,10 +441,15 @@ def test_collectives(shape, reduction):
     # XLA merges neighbours into one: both, or either with sums of rows.
     assert large == sorted([d_kernel] * (data > 1) + [d_hidden] * (model > 1))
     assert {c.opcode for c in found} <= {"all-reduce"}
-    in_loop = [c.size for c in found if c.in_loop]
-    assert in_loop == ([2] * len(in_loop) if model > 1 and reduction == "mean" else [])
-    # The maximum for weights, the maximum, the sums.
-    assert len(in_loop) == (3 if model > 1 and reduction == "mean" else 0)
+    in_loop = [c for c in found if c.in_loop]
+    assert {c.size for c in in_loop} <= {2}
+    # The maximum for weights, the maximum, the sums. XLA merges the label's logit with these.
+    ranks = "label_rank" in metrics
+    number = 3 if reduction == "mean" else int(ranks)
+    assert len(in_loop) == (number if model > 1 else 0)
+    if model > 1 and reduction == "mean":
+        # The two sums of a state, and what the targets cost.
+        assert max(c.bytes for c in in_loop) == 2 * 4 * (3 + ranks)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -462,8 +476,8 @@ def test_a_frozen_input_moves_nothing(frozen):
 
 
 def test_collectives_of_a_value():
-    """Statistics once a call, whatever the number of chunks."""
-    static = {"chunk_size": 2, "return_metrics": True}
+    """Statistics once a call, whatever the number of chunks, with all metrics but label_rank."""
+    static = {"chunk_size": 2, "return_metrics": ALL_METRICS[:-1]}
     found = moved(
         make_mesh(2, 4), static, EVERY_OF_HEAD, differentiate=(), batch="data", classes="model"
     )

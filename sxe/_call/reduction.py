@@ -2,18 +2,23 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
+from sxe._arrays import AxisName, psum
 from sxe._call.axes import sum_over
 from sxe._call.options import Options
+from sxe._rows.cross_entropy import Results
+from sxe._rows.predictions import Ranking, best_of_shards
 from sxe._rows.targets import Rows
 
 
 class Metrics(NamedTuple):
     """What a training loop wants beside the loss. No gradient passes through any of it.
+
+    A row does not count if a mask or ``ignore_index`` says so, or if its weight is 0. No comparison
+    takes it for right. What a program does not use of the metrics is not computed.
 
     Attributes:
       loss_sum: the sum of the weighted row losses, a scalar; over the global batch where
@@ -21,13 +26,22 @@ class Metrics(NamedTuple):
       weight_sum: the denominator of the mean, a scalar, likewise. ``loss_sum / weight_sum`` is the
         mean. Both summed first, over shards or accumulation steps, it is the mean over them all.
       lse: log sum_k exp(logits_k) of each row, [...], and 0 where the row does not count.
-      predictions: the class of each row's largest logit, [...] int32.
+      predictions: the class of each row's largest logit, the first of equal ones, [...] int32, and
+        -1 where the row does not count.
+      max_probability: the probability of that class, [...], 0 where the row does not count, and NaN
+        where it has no distribution: with a NaN, with +inf, or with -inf alone.
+      label_rank: how many classes have a larger logit than the label's, [...] int32: 0 is right,
+        and below k is right among the top k. Equal logits are not larger. It is the number of
+        classes K where the row does not count, has no distribution, or has a label that is no
+        class. None if the rows do not have one label each, as with dense targets.
     """
 
     loss_sum: Array
     weight_sum: Array
     lse: Array
     predictions: Array
+    max_probability: Array
+    label_rank: Array | None
 
 
 export.register_namedtuple_serialization(Metrics, serialized_name="sxe.Metrics")
@@ -79,14 +93,37 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 
 
-def metrics(sums: Sums, lse: Array, rows: Rows, predictions: Array) -> Metrics:
-    lse = jnp.where(rows.weight == 0, 0, lse)
-    return jax.tree.map(lax.stop_gradient, Metrics(sums.loss, sums.weight, lse, predictions))
+def ranks_labels(labels: Array, options: Options) -> bool:
+    """Whether the metrics have a label_rank. Each row must have one label."""
+    return options.return_metrics and jnp.issubdtype(labels.dtype, jnp.integer)
 
 
-def result_specs(options: Options, rows: PartitionSpec) -> Any:
+def metrics(
+    sums: Sums, rows: Rows, results: Results, ranking: Ranking, *, classes: int, axis_name: AxisName
+) -> Metrics:
+    """Where a mesh axis splits the classes, ``classes`` is the number of this device's."""
+    counts = rows.weight != 0
+    lse, p = lax.stop_gradient((results.lse, results.max_probability))
+    assert lse is not None
+    assert p is not None
+    label_rank = None
+    if ranking.larger is not None:
+        number = classes if axis_name is None else classes * lax.axis_size(axis_name)
+        is_ranked = counts & ~jnp.isnan(p) & ~jnp.isnan(rows.targets.total)
+        label_rank = jnp.where(is_ranked, psum(ranking.larger, axis_name), number)
+    return Metrics(
+        *lax.stop_gradient((sums.loss, sums.weight)),
+        lse=jnp.where(counts, lse, 0),
+        predictions=jnp.where(counts, best_of_shards(ranking, classes, axis_name), -1),
+        max_probability=jnp.where(counts, p, 0),
+        label_rank=label_rank,
+    )
+
+
+def result_specs(labels: Array, options: Options, rows: PartitionSpec) -> Any:
     """How a result is split over a mesh that splits the rows so: sums are on every device."""
     one = PartitionSpec()
     value = rows if options.reduction == "none" else one
-    of_metrics: Any = Metrics(one, one, rows, rows)  # type: ignore[arg-type]
+    label_rank = rows if ranks_labels(labels, options) else None
+    of_metrics: Any = Metrics(one, one, rows, rows, rows, label_rank)  # type: ignore[arg-type]
     return (value, of_metrics) if options.return_metrics else value

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import equal_shares, keep, sum_of_shares, vary_like, wide_dtype, zeros_like
@@ -33,7 +33,7 @@ from sxe._primitives import whole
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
-from sxe._rows.predictions import Best, best
+from sxe._rows.predictions import Ranking, rank
 from sxe._rows.rules import (
     RULES,
     RowFunction,
@@ -79,6 +79,7 @@ class Head:
       skips: whether chunks that hold no row that counts are left out.
       has_weights: whether a row of weight 0 may have no loss.
       predicts: whether the class of each row's largest logit is wanted.
+      ranks: whether it is wanted as well how many logits are larger than the label's.
       chunks: how many chunks the rows are divided into, once their number is known.
       wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
         and of the rows. No other gradient is computed.
@@ -92,6 +93,7 @@ class Head:
     skips: bool
     has_weights: bool
     predicts: bool
+    ranks: bool = False
     chunks: int = 1
     wanted: tuple[Any, Any, Any] = (None, None, None)
 
@@ -102,12 +104,12 @@ class Outcome(NamedTuple):
     Attributes:
       value: the sum of the rows' weighted results, or None where single rows are wanted.
       results: of f, for each row, [N]. Beside a sum they have no gradient.
-      best: of each row, without gradient, among this shard's classes; or None.
+      ranking: of each row's logits, among this shard's classes, or None.
     """
 
     value: Array | None
     results: Any
-    best: Best | None
+    ranking: Ranking | None
 
 
 # One chunk.
@@ -122,7 +124,7 @@ class Tile(NamedTuple):
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
       late_mask: the mask where x is not masked, so that gradients have to be, and else None.
-      best: of the logits of all rows, or None where it is not wanted.
+      ranking: of the logits, or None where it is not wanted.
     """
 
     x: Array
@@ -130,7 +132,7 @@ class Tile(NamedTuple):
     targets: Targets
     mask: Array | None
     late_mask: Array | None
-    best: Best | None
+    ranking: Ranking | None
 
 
 def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool = False) -> Tile:
@@ -144,11 +146,11 @@ def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool =
     # exception is XLA's gradient for targets that rows share, a sum over all rows.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
-    x, found = transform(kept if late_mask is None else u, shared.transform), None
+    x, ranking = transform(kept if late_mask is None else u, shared.transform), None
     if head.predicts:
-        found = best(x if mask is None else transform(u, shared.transform))
+        ranking = rank(x, rows.targets.label if head.ranks else None, head.f.axis_name)
     targets = rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
-    return Tile(x, kept, targets, mask, late_mask, found)
+    return Tile(x, kept, targets, mask, late_mask, ranking)
 
 
 def _has_gradient_kernel(head: Head, shared: Shared, targets: Targets) -> bool:
@@ -180,7 +182,7 @@ def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Su
         d_shared = d_shared._replace(z_loss=weighed.d_z)
         sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
         d_rows = _only(head.wanted[2], Rows(d_targets, weighed.d_weight, None, None))
-        return sums, d_u, (tile.mask, results, tile.best, d_rows)
+        return sums, d_u, (tile.mask, results, tile.ranking, d_rows)
 
     sums, d_u, outputs = in_row_blocks(block, sums, u, rows, backend=head.f.backend)
     mask, *outputs = outputs
@@ -305,8 +307,8 @@ def outcome_of(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome
         outcome = _results_by_rule(head, shared, hidden, rows)
     if not padding:
         return outcome
-    results, found = jax.tree.map(lambda a: a[:n], (outcome.results, outcome.best))
-    return Outcome(outcome.value, results, found)
+    results, ranking = jax.tree.map(lambda a: a[:n], (outcome.results, outcome.ranking))
+    return Outcome(outcome.value, results, ranking)
 
 
 def _runs(head: Head, rows: Rows) -> Array | None:
@@ -342,16 +344,16 @@ def _results(
 
         def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
             tile = _tile(of_all, shared, u, rows)
-            return none, None, (head.f.tile(tile.x, tile.targets), tile.best)
+            return none, None, (head.f.tile(tile.x, tile.targets), tile.ranking)
 
         u = head.products.u(hidden, shared.kernel)
         return none, in_row_blocks(block, none, u, rows, backend=head.f.backend)[2]
 
     arrays = shared, (), (hidden, rows)
-    _, (parts, found) = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
+    _, (parts, ranking) = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
     results, state = head.f.merge(parts, rows.targets)
     mask = rows.with_loss(state.has_loss) if head.has_weights else rows.mask
-    return Outcome(None, _keep(mask, results), found), _keep(mask, state), mask
+    return Outcome(None, _keep(mask, results), ranking), _keep(mask, state), mask
 
 
 def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
@@ -364,12 +366,8 @@ def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> O
         hidden, rows = chunk
         kept = keep(rows.mask, hidden)  # a NaN there times a d u of 0 is a NaN
         tile = _tile(head, shared, head.products.u(kept, shared.kernel), rows)
-        found = tile.best
-        if head.predicts and rows.mask is not None:
-            constants, hidden = lax.stop_gradient((shared, hidden))
-            found = _tile(head, constants, head.products.u(hidden, constants.kernel), rows).best
         results = RULES[head.rule](head.f, tile.x, tile.targets)
-        return none, Outcome(None, _keep(tile.mask, results), found)
+        return none, Outcome(None, _keep(tile.mask, results), tile.ranking)
 
     # The products are of operands in float32, which holds those of narrower ones: JAX would round
     # the kernel's gradient to the operands' dtype in every chunk.
@@ -414,14 +412,14 @@ def _weighted_sum_fwd(
     head = dataclasses.replace(head, wanted=wanted)
     shared, hidden = _narrow(head, shared, hidden)
     sums, outputs = whole(functools.partial(_sums_fwd, head), shared, hidden, rows)
-    (value, d_shared), (d_hidden, results, found, d_rows) = sums, outputs
+    (value, d_shared), (d_hidden, results, ranking, d_rows) = sums, outputs
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
         wanted,
         (d_shared, d_hidden, d_rows),
         is_leaf=lambda a: a is None,
     )
-    return Outcome(value, results, found), res
+    return Outcome(value, results, ranking), res
 
 
 def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:

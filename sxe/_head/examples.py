@@ -52,10 +52,10 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
     if head.path != AGAIN:
         value = head.f.weigh(outcome.results, rows.weight, shared.z_loss).value
         value = jnp.sum(value.reshape(size, -1), axis=1)
-    results, best = jax.tree.map(
-        lambda x: x.reshape(size, -1, *x.shape[1:]), (outcome.results, outcome.best)
+    results, ranking = jax.tree.map(
+        lambda x: x.reshape(size, -1, *x.shape[1:]), (outcome.results, outcome.ranking)
     )
-    outputs = jax.tree.leaves(Outcome(value, results, best))
+    outputs = jax.tree.leaves(Outcome(value, results, ranking))
     return outputs, [0] * len(outputs)
 
 

@@ -34,13 +34,18 @@ from sxe._rows.targets import (
 
 
 class Results(NamedTuple):
-    """Of each row, [...]: the loss without its z-loss, and log sum_k exp(x_k).
+    """Of each row, [...].
 
-    As a cotangent, an lse of None is 0.
+    Attributes:
+      loss: without its z-loss.
+      lse: log sum_k exp(x_k). As a cotangent, None is 0.
+      max_probability: the largest of all q_k. It has no derivative, so that as a tangent or a
+        cotangent it is None or of no effect.
     """
 
     loss: Array
     lse: Array | None
+    max_probability: Array | None = None
 
 
 class Part(NamedTuple):
@@ -112,7 +117,8 @@ class CrossEntropy:
         loss = cost + targets.total * state.log1p_r  # D0
         # All results of a custom rule have to be batched alike. Where jax.vmap maps the targets
         # alone, it would not batch lse, and would count lse's cotangent once for each example.
-        return Results(loss, jnp.where(loss == 0, state.lse, state.lse)), state
+        of_logits = (jnp.where(loss == 0, a, a) for a in (state.lse, state.max_probability))
+        return Results(loss, *of_logits), state
 
     def gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Array:
         targets, state, g = vary_like((targets, state, g), x)
@@ -163,11 +169,11 @@ class CrossEntropy:
         if targets.dense is not None:
             cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # the plain twin
             loss = loss + psum(cost, self.axis_name)
-        return Results(loss, origin + lse)
+        return Results(loss, origin + lse, lax.stop_gradient(state.max_probability))
 
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
         """w_i (loss_i + z lse_i^2)."""
-        loss, lse = results
+        loss, lse, _ = results
         assert lse is not None
         g_lse = d_z = None
         if z_loss is not None:

@@ -37,6 +37,11 @@ class Normalizer(NamedTuple):
         return self.m + self.log1p_r
 
     @property
+    def max_probability(self) -> Array:
+        """The largest q_k, [...]. It is NaN in a row without a loss."""
+        return 1 / (1 + self.r) + (self.m - self.m)
+
+    @property
     def has_loss(self) -> Array:
         """Whether the largest logit is finite and none is NaN, bool [...]."""
         return jnp.isfinite(self.m) & ~jnp.isnan(self.r)

@@ -1,21 +1,46 @@
-"""The class of each row's largest logit."""
+"""The class of each row's largest logit, and how many logits are larger than the label's."""
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sxe._arrays import AxisName, pmax
-
-Best = tuple[Array, Array]  # the first of a tile's largest logits, [...]: its class, its value
-
-
-def best(x: Array) -> Best:
-    """Of logits [..., K]."""
-    return jnp.argmax(x, axis=-1).astype(jnp.int32), lax.stop_gradient(jnp.max(x, axis=-1))
+from sxe._arrays import AxisName, pmax, psum
+from sxe._rows.targets import is_label, take_label
 
 
-def first_of(best: Best, classes: int, axis_name: AxisName) -> Array:
+class Ranking(NamedTuple):
+    """How the logits of one tile of classes are ordered in each row, [...]. It has no gradient.
+
+    Attributes:
+      best: the class of the first of the largest logits, int32, counted from the tile's first.
+      largest: their value.
+      larger: how many logits are larger than the label's, int32, or None where nobody asks.
+    """
+
+    best: Array
+    largest: Array
+    larger: Array | None
+
+
+def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
+    """Of logits [..., K], and of labels [...] counted from the first of these classes, or None."""
+    x = lax.stop_gradient(x)
+    best = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    larger = None
+    if label is not None:
+        found, inside = take_label(x, label)
+        x_label = psum(jnp.where(inside, found, 0), axis_name)  # only one shard has the class
+        # The label's own class is left out, because XLA may compute the logits again for the
+        # comparison, from what the caller made them of, and round them in another way.
+        is_larger = (x > x_label[..., None]) & ~is_label(label, x.shape[-1])
+        larger = jnp.sum(is_larger, axis=-1, dtype=jnp.int32)
+    return Ranking(best, jnp.max(x, axis=-1), larger)
+
+
+def best_of_shards(ranking: Ranking, classes: int, axis_name: AxisName) -> Array:
     """The class of the first of all shards' largest logits, where a shard has so many classes."""
-    k, x = best
+    k, x, _ = ranking
     if axis_name is None:
         return k
     k = k + lax.axis_index(axis_name) * classes

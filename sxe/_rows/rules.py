@@ -60,7 +60,10 @@ class RowFunction(Protocol):
         """The gradients for the targets, likewise."""
 
     def target_tangent(self, x: Array, targets: Any, state: Any, t_dot: Any, /) -> Any:
-        """The tangents of the results, from those of the targets, some of which are symbolic."""
+        """The tangents of the results, from those of the targets, some of which are symbolic.
+
+        None is that of a result which has no derivative.
+        """
 
     def primal(self, x: Array, origin: Array, targets: Any, state: Normalizer, /) -> Any:
         """The results of whole rows, for JAX to differentiate, from what ``move_confident`` gives.
@@ -134,14 +137,17 @@ def _rows_jvp_rule(
     (x, targets), (x_dot, targets_dot) = primals, tangents
     results, state = results_and_state(f, x, targets)
     results_dot = f.target_tangent(x, targets, state, targets_dot)
-    if isinstance(x_dot, SymbolicZero):
-        return results, results_dot
-    x_dot = wide(x_dot)  # once, so that its transpose rounds once
+    moves = not isinstance(x_dot, SymbolicZero)
+    x_dot = wide(x_dot) if moves else x_dot  # once, so that its transpose rounds once
     dots = []
     for i, dot in enumerate(results_dot):
-        one = (jnp.ones_like(r) if k == i else jnp.zeros_like(r) for k, r in enumerate(results))
-        d = f.gradient(x, targets, state, type(results)(*one))
-        dots.append(dot + psum(jnp.sum(d * x_dot, axis=-1), f.axis_name))
+        if dot is None:
+            dot = jnp.zeros_like(results[i])
+        elif moves:
+            one = (jnp.ones_like(r) if k == i else jnp.zeros_like(r) for k, r in enumerate(results))
+            d = f.gradient(x, targets, state, type(results)(*one))
+            dot = dot + psum(jnp.sum(d * x_dot, axis=-1), f.axis_name)
+        dots.append(dot)
     return results, type(results)(*dots)
 
 
