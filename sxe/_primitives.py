@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 
 from sxe._arrays import jvp_of_moved
 
@@ -28,6 +29,7 @@ class CallPrimitive(Primitive):
         mlir.register_lowering(self, mlir.lower_fun(self.run, multiple_results=True))
         batching.primitive_batchers[self] = self.batch
         ad.primitive_jvps[self] = self._jvp
+        pe.dce_rules[self] = _without_dead_code
 
     def of(self, f: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
         """f(*inputs) as one equation with these parameters besides."""
@@ -63,6 +65,15 @@ class CallPrimitive(Primitive):
             dot if jnp.issubdtype(x.dtype, jnp.floating) else ad.Zero(dot.aval)
             for x, dot in zip(outputs, dots, strict=True)
         ]
+
+
+def _without_dead_code(*used_and_equation: Any) -> tuple[Any, Any]:
+    """The rule of JAX's own calls. What is left has other inputs and outputs than the call had."""
+    used, equation = pe.dce_jaxpr_closed_call_rule(*used_and_equation)
+    if equation is None:
+        return used, None
+    call_jaxpr = equation.params["call_jaxpr"]
+    return used, equation.replace(primitive=_whole_p, params={"call_jaxpr": call_jaxpr})
 
 
 _whole_p = CallPrimitive("whole")
