@@ -305,6 +305,9 @@ def linear_softmax_cross_entropy(
     ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"``, around the call or as the
     option ``jax_default_matmul_precision``, applies to all products of the head, both ways.
 
+    On a CPU, in one compiled program, the bits of a row's results depend on that row alone; another
+    number of rows, or another ``chunk_size``, may change the last bits. head.md says where else.
+
     Rows that do not count contribute nothing to value or gradient, whatever stands in them. By rule
     "vjp", and on one device or inside of ``jax.shard_map``, chunks without any other row are not
     run. Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.
