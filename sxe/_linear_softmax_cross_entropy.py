@@ -26,7 +26,7 @@ from sxe._call.implementation import check_rule, choose
 from sxe._call.layout import Layout, join_shards, layout_of
 from sxe._call.options import HeadOptions, Implementation, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics
-from sxe._call.rows import make_rows
+from sxe._call.rows import any_class, make_rows
 from sxe._errors import ArgumentValueError
 from sxe._head.chunked import Head, Shared
 from sxe._head.examples import outcome_of_examples
@@ -73,7 +73,13 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         kernel = kernel.astype(wide_dtype(dtype))
     else:
         kernel = gather_rows(kernel, fsdp, varying(hidden), wide_dtype(dtype))
-    transform = Transform(wide(options.bias), wide(options.logit_scale), wide(options.softcap))
+    row_scale = wide(options.row_scale)
+    scale = None if row_scale is not None else wide(options.logit_scale)
+    class_mask = options.class_mask
+    if class_mask is not None:
+        # Without a class no row counts, and none is masked, so that the rows' logits are finite.
+        class_mask = class_mask | ~any_class(class_mask, options.axis_name)
+    transform = Transform(wide(options.bias), scale, wide(options.softcap), class_mask)
     shared = Shared(kernel, transform, dense, wide(options.z_loss))
     hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), targets.label)
     head = Head(
@@ -88,7 +94,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         predicts=options.return_metrics,
         ranks=reduction.ranks_labels(labels, options),
     )
-    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, rows.mask))
+    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, rows.mask, row_scale))
     return (head, *_typed_alike(shared, flat(hidden), flat_rows, options.axis_name)), rows
 
 
@@ -112,7 +118,8 @@ def _typed_alike(
     if targets.dense is not None:
         targets = targets._replace(dense=targets.dense._replace(t=tile(targets.dense.t)))
     shared = tile(shared)._replace(z_loss=row(shared.z_loss))
-    return shared, tile(hidden), row(rows)._replace(targets=targets)
+    rows = row(rows)._replace(targets=targets, logit_scale=tile(rows.logit_scale))
+    return shared, tile(hidden), rows
 
 
 def _result(inputs: _Inputs) -> Any:
@@ -135,10 +142,8 @@ def _result(inputs: _Inputs) -> Any:
     if outcome.ranking is None:
         return value
     results, ranking = jax.tree.map(rows_of, (outcome.results, outcome.ranking))
-    classes, axis_name = inputs.kernel.shape[1], options.axis_name
-    return value, reduction.metrics(
-        sums, rows, results, ranking, classes=classes, axis_name=axis_name
-    )
+    classes = inputs.kernel.shape[1]
+    return value, reduction.metrics(sums, rows, (results, ranking), options, classes=classes)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -235,6 +240,7 @@ def linear_softmax_cross_entropy(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     ignore_index: int | None = None,
@@ -250,7 +256,7 @@ def linear_softmax_cross_entropy(
     The loss of these logits, of which a chunk of rows exists at a time:
 
         z = logit_scale hidden @ kernel + bias
-        logits = softcap tanh(z / softcap)         or z, without softcap
+        logits = softcap tanh(z / softcap)         or z, without softcap; -inf by the class mask
 
     Value and gradients are those of ``softmax_cross_entropy`` on them, with its options and its
     precision. A "mean" or "sum" takes the gradients in the forward pass where it is differentiated,
@@ -263,20 +269,28 @@ def linear_softmax_cross_entropy(
         they are promoted as in ``hidden @ kernel``.
       labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
       bias: float [K]. Without softcap, a class with a bias of -inf cannot occur. With softcap it
-        can: its logit is -softcap.
-      logit_scale: a number or a scalar array, for example 1 / temperature.
+        can: its logit is -softcap. See ``class_mask``.
+      logit_scale: a number or a scalar array, for example 1 / temperature; or float [...], one for
+        each row. It multiplies hidden @ kernel in float32, so that no operand is rounded again.
       softcap: a number above 0 or a scalar array, a bound on the logits' magnitude, bias included.
         None is off.
       chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
         on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
         less than 128 rows on a CPU, up to a sixteenth of all, or on an accelerator less than 2048
         (512 of float32), up to an eighth.
-      where: bool [...], the rows that count. The head has no mask of classes. To leave a class out,
-        give it a bias of -inf or, with softcap, leave it out of kernel and bias.
+      where: bool [...], the rows that count. For classes that cannot occur there is ``class_mask``,
+        which is the same for all rows.
+      class_mask: bool [K], the classes that can occur in any row: False for those of a padded
+        vocabulary. The result is that of a kernel, bias and class weights without the others, also
+        under a softcap. These may hold anything, NaN too. Their gradient is 0, but for d kernel
+        where a row that counts has hidden states that are not finite. So that d hidden is right,
+        an accelerator makes one masked copy of the kernel, which it does not need if hidden is not
+        differentiated, and rules other than "vjp" make one everywhere.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
-        split: kernel, bias, dense targets and class weights are this device's, labels are indices
-        of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed. For
-        ``jax.pmap`` and ``jax.vmap``, and gradients taken inside, see ``softmax_cross_entropy``.
+        split: kernel, bias, dense targets, class weights and class mask are this device's, labels
+        are indices of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed.
+        For ``jax.pmap`` and ``jax.vmap``, and gradients taken inside, see
+        ``softmax_cross_entropy``.
       weights, class_weights, label_smoothing, z_loss, ignore_index, reduction, return_metrics,
         batch_axis_name: as for ``softmax_cross_entropy``.
       rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as
@@ -319,7 +333,7 @@ def linear_softmax_cross_entropy(
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
-      ValueError: for a shape that does not fit, a ``where`` that masks classes, a ``chunk_size``
+      ValueError: for a shape that does not fit, a ``where`` of classes, a ``chunk_size``
         below 1, ``jax.experimental.jet`` of a softcap, and as for ``softmax_cross_entropy``.
 
     Source: D0 and D7 of ``sxe.derivation``, and the chain rule H0 to H7 of
@@ -346,6 +360,7 @@ def linear_softmax_cross_entropy(
         where=where,
         weights=weights,
         class_weights=class_weights,
+        class_mask=class_mask,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         ignore_index=ignore_index,

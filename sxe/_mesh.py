@@ -132,7 +132,7 @@ def over_mesh(
       batch: the mesh axis, or tuple of axes, that splits the first axis of the rows. Or, for rows
         [B, T], a ``PartitionSpec`` with an entry for each: ``P("data", "sequence")``.
       classes: the mesh axis or axes that split the classes: the (first) class axis of logits, dense
-        targets and class masks, the last of a kernel, bias and class weights.
+        targets and a ``where`` of classes, the last of a kernel, bias, class weights and mask.
       fsdp: for the head, the mesh axes, among those of ``batch``, that split the first axis of the
         kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
 
@@ -151,7 +151,7 @@ def over_mesh(
       TypeError: for a function that is none of these, or arguments of a wrong type.
       ValueError: for a mesh axis that the mesh has not, or that is named twice, and for a size that
         the devices along its axis do not divide, which has to be padded: rows with a ``where`` of
-        False, classes with logits or, without softcap, a bias of -inf.
+        False, classes with a ``class_mask`` of False.
 
     Example:
       >>> import jax, jax.numpy as jnp, sxe

@@ -56,14 +56,20 @@ class _Inputs(NamedTuple):
 
 
 def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
-    """The inputs with their classes last and masked ones at -inf; and that mask, or None."""
+    """The inputs with their classes last and masked ones at -inf.
+
+    And that mask, [..., K] or [1, ..., K], or None.
+    """
     logits, labels, options = inputs
     class_axes = axes.class_axes(options.axis, logits.ndim)
     where, class_mask = options.where, None
+    if options.class_mask is not None:
+        class_mask = options.class_mask.reshape((1,) * (logits.ndim - len(class_axes)) + (-1,))
     if labels.shape == logits.shape:
         labels = axes.classes_last(labels, class_axes)
     if where is not None and where.shape == logits.shape:
-        class_mask = axes.classes_last(where, class_axes)
+        of_rows = axes.classes_last(where, class_axes)
+        class_mask = of_rows if class_mask is None else of_rows & class_mask
         where = any_class(class_mask, options.axis_name)
     logits = axes.classes_last(logits, class_axes)
     if class_mask is not None:
@@ -173,9 +179,8 @@ def _metrics(
     options = inputs.options
     label = rows.targets.label if reduction.ranks_labels(inputs.labels, options) else None
     ranking = rank(x, label, options.axis_name)
-    return reduction.metrics(
-        sums, rows, results, ranking, classes=x.shape[-1], axis_name=options.axis_name
-    )
+    found = results, ranking
+    return reduction.metrics(sums, rows, found, options, classes=x.shape[-1])
 
 
 def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: bool) -> bool:
@@ -321,6 +326,7 @@ def softmax_cross_entropy(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     ignore_index: int | None = None,
@@ -342,7 +348,8 @@ def softmax_cross_entropy(
     The loss keeps full relative precision at every magnitude of the logits, and so do the two terms
     of the gradient, q (T - t) and t (1 - q), whichever class holds most of T. With label smoothing
     a and class weights c, an integer label y is t_k = c_k ((1 - a) [k = y] + a / K), and dense
-    targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made.
+    targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made. With a class
+    mask, K is the number of classes that can occur, and the others have no part of a.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64.
@@ -353,12 +360,16 @@ def softmax_cross_entropy(
       weights: float [...], a weight for each row. A row of weight 0 does not count. Negative ones,
         such as advantages, are for "sum", for "none", and for a mean whose weights do not sum to 0.
       class_weights: float [K], a weight for each class.
+      class_mask: bool [K], the classes that can occur in any row: False for those of a padded
+        vocabulary. The result is that of logits and class weights without the others, which may
+        hold anything, NaN too, and have a gradient of 0. A target for one of them costs infinity,
+        and with no class left no row counts. A ``where`` of classes applies besides.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes.
       z_loss: finite, at least 0, the weight of lse^2, which keeps logits from drifting.
       ignore_index: integer labels with this value mark rows that do not count. Off by default:
         PyTorch's -100 is then out of range, and its row NaN.
       axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
-        them, in that order, and ``class_weights`` is flat as well.
+        them, in that order, and ``class_weights`` and ``class_mask`` are flat as well.
       reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
         row's weight times, for integer labels, its label's class weight; 0 where nothing counts,
         and NaN, with its gradient, where something counts and sum_i w_i is 0. "sum", sum_i w_i
@@ -367,8 +378,8 @@ def softmax_cross_entropy(
         ``jax.value_and_grad`` with ``has_aux=True``. Predictions, probabilities and ranks of rows
         that do not count are none that could be right: see there.
       axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
-        split. Logits, dense targets, class weights and class masks are then this device's classes;
-        labels are indices of all classes. An axis that splits nothing is an error. With
+        split. Logits, dense targets, class weights and masks of classes are then this device's
+        classes; labels are indices of all classes. An axis that splits nothing is an error. With
         ``check_vma=False`` it goes unnoticed, and the value is wrong. ``axis_name`` may also be an
         axis of ``jax.pmap`` or ``jax.vmap``, where one that splits nothing goes unnoticed as well.
         A gradient that is taken inside one of these, or inside ``jax.shard_map`` with
@@ -385,7 +396,7 @@ def softmax_cross_entropy(
         NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp", one of them reads the
         logits once and writes the gradient once, in the forward pass. So a cotangent other than 1
         rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes, of logits
-        and of dense targets. It serves no split classes, no ``where`` of classes, and not
+        and of dense targets. It serves no split classes, no mask of classes, and not
         ``jax.grad`` of float16 logits, which a loss scale may multiply later. For all else the
         other one reads the logits once for the state of rows, and XLA computes the gradient.
         float64, another platform, JAX before 0.11.2, and several devices are an error, unless
@@ -434,6 +445,7 @@ def softmax_cross_entropy(
         where=where,
         weights=weights,
         class_weights=class_weights,
+        class_mask=class_mask,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         ignore_index=ignore_index,
@@ -470,6 +482,7 @@ def softmax_cross_entropy_with_gradient(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     ignore_index: int | None = None,
@@ -508,6 +521,7 @@ def softmax_cross_entropy_with_gradient(
         where=where,
         weights=weights,
         class_weights=class_weights,
+        class_mask=class_mask,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         ignore_index=ignore_index,

@@ -13,7 +13,8 @@ every way, each of them on or off, and one case serves many such meetings at onc
 
 Some factors exclude each other, and a case then drops one of them, see ``compatible``. Even so, any
 three of LOGITS or HEAD meet in 24 cases in every way that there is, and any two in each half of
-them. ``test_option_cases.py`` counts these meetings.
+them. With one more factor, LOGITS needs one more case: see ``of_logits``. ``test_option_cases.py``
+counts these meetings.
 
 What has more than two values, such as the rule of differentiation, the size of a chunk, or "mean"
 and "sum", goes round from case to case.
@@ -31,12 +32,12 @@ import pytest
 # logits' shape, passed as where; "dense" stands for dense targets. In this order the factors of
 # LOGITS lose no meeting of three to those that exclude each other.
 LOGITS = ("label_smoothing", "class_weights", "where_class", "z_loss")
-LOGITS += ("where", "ignore_index", "weights", "dense")
+LOGITS += ("where", "ignore_index", "weights", "dense", "class_mask")
 HEAD = ("where", "weights", "class_weights", "label_smoothing", "z_loss", "ignore_index", "dense")
-HEAD += ("bias", "logit_scale", "softcap")
+HEAD += ("bias", "logit_scale", "softcap", "class_mask")
 
 # What goes with integer labels and with dense targets, all at once.
-EVERY_OF_LOGITS = ("where", "weights", "class_weights", "label_smoothing", "z_loss")
+EVERY_OF_LOGITS = ("where", "weights", "class_weights", "class_mask", "label_smoothing", "z_loss")
 EVERY_OF_HEAD = (*EVERY_OF_LOGITS, "bias", "logit_scale", "softcap")
 
 # Each of the first excludes the second: there is one where, and dense targets have no index.
@@ -49,6 +50,11 @@ every_rule = pytest.mark.parametrize("rule", RULES)
 vjp_by_default = pytest.mark.parametrize(
     "rule", ["vjp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
 )
+
+
+def with_row_scale(case):
+    """The case with a logit_scale for each row, if it has one."""
+    return tuple("row_scale" if name == "logit_scale" else name for name in case)
 
 
 def compatible(case):
@@ -69,6 +75,14 @@ def in_fours(*factors):
     half.append([False] * 11)
     rows = half + [[not on for on in row] for row in half]
     return [compatible(itertools.compress(factors, row)) for row in rows]
+
+
+def of_logits(other):
+    """25 cases of LOGITS and another factor, in which any three meet.
+
+    In none of the first 24 a "where" and an "ignore_index" meet without the other factor.
+    """
+    return [*in_fours(*LOGITS, other), ("where", "ignore_index")]
 
 
 def in_pairs(*factors):

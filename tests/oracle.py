@@ -51,6 +51,7 @@ def rows(
     where=None,
     weights=None,
     class_weights=None,
+    class_mask=None,
     label_smoothing=0.0,
     z_loss=0.0,
     ignore_index=None,
@@ -61,19 +62,22 @@ def rows(
     dense = labels.shape == logits.shape
     x = _rows_last(logits.astype(np.float64), axis)
     *shape, k = x.shape
-    counts = np.ones(shape, bool)
+    possible = np.ones(k, bool) if class_mask is None else np.asarray(class_mask)
+    x = np.where(possible, x, -np.inf)
+    counts = np.full(shape, possible.any())
     if where is not None:
         where = np.asarray(where)
         if where.shape == logits.shape:
             mask = _rows_last(where, axis)
             x = np.where(mask, x, -np.inf)
-            counts &= mask.any(-1)
+            counts &= (mask & possible).any(-1)
         else:
             counts &= where
     if ignore_index is not None:
         counts &= labels.astype(np.int64) != ignore_index
     w = np.ones(shape) if weights is None else np.asarray(weights).astype(np.float64)
     c = np.ones(k) if class_weights is None else np.asarray(class_weights).astype(np.float64)
+    c = np.where(possible, c, 1)
     counts &= w != 0
     norm = w.copy()
     if dense:
@@ -84,7 +88,8 @@ def rows(
             if counts[i]:
                 t[i][int(labels[i])] = 1
                 norm[i] *= c[int(labels[i])]
-    t = c * ((1 - float(label_smoothing)) * t + float(label_smoothing) / k)
+    a = float(label_smoothing)
+    t = c * ((1 - a) * t + a * possible / max(possible.sum(), 1))
     return x, t, counts, w, norm
 
 
@@ -130,6 +135,8 @@ def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **
     where = options.get("where")
     if where is not None and np.shape(where) == np.shape(logits):
         each = np.where(_rows_last(np.asarray(where), axis), each, 0)
+    if options.get("class_mask") is not None:
+        each = np.where(np.asarray(options["class_mask"]), each, 0)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     shape = np.shape(logits)
     each = each.reshape(*counts.shape, *(shape[a] for a in axes))
@@ -214,7 +221,8 @@ def head(hidden, kernel, *, bias=None, logit_scale=1.0, softcap=None):
     """The head's logits [..., K] in float64, and what takes their gradient to those by name."""
     h, w = np.asarray(hidden).astype(np.float64), np.asarray(kernel).astype(np.float64)
     u = h @ w
-    scale = float(logit_scale)
+    scale = np.asarray(logit_scale).astype(np.float64)
+    scale = scale[..., None] if scale.ndim else scale
     z = scale * u + (0 if bias is None else np.asarray(bias).astype(np.float64))
     cap = None if softcap is None else float(softcap)
     x = z if cap is None else cap * np.tanh(z / cap)
@@ -225,9 +233,9 @@ def head(hidden, kernel, *, bias=None, logit_scale=1.0, softcap=None):
         d_z = d_x * slope
         gradients = {
             "hidden": scale * (d_z @ w.T),
-            "kernel": scale * np.tensordot(h, d_z, (rows, rows)),
+            "kernel": np.tensordot(h, scale * d_z, (rows, rows)),
             "bias": d_z.sum(rows),
-            "logit_scale": np.sum(d_z * u),
+            "logit_scale": np.sum(d_z * u, axis=-1 if scale.ndim else None),
         }
         if cap is not None:
             gradients["softcap"] = np.sum(d_x * (np.tanh(z / cap) - z / cap * slope))

@@ -6,6 +6,8 @@ import numpy as np
 
 # Factors of a case that are not options, and which the tests that use them bring about.
 NOT_OPTIONS = {"dense", "none", "bfloat16", "axis", "fsdp"}
+# Factors that are another kind of value of an option.
+KINDS_OF = {"where_class": "where", "row_scale": "logit_scale"}
 
 
 def normal(*shape, dtype="float32", seed=0):
@@ -63,9 +65,16 @@ def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):
     # One row of five does not count.
     counts = np.broadcast_to(np.arange(count) >= (count + 4) // 5, (*lead, count))
     counts = rng.permuted(counts, axis=-1)
+    possible = np.random.default_rng([*lead, *rows, classes]).random((*lead, classes)) < 0.7
+    possible[..., 0] = True
+    if "class_mask" in options:
+        # A label that cannot occur costs infinity, which would hide all else.
+        of_rows = possible.reshape(*lead, *(1 for _ in rows), classes)
+        can_occur = np.take_along_axis(of_rows, labels[..., None], axis=-1)[..., 0]
+        labels = np.where(can_occur, labels, 0)
     mask = rng.random((*lead, *rows, classes)) < 0.7
     if not dense:
-        # A label that cannot occur costs infinity, which would hide all else.
+        # Likewise.
         np.put_along_axis(mask, labels[..., None], True, axis=-1)
     mask.reshape(*lead, count, classes)[..., -1, :] = False  # no class is left for the last row
     if "label_smoothing" in options:
@@ -76,18 +85,22 @@ def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):
         "where_class": mask,
         "weights": weights.reshape(*lead, *rows),
         "class_weights": uniform(0.5, 2, classes),
+        "class_mask": possible,
         "label_smoothing": uniform(0.1, 0.4),
         "z_loss": uniform(0.01, 0.1),
         "ignore_index": int(labels.flat[0]),
         "bias": np.asarray(rng.normal(size=(*lead, classes)), wide),
         "logit_scale": uniform(0.5, 2),
         "softcap": uniform(1, 3),
+        "row_scale": uniform(0.5, 2, *rows),
     }
     if dense:
         labels = uniform(0.1, 1, *rows, classes).astype(jnp.dtype(dtype))
         if "where_class" in options:
             labels = np.where(mask, labels, 0)
-    given = {n.removesuffix("_class"): values[n] for n in options if n not in NOT_OPTIONS}
+        if "class_mask" in options:
+            labels = np.where(of_rows, labels, 0)
+    given = {KINDS_OF.get(n, n): values[n] for n in options if n not in NOT_OPTIONS}
     return {"labels": labels, **given}
 
 

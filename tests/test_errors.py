@@ -145,6 +145,25 @@ SHARED = [
         ValueError,
         r"expected shape \(6,\), .*, got \(5,\); for a weight for each class pass class_weights",
     ),
+    ("class_mask", {"class_mask": "padding"}, TypeError, f"{ARRAY}'padding'"),
+    (
+        "class_mask",
+        {"class_mask": [1] * K},
+        TypeError,
+        "expected dtype bool, got int32; pass class_mask != 0",
+    ),
+    (
+        "class_mask",
+        {"class_mask": zeros(N, dtype=bool)},
+        ValueError,
+        r"expected shape \(5,\), one for each class, got \(6,\); for a mask of rows pass where",
+    ),
+    (
+        "class_mask",
+        {"class_mask": zeros(1, K, dtype=bool)},
+        ValueError,
+        r"expected shape \(5,\), .*, got \(1, 5\);.* take class_mask\[0\]",
+    ),
     ("class_weights", {"class_weights": {0: 1.0}}, TypeError, rf"{ARRAY}{{0: 1.0}}"),
     ("class_weights", {"class_weights": [1] * K}, TypeError, CAST.format("int32")),
     (
@@ -375,12 +394,8 @@ HEAD_ORDER = "; the order of arguments is hidden, kernel, labels"
 FINITE = r"expected a finite number \(1.0 is off\)"
 ABOVE_0 = r"expected a number above 0 \(None is off\)"
 OUT_OF_ALL = (
-    "to leave classes out of all rows give them a bias of -inf, to leave them out of some rows "
+    "to leave classes out of all rows pass class_mask, to leave them out of some rows "
     "pass logits to sxe.softmax_cross_entropy"
-)
-CAPPED = (
-    "the head cannot mask classes under a softcap, which bounds a bias of -inf too: leave them "
-    "out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
 )
 
 OF_HEAD = [
@@ -430,10 +445,18 @@ OF_HEAD = [
     ("logit_scale", {"logit_scale": None}, TypeError, f"{FINITE}{OR_ARRAY}None"),
     (
         "logit_scale",
-        {"logit_scale": zeros(N)},
+        {"logit_scale": zeros(N - 1)},
         ValueError,
-        r"expected a scalar, got shape \(6,\); for a scale for each row multiply hidden by it",
+        r"expected shape \(6,\), one for each row, or a scalar, got \(5,\)",
     ),
+    (
+        "logit_scale",
+        {"logit_scale": zeros(N, 1)},
+        ValueError,
+        r"expected shape \(6,\), .*, got \(6, 1\); take logit_scale\[..., 0\]",
+    ),
+    ("logit_scale", {"logit_scale": [1] * N}, TypeError, CAST.format("int32")),
+    ("logit_scale", {"logit_scale": [[1.0], []]}, TypeError, rf"{ARRAY}\[\[1.0\], \[\]\]"),
     ("softcap", {"softcap": 0}, ValueError, f"{ABOVE_0}, got 0"),
     ("softcap", {"softcap": 0.0}, ValueError, f"{ABOVE_0}, got 0.0"),
     ("softcap", {"softcap": np.asarray(-30.0)}, ValueError, f"{ABOVE_0}, got -30.0"),
@@ -451,7 +474,7 @@ OF_HEAD = [
         "logit_scale",
         {"logit_scale": jnp.ones(1)},
         ValueError,
-        r"expected a scalar, got shape \(1,\); take logit_scale\[0\]",
+        r"expected shape \(6,\), one for each row, or a scalar, got \(1,\); take logit_scale\[0\]",
     ),
     ("chunk_size", {"chunk_size": 0}, ValueError, "expected at least 1, or None .*, got 0"),
     ("chunk_size", {"chunk_size": -1}, ValueError, "expected at least 1, or None .*, got -1"),
@@ -471,15 +494,15 @@ OF_HEAD = [
     ),
     (
         "where",
-        {"where": zeros(N, K, dtype=bool), "softcap": 30.0},
-        ValueError,
-        rf"expected .* \(6,\) \(rows\), got \(6, 5\); {CAPPED}",
-    ),
-    (
-        "where",
         {"where": zeros(K, dtype=bool), "softcap": jnp.array(30.0)},
         ValueError,
-        rf"expected .* \(6,\) \(rows\), got \(5,\); {CAPPED}",
+        rf"expected .* \(6,\) \(rows\), got \(5,\); {OUT_OF_ALL}",
+    ),
+    (
+        "class_mask",
+        {"class_mask": zeros(N, K, dtype=bool)},
+        ValueError,
+        r"expected shape \(5,\), one for each class, got \(6, 5\)",
     ),
     # Nothing about axis, which the head does not have:
     ("labels", {"labels": zeros(K, dtype=int)}, ValueError, rf"{INDICES}, got \(5,\) of int32"),
@@ -782,10 +805,7 @@ def test_over_mesh(argument, given, error, message):
         sxe.over_mesh(**{"loss": HEAD, "mesh": make_mesh(), **given})
 
 
-PADDING = (
-    "pad the classes, with logits or a bias of -inf; under a softcap, which bounds the bias, "
-    "split the classes along other axes or none"
-)
+PADDING = "pad the classes, and mask them with class_mask"
 MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shape {}; {}"
 
 
@@ -879,6 +899,7 @@ OTHERWISE = [
     ("where", {"where": P(("data", "model"))}, None, r"P\('data',\)"),
     ("labels", {"labels": P("model")}, None, r"P\('data',\)"),
     ("class_weights", {"class_weights": P("data")}, None, r"P\('model',\)"),
+    ("class_mask", {"class_mask": P("data")}, None, r"P\('model',\)"),
     # Where nothing splits the rows another argument may, but not as the classes are:
     ("labels", {"rows": None, "labels": P("model")}, None, r"P\(None,\)"),
     (
@@ -903,6 +924,7 @@ def test_arrays_that_an_explicit_mesh_splits_otherwise(argument, specs, of, spec
         "where": zeros(8, dtype=bool),
         "weights": zeros(8),
         "class_weights": zeros(16),
+        "class_mask": zeros(16, dtype=bool),
     }
     arrays = {
         name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P())))

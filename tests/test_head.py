@@ -13,7 +13,14 @@ import option_cases
 import oracle
 import pytest
 from jax.experimental import checkify
-from option_cases import EVERY_OF_HEAD, FORWARD_RULES, RULES, in_fours, vjp_by_default
+from option_cases import (
+    EVERY_OF_HEAD,
+    FORWARD_RULES,
+    RULES,
+    in_fours,
+    vjp_by_default,
+    with_row_scale,
+)
 from oracle import assert_close, naming
 from problems import apart, floats, head_problem, normal
 from programs import QUICK
@@ -91,7 +98,10 @@ def expected(p, g):
         share = sum(np.asarray(g[r]) * ratio[r] for r in g) * np.ones(len(p["labels"]))
         labels = np.asarray(p["labels"], np.float64)
         ahead = [rows(**(p | {"labels": labels + e})) for e in np.eye(labels.shape[-1])]
-        gradients["labels"] = share[:, None] * (np.stack(ahead, axis=-1) - rows(**p)[:, None])
+        more = np.stack(ahead, axis=-1) - rows(**p)[:, None]
+        # A class that cannot occur has no target, and then no derivative.
+        more = np.where(p.get("class_mask", True), more, 0)
+        gradients["labels"] = share[:, None] * more
     for name in set(floats(p)) - set(gradients):
         a = np.asarray(p[name], np.float64)
         gradients[name] = np.zeros(a.shape)
@@ -117,15 +127,18 @@ def check(actual, p, g):
 CHUNK_SIZES = (1, 4, 12, 7, 13, 100, None)
 
 
+# A logit_scale is that of all rows and, in the next case that has one, of each row.
+CASES = [
+    with_row_scale(case) if i % 2 else case for i, case in enumerate(in_fours(*option_cases.HEAD))
+]
+EVERY = [(*EVERY_OF_HEAD, "ignore_index"), (*with_row_scale(EVERY_OF_HEAD), "dense")]
+
+
 @pytest.mark.parametrize(
     ("case", "chunk_size", "rule"),
     [
-        *zip(in_fours(*option_cases.HEAD), itertools.cycle(CHUNK_SIZES), itertools.repeat("vjp")),
-        *(
-            (case, 4, rule)
-            for case in [(*EVERY_OF_HEAD, "ignore_index"), (*EVERY_OF_HEAD, "dense")]
-            for rule in FORWARD_RULES
-        ),
+        *zip(CASES, itertools.cycle(CHUNK_SIZES), itertools.repeat("vjp")),
+        *((case, 4, rule) for case in EVERY for rule in FORWARD_RULES),
     ],
 )
 def test_option_cases(case, chunk_size, rule):
@@ -136,7 +149,7 @@ def test_option_cases(case, chunk_size, rule):
     projection = {k: p[k] for k in ("bias", "logit_scale", "softcap") if k in p}
     x, _ = oracle.head(p["hidden"], p["kernel"], **projection)
     rest = {k: v for k, v in p.items() if k not in ("hidden", "kernel", "z_loss", *projection)}
-    _, _, counts, _, norm = oracle.rows(x, **rest)
+    x, _, counts, _, norm = oracle.rows(x, **rest)
     metrics = actual[2]
     assert_close(metrics.loss_sum, oracle.head_loss(**p, reduction="sum"))
     assert_close(metrics.weight_sum, (norm * counts).sum())

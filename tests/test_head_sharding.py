@@ -10,7 +10,7 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, use_mesh
-from option_cases import EVERY_OF_HEAD, RULES, vjp_by_default
+from option_cases import EVERY_OF_HEAD, RULES, vjp_by_default, with_row_scale
 from oracle import assert_close, naming
 from problems import apart, cotangent, floats, head_problem, with_gradients
 from programs import all_of, quick_jit
@@ -30,7 +30,7 @@ def cases(rule="vjp"):
     p, ignored = apart(head_problem(*EVERY_OF_HEAD, "ignore_index"))
     return [
         (p, static | {"reduction": "mean"} | ignored),
-        (head_problem(*EVERY_OF_HEAD, dense=True), static | {"reduction": "none"}),
+        (head_problem(*with_row_scale(EVERY_OF_HEAD), dense=True), static | {"reduction": "none"}),
         (head_problem(dtype="bfloat16", seed=1), static | {"reduction": "sum"}),
     ]
 
@@ -41,8 +41,9 @@ def spec(p, rows, classes):
         "hidden": P(rows, None),
         "kernel": P(None, classes),
         "labels": P(rows, classes) if p["labels"].ndim == 2 else P(rows),
-        **dict.fromkeys(("bias", "class_weights"), P(classes)),
+        **dict.fromkeys(("bias", "class_weights", "class_mask"), P(classes)),
         **dict.fromkeys(("where", "weights"), P(rows)),
+        "logit_scale": P(rows) if np.ndim(p.get("logit_scale")) else P(),
     }
     return {name: layouts.get(name, P()) for name in p}
 

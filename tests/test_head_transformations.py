@@ -13,7 +13,7 @@ import pytest
 from jax import export
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.flatten_util import ravel_pytree
-from option_cases import EVERY_OF_HEAD, FORWARD_RULES, RULES, vjp_by_default
+from option_cases import EVERY_OF_HEAD, FORWARD_RULES, RULES, vjp_by_default, with_row_scale
 from oracle import assert_close
 from problems import at, floats, head_problem, normal, with_gradients
 from programs import quick_jit
@@ -29,7 +29,9 @@ slow = pytest.mark.slow
 
 def problem(dense=False, dtype="float32", lead=()):
     """The array arguments of a call with all options by name, with these leading axes."""
-    p = head_problem(*EVERY_OF_HEAD, dense=dense, dtype=dtype, shape=(N, D, K), lead=lead, seed=1)
+    # Beside dense targets each row has a logit_scale.
+    every = with_row_scale(EVERY_OF_HEAD) if dense else EVERY_OF_HEAD
+    p = head_problem(*every, dense=dense, dtype=dtype, shape=(N, D, K), lead=lead, seed=1)
     return jax.tree.map(jnp.asarray, p)
 
 
@@ -69,11 +71,15 @@ def assert_matches(actual, p, g, dtype=None):
 
 def materialised(p):
     """The losses as anyone would write them, in JAX, from logits."""
-    z = p["logit_scale"] * (p["hidden"] @ p["kernel"]) + p["bias"][None, :]
-    x = p["softcap"] * jnp.tanh(z / p["softcap"])
+    scale, possible = p["logit_scale"], p["class_mask"][None, :]
+    scale = scale[:, None] if scale.ndim else scale
+    z = scale * (p["hidden"] @ p["kernel"]) + p["bias"][None, :]
+    x = jnp.where(possible, p["softcap"] * jnp.tanh(z / p["softcap"]), -jnp.inf)
     log_q, a = jax.nn.log_softmax(x), p["label_smoothing"]
+    log_q = jnp.where(possible, log_q, 0)
     y = p["labels"] if p["labels"].ndim == 2 else jax.nn.one_hot(p["labels"], K, dtype=x.dtype)
-    t = p["class_weights"][None, :] * ((1 - a) * y + a / K)
+    spread = jnp.where(possible, a / possible.sum().astype(x.dtype), 0)
+    t = p["class_weights"][None, :] * ((1 - a) * y + spread)
     w = jnp.where(p["where"], p["weights"], 0)
     loss = w * (p["z_loss"] * jax.nn.logsumexp(x, axis=-1) ** 2 - jnp.sum(t * log_q, axis=-1))
     norm = w if p["labels"].ndim == 2 else w * p["class_weights"][p["labels"]]

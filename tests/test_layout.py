@@ -74,6 +74,7 @@ OPTIONS = Options(
     where=shape(8, 4),
     weights=shape(8, 4),
     class_weights=shape(6),
+    class_mask=shape(6),
     label_smoothing=shape(),
     z_loss=shape(),
     bias=shape(6),
@@ -96,12 +97,15 @@ def test_specs_by_name():
         where=P("data", "other"),
         weights=P("data", "other"),
         class_weights=P("model"),
+        class_mask=P("model"),
         label_smoothing=P(),
         z_loss=P(),
         bias=P("model"),
         logit_scale=P(),
         softcap=P(),
     )
+    of_rows = layout.specs(inputs._replace(options=Options(logit_scale=shape(8, 4))), 3, (2,))
+    assert of_rows.options == Options(logit_scale=P("data", "other"))
 
 
 @pytest.mark.parametrize("class_axes", [(2,), (0,), (1, 2)])
@@ -123,7 +127,7 @@ def test_an_option_that_is_off_has_no_spec():
 
 
 ROWS = "pad the rows, and mask them with where"
-CLASSES = "pad the classes, with logits or a bias of -inf"
+CLASSES = "pad the classes, and mask them with class_mask"
 KERNEL = "split it along other axes or none"
 
 

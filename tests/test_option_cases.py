@@ -4,7 +4,7 @@ import itertools
 
 import option_cases
 import pytest
-from option_cases import HEAD, LOGITS, compatible, in_fours, in_pairs
+from option_cases import HEAD, LOGITS, compatible, in_fours, in_pairs, of_logits
 
 ELEVEN = tuple("abcdefghijk")
 
@@ -36,9 +36,16 @@ def test_any_four_factors_meet_and_any_three_in_half_of_the_cases():
     assert not missing(cases[12:], ELEVEN, 3)
 
 
-@pytest.mark.parametrize("factors", [LOGITS, (*LOGITS, "axis"), (*LOGITS, "none"), HEAD], ids=str)
-def test_any_three_factors_of_a_loss_meet_although_some_exclude_others(factors):
-    cases = in_fours(*factors)
+@pytest.mark.parametrize(
+    ("factors", "cases"),
+    [
+        (LOGITS, in_fours(*LOGITS)),
+        *(((*LOGITS, other), of_logits(other)) for other in ("axis", "none")),
+        (HEAD, in_fours(*HEAD)),
+    ],
+    ids=str,
+)
+def test_any_three_factors_of_a_loss_meet_although_some_exclude_others(factors, cases):
     assert not missing(cases, factors, 3)
     assert not missing(cases[:12], factors, 2)
     assert not missing(cases[12:], factors, 2)

@@ -36,8 +36,11 @@ CAPS = (1e-3, 0.3, 1.0, 30.0, 1e4, 1e10, 1e20, 1e30, INF)
 PARTS = list(itertools.product((False, True), repeat=3))
 
 
+PARAMETERS = Transform._fields[:3]  # those that have a gradient
+
+
 def name_of(parts):
-    names = [name for name, on in zip(Transform._fields, parts, strict=True) if on]
+    names = [name for name, on in zip(PARAMETERS, parts, strict=True) if on]
     return " ".join(names) or "nothing"
 
 
@@ -54,7 +57,7 @@ def some_u(dtype):
 def some_transform(parts, dtype, softcap=3.0):
     full = Transform(normal(K, seed=1), 0.7, softcap)
     return Transform(
-        *(jnp.asarray(a, dtype) if on else None for a, on in zip(full, parts, strict=True))
+        *(jnp.asarray(a, dtype) if on else None for a, on in zip(full[:3], parts, strict=True))
     )
 
 
@@ -124,6 +127,53 @@ def test_nothing_is_nan_at_zero(parts):
             np.testing.assert_array_equal(found[0], zeros)
             np.testing.assert_array_equal(found[1], slope * ones)
             jax.tree.map(np.testing.assert_array_equal, found[2], expected)
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=name_of)
+def test_a_scale_for_each_row(parts):
+    """It does in its row what the same number does for all rows."""
+    u, d_x = some_u("float32"), jnp.asarray(normal(C, K, seed=2), "float32")
+    by = some_transform((parts[0], True, parts[2]), "float32")
+    scales = jnp.asarray([0.7, -2, 0, 1, 3, 0.1, 5], "float32")
+    for found in forward_and_back(u, by._replace(logit_scale=scales), d_x):
+        total = jax.tree.map(jnp.zeros_like, by)
+        for i, scale in enumerate(scales):
+            row = slice(i, i + 1)
+            x, d_u, d_by = forward_and_back(u[row], by._replace(logit_scale=scale), d_x[row])[0]
+            assert_close(found[0][row], np.float64(x))
+            assert_close(found[1][row], np.float64(d_u))
+            assert_close(found[2].logit_scale[i], np.float64(d_by.logit_scale))
+            total = jax.tree.map(jnp.add, total, d_by)
+        assert_close(found[1][2], np.zeros(K))
+        for name in ("bias", "softcap"):
+            if getattr(by, name) is not None:
+                assert_close(getattr(found[2], name), np.float64(getattr(total, name)))
+
+
+@pytest.mark.parametrize("scaled", ["rows", "all"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("parts", PARTS, ids=name_of)
+def test_masked_classes(parts, bad, scaled):
+    """Their logits are -inf and their gradients 0, whatever u and bias are; as without them."""
+    mask = np.arange(K) % 3 != 1
+    u, d_x = some_u("float32"), jnp.asarray(normal(C, K, seed=2), "float32")
+    by = some_transform(parts, "float32")
+    if by.logit_scale is not None and scaled == "rows":
+        by = by._replace(logit_scale=jnp.linspace(-1, 2, C))
+    masked = by._replace(class_mask=jnp.asarray(mask))
+    if by.bias is not None:
+        masked = masked._replace(bias=by.bias.at[~mask].set(bad))
+        by = by._replace(bias=by.bias[mask])
+    expected = forward_and_back(u[:, mask], by, d_x[:, mask])[0]
+    for x, d_u, d_by in forward_and_back(u.at[:, ~mask].set(bad), masked, d_x):
+        assert (np.asarray(x)[:, ~mask] == -INF).all()
+        assert not np.asarray(d_u)[:, ~mask].any()
+        if by.bias is not None:
+            assert not np.asarray(d_by.bias)[~mask].any()
+            d_by = d_by._replace(bias=d_by.bias[mask])
+        found = x[:, mask], d_u[:, mask], d_by._replace(class_mask=None)
+        for a, right in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert_close(a, np.float64(right))
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0, INF])

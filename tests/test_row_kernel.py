@@ -657,6 +657,7 @@ OPTIONS = [
     {"label_smoothing": np.float32(0.1)},
     {"label_smoothing": np.float32(0.1), "ignore_index": 3, "class_weights": "classes"},
     {"where": "classes"},
+    {"class_mask": "classes", "label_smoothing": np.float32(0.1)},
     {"label_smoothing": np.float32(0.1), "class_weights": "classes", "axis": 0},
     {"labels": "dense"},
     {"labels": "dense", "where": np.array([[True, False], [True, True], [False, True]])},
@@ -689,6 +690,10 @@ def test_options_as_without_it(options, classes):
         np.put_along_axis(options["where"], labels[..., None], values=True, axis=-1)
     if "class_weights" in options:
         options["class_weights"] = np.linspace(0.5, 2.0, classes, dtype=np.float32)
+    if "class_mask" in options:
+        options["class_mask"] = ~np.isin(range(classes), labels + 1) | np.isin(
+            range(classes), labels
+        )
     logits = jnp.asarray(np.moveaxis(logits, -1, options.get("axis", -1)), jnp.float32)
     floats = {k: jnp.asarray(v) for k, v in options.items() if k in FLOATS}
     others = {k: v for k, v in options.items() if k not in floats}
@@ -727,6 +732,9 @@ HEAD_OPTIONS = [
     {"reduction": "none", "label_smoothing": np.float32(0.1), "ignore_index": 3},
     {"bias": "classes", "label_smoothing": np.float32(0.1), "ignore_index": 3},
     {"labels": "dense", "where": np.arange(5) % 2 == 0},
+    {"logit_scale": np.array([1.5, 0, -0.25, 2, 3], np.float32), "where": np.arange(5) % 2 == 0},
+    {"class_mask": "classes", "label_smoothing": np.float32(0.1), "ignore_index": 3},
+    {"reduction": "none", "class_mask": "classes", "where": np.arange(5) % 2 == 0},
 ]
 
 
@@ -750,6 +758,8 @@ def test_the_head_as_without_it(options, classes, dtype):
     for name in ("class_weights", "bias"):
         if name in options:
             options[name] = np.linspace(0.5, 2.0, classes, dtype=np.float32)
+    if "class_mask" in options:
+        options["class_mask"] = np.arange(classes) % 7 != 5
     names = (*FLOATS, "bias", "logit_scale", "softcap")
     floats = {k: jnp.asarray(v) for k, v in options.items() if k in names}
     others = {k: v for k, v in options.items() if k not in floats}

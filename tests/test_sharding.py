@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import option_cases
 import oracle
 import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, make_mesh, use_mesh
-from option_cases import EVERY_OF_LOGITS, RULES, every_rule, in_fours
+from option_cases import EVERY_OF_LOGITS, RULES, every_rule, of_logits
 from oracle import assert_close, naming
 from problems import apart, cotangent, logits_problem
 from programs import all_of, quick_jit
@@ -73,7 +72,8 @@ def a_call(
 
 def spec(value, rows, classes, option=None):
     """How an array of a call lies on a mesh that splits rows and classes along these axes."""
-    axes = {0: (), 1: (classes if option == "class_weights" else rows,), 2: (rows, classes)}
+    of_classes = option in ("class_weights", "class_mask")
+    axes = {0: (), 1: (classes if of_classes else rows,), 2: (rows, classes)}
     return P(*axes[np.ndim(value)])
 
 
@@ -187,7 +187,7 @@ def test_every_mesh(shape):
     run_and_check(outside, calls, make_mesh(*shape), "data", "model")
 
 
-CASES = in_fours(*option_cases.LOGITS, "none")
+CASES = of_logits("none")
 
 
 def calls_of(cases, **more):
@@ -506,11 +506,11 @@ METRICS = sxe.Metrics(P(), P(), *[P("data")] * 4)
 
 def check_metrics(call, loss, metrics):
     logits, labels, options, *_ = call
-    *_, counts, _, norm = oracle.rows(logits, labels, **options)
+    x, _, counts, _, norm = oracle.rows(logits, labels, **options)
     assert_close(loss, oracle.loss(logits, labels, **options))
     assert_close(metrics.loss_sum, oracle.loss(logits, labels, reduction="sum", **options))
     assert_close(metrics.weight_sum, (norm * counts).sum())
-    oracle.check_rows_metrics(metrics, logits, counts, labels)
+    oracle.check_rows_metrics(metrics, x, counts, labels)
 
 
 @every_rule
@@ -592,7 +592,9 @@ def test_hessian(rule):
     with jax.enable_x64(True):
         c = a_call(*EVERY_OF_LOGITS, rule=rule, dtype="float64", seed=13)
         c = c._replace(logits=c.logits[:, :4], labels=c.labels % 4, g=np.float64(1))
-        c.options["class_weights"] = c.options["class_weights"][:4]
+        for name in ("class_weights", "class_mask"):
+            c.options[name] = c.options[name][:4]
+        c = c._replace(labels=np.where(c.options["class_mask"][c.labels], c.labels, 0))
         mesh = make_mesh(2, 4)
         vector = np.random.default_rng(14).standard_normal((N, 4))
 

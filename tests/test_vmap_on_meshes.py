@@ -103,7 +103,7 @@ def split(p, mesh, batch, rows, classes, own=OWN):
         "logits": (rows, classes),
         "labels": (rows, classes) if p["labels"].ndim == 3 else (rows,),
         "kernel": (None, classes),
-        **dict.fromkeys(("bias", "class_weights"), (classes,)),
+        **dict.fromkeys(("bias", "class_weights", "class_mask"), (classes,)),
         **dict.fromkeys(("weights", "where"), (rows,)),
     }
 
@@ -241,10 +241,11 @@ def test_value_with_gradient_and_metrics(shape, layout):
     assert_close(values, right_values)
     assert_close(gradient, right["logits"])
     metrics = jax.tree.map(np.asarray, metrics)
+    x = np.where(p["class_mask"], p["logits"], -np.inf)
     for i in range(B):
         one = example(p, i)
         *_, counts, _, _ = oracle.rows(**{n: a for n, a in one.items() if n != "z_loss"})
-        oracle.check_rows_metrics(at(metrics, i), one["logits"], counts, one["labels"])
+        oracle.check_rows_metrics(at(metrics, i), x[i], counts, one["labels"])
     x = np.einsum("bnd,bdk->bnk", *(q[name].astype(np.float64) for name in ("hidden", "kernel")))
     oracle.check_rows_metrics(of_head, x, np.ones((B, N), bool), q["labels"])
 
@@ -274,7 +275,8 @@ def test_what_a_vmap_cannot_have():
 # The examples of a named vmap are shards of the classes, or of the rows
 
 SHARDS = 4
-ROWS, CLASSES = ("hidden", "labels", "weights", "where"), ("kernel", "bias", "class_weights")
+ROWS = ("hidden", "labels", "weights", "where")
+CLASSES = ("kernel", "bias", "class_weights", "class_mask")
 
 
 def shards(p, option):

@@ -136,13 +136,17 @@ def number(
         )
     shape = jnp.shape(value)
     if shape != ():
-        advice = ""
-        if math.prod(shape) == 1:
-            advice = f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
-        elif name == "logit_scale":
-            advice = "; for a scale for each row multiply hidden by it"
-        raise ArgumentValueError(name, f"expected a scalar, got shape {shape}{advice}")
+        raise ArgumentValueError(
+            name, f"expected a scalar, got shape {shape}{as_scalar(name, shape)}"
+        )
     return value
+
+
+def as_scalar(name: str, shape: tuple[int, ...]) -> str:
+    """The advice how to make a scalar of an array of that shape, or "" if it has more elements."""
+    if math.prod(shape) != 1:
+        return ""
+    return f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:

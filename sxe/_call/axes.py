@@ -137,8 +137,8 @@ def check_splits(
 ) -> None:
     """Raises where an explicit mesh splits these arrays otherwise than x, or than one another.
 
-    ``split`` is how it splits the axes of the logits. Class weights have the first class axis, an
-    array of the logits' rank all axes, and any other those of the rows.
+    ``split`` is how it splits the axes of the logits. Class weights and a class mask have the first
+    class axis, an array of the logits' rank all axes, and any other those of the rows.
     """
     every = range(len(split))
     rows = [i for i in every if i not in class_axes]
@@ -146,7 +146,8 @@ def check_splits(
     for name, a in arrays.items():
         if a is None:
             continue
-        own = class_axes[:1] if name == "class_weights" else every if a.ndim == len(split) else rows
+        of_classes = name in ("class_weights", "class_mask")
+        own = class_axes[:1] if of_classes else every if a.ndim == len(split) else rows
         for i, axes in zip(own, sharding(a), strict=True):
             expected, source = found[i]
             others = {n for k in every if k != i for n in axis_names(found[k][0])}

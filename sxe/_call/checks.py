@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import jet
 
-from sxe._call.arguments import check_dtype
+from sxe._call.arguments import as_scalar, check_dtype
 from sxe._call.options import Options
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 
@@ -72,6 +72,13 @@ def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], withi
     return _not_broadcast(_broadcasts(name, shape, expected))
 
 
+def _within(options: Options) -> str:
+    """The advice inside of ``jax.shard_map``, or ""."""
+    if options.axis_name or options.batch_axis_name:
+        return "; inside jax.shard_map shapes are those of one device: see its in_specs"
+    return ""
+
+
 def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
     """The advice for a language model, where a label is the token that follows, or ""."""
     if len(labels) != len(rows) or len(rows) < 2 or labels[:-1] != rows[:-1]:
@@ -110,6 +117,11 @@ def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
                 "bias", f"expected shape {expected}, one for each class, or None, got a scalar"
             )
         _check_float("bias", bias, expected, "class", _fitting("bias", bias.shape, expected))
+    if options.row_scale is not None:
+        scale, rows = options.row_scale, hidden.shape[:-1]
+        advice = as_scalar("logit_scale", scale.shape)
+        advice = advice or _fitting("logit_scale", scale.shape, rows, _within(options))
+        _check_float("logit_scale", scale, rows, "row, or a scalar", advice)
 
 
 def check_logits(name: str, x: Array) -> None:
@@ -141,10 +153,7 @@ def check_rows(
         raise ArgumentValueError(
             "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
         )
-    within = ""
-    if options.axis_name or options.batch_axis_name:
-        within = "; inside jax.shard_map shapes are those of one device: see its in_specs"
-
+    within = _within(options)
     sparse = jnp.issubdtype(labels.dtype, jnp.integer)
     one_hot = "; cast one-hot labels to a float dtype"
     if len(axes) == 1:
@@ -193,6 +202,28 @@ def check_rows(
         advice = "; for a weight for each row pass weights" if of_rows else ""
         advice += _fitting("class_weights", class_weights.shape, (classes,), within)
         _check_float("class_weights", class_weights, (classes,), "class", advice)
+    if options.class_mask is not None:
+        _check_class_mask(options.class_mask, rows, classes, within=within, head=head)
+
+
+def _check_class_mask(
+    mask: Array, rows: tuple[int, ...], classes: int, *, within: str, head: bool
+) -> None:
+    if mask.dtype != jnp.bool_:
+        raise ArgumentTypeError(
+            "class_mask", f"expected dtype bool, got {mask.dtype}; pass class_mask != 0"
+        )
+    if mask.shape == (classes,):
+        return
+    advice = _fitting("class_mask", mask.shape, (classes,), within)
+    if mask.shape == rows and not within:
+        advice = f"; for a mask of rows pass where{advice}"
+    elif mask.ndim > 1 and not head and not within:
+        advice = f"; for classes that cannot occur in some of the rows pass where{advice}"
+    raise ArgumentValueError(
+        "class_mask",
+        f"expected shape {(classes,)}, one for each class, got {mask.shape}{advice}",
+    )
 
 
 def _check_where(
@@ -214,18 +245,13 @@ def _check_where(
     advice = _fitting("where", where.shape, rows, within)
     of_classes = _broadcasts("where", where.shape, shape, axes)
     if of_classes and not within and not advice.startswith("; take"):
-        if not head:
-            advice = _not_broadcast(_broadcasts("where", where.shape, rows) + of_classes)
-        elif options.softcap is None:
+        if head:
             advice += (
-                "; to leave classes out of all rows give them a bias of -inf, to leave them out "
-                "of some rows pass logits to sxe.softmax_cross_entropy"
+                "; to leave classes out of all rows pass class_mask, to leave them out of some "
+                "rows pass logits to sxe.softmax_cross_entropy"
             )
         else:
-            advice += (
-                "; the head cannot mask classes under a softcap, which bounds a bias of -inf too: "
-                "leave them out of kernel and bias, or pass logits to sxe.softmax_cross_entropy"
-            )
+            advice = _not_broadcast(_broadcasts("where", where.shape, rows) + of_classes)
     raise ArgumentValueError(
         "where", f"expected a mask of shape {masks}, got {where.shape}{advice}"
     )

@@ -73,7 +73,9 @@ class Layout(NamedTuple):
             "kernel": PartitionSpec(self.fsdp, self.classes),
             "bias": PartitionSpec(self.classes),
             "class_weights": PartitionSpec(self.classes),
+            "class_mask": PartitionSpec(self.classes),
             "weights": self.of_rows(),
+            "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
             # As either logits or rows:
             "labels": of_logits if x.ndim == ndim else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),
@@ -86,10 +88,7 @@ class Layout(NamedTuple):
             if x.shape[axis] % devices:
                 advice = "pad the rows, and mask them with where"
                 if axis_names(axes) == axis_names(self.classes):
-                    advice = (
-                        "pad the classes, with logits or a bias of -inf; under a softcap, which "
-                        "bounds the bias, split the classes along other axes or none"
-                    )
+                    advice = "pad the classes, and mask them with class_mask"
                 elif name == "kernel":
                     advice = "split it along other axes or none"
                 raise ArgumentValueError(

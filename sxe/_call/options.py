@@ -29,6 +29,7 @@ class _CommonOptions(TypedDict, total=False):
     where: ArrayLike | None
     weights: ArrayLike | None
     class_weights: ArrayLike | None
+    class_mask: ArrayLike | None
     label_smoothing: ArrayLike
     z_loss: ArrayLike
     ignore_index: int | None
@@ -77,6 +78,8 @@ def _z_loss(name: str, value: ArrayLike) -> Array | float | None:
 
 
 def _logit_scale(name: str, value: ArrayLike) -> Array | float | None:
+    if isinstance(value, list | tuple) or (hasattr(value, "ndim") and value.ndim):  # of each row
+        return arguments.array(name, value)
     expected = "a finite number (1.0 is off)"
     return arguments.number(name, value, expected, fits=math.isfinite, off=1)
 
@@ -120,6 +123,7 @@ class Options:
     where: Array | None = _option(_array)
     weights: Array | None = _option(_array)
     class_weights: Array | None = _option(_array)
+    class_mask: Array | None = _option(_array)
     label_smoothing: Array | float | None = _option(_label_smoothing)
     z_loss: Array | float | None = _option(_z_loss)
     bias: Array | None = _option(_array)
@@ -137,10 +141,16 @@ class Options:
     chunk_size: int | None = _option(chunk_size, static=True)
     layout: Layout | None = _option(lambda name, value: value, static=True)
 
+    @property
+    def row_scale(self) -> Array | None:
+        """The logit_scale if each row has one of its own, [...]."""
+        scale = self.logit_scale
+        return scale if isinstance(scale, Array) and scale.ndim else None
+
     def of_rows(self) -> dict[str, Array | None]:
         """The arrays among them that a mesh splits as it splits logits, by their names."""
-        names = ("where", "weights", "class_weights")
-        return {name: getattr(self, name) for name in names}
+        names = ("where", "weights", "class_weights", "class_mask")
+        return {name: getattr(self, name) for name in names} | {"logit_scale": self.row_scale}
 
     def replace(self, **changes: Any) -> "Options":
         return dataclasses.replace(self, **changes)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
-from sxe._arrays import AxisName, psum
+from sxe._arrays import psum
 from sxe._call.axes import sum_over
 from sxe._call.options import Options
 from sxe._rows.cross_entropy import Results
@@ -99,13 +99,20 @@ def ranks_labels(labels: Array, options: Options) -> bool:
 
 
 def metrics(
-    sums: Sums, rows: Rows, results: Results, ranking: Ranking, *, classes: int, axis_name: AxisName
+    sums: Sums,
+    rows: Rows,
+    results_and_ranking: tuple[Results, Ranking],
+    options: Options,
+    *,
+    classes: int,
 ) -> Metrics:
     """Where a mesh axis splits the classes, ``classes`` is the number of this device's."""
+    (results, ranking), axis_name = results_and_ranking, options.axis_name
     counts = rows.weight != 0
     lse, p = lax.stop_gradient((results.lse, results.max_probability))
     assert lse is not None
     assert p is not None
+    predictions = best_of_shards(ranking, classes, axis_name, options.class_mask)
     label_rank = None
     if ranking.larger is not None:
         number = classes if axis_name is None else classes * lax.axis_size(axis_name)
@@ -114,7 +121,7 @@ def metrics(
     return Metrics(
         *lax.stop_gradient((sums.loss, sums.weight)),
         lse=jnp.where(counts, lse, 0),
-        predictions=jnp.where(counts, best_of_shards(ranking, classes, axis_name), -1),
+        predictions=jnp.where(counts, predictions, -1),
         max_probability=jnp.where(counts, p, 0),
         label_rank=label_rank,
     )

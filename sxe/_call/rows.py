@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from sxe._arrays import AxisName, keep, pmax, psum, reshard, sharding, wide_dtype
+from sxe._arrays import AxisName, keep, pmax, psum, reshard, sharding, vary_like, wide_dtype
 from sxe._backend import Backend
 from sxe._call.axes import is_mapped_split
 from sxe._call.label_check import checked
@@ -32,22 +32,30 @@ class _Classes(NamedTuple):
 
     Attributes:
       number: of all classes.
+      mask: bool, those at hand that can occur, or None where all can.
+      possible: how many of all can occur.
       first: the index of the first at hand.
       axis_name: the mesh axes that split them.
       backend: where the program runs.
     """
 
     number: int
+    mask: Array | None
+    possible: Array | int
     first: Array | int
     axis_name: AxisName
     backend: Backend
 
 
-def _classes(at_hand: int, axis_name: AxisName, backend: Backend) -> _Classes:
-    if axis_name is None:
-        return _Classes(at_hand, 0, None, backend)
-    first = lax.axis_index(axis_name) * at_hand
-    return _Classes(at_hand * lax.axis_size(axis_name), first, axis_name, backend)
+def _classes(at_hand: int, options: Options, dtype: DTypeLike, backend: Backend) -> _Classes:
+    axis_name, mask = options.axis_name, options.class_mask
+    number = at_hand
+    first: Array | int = 0
+    if axis_name is not None:
+        number = at_hand * lax.axis_size(axis_name)
+        first = lax.axis_index(axis_name) * at_hand
+    possible = number if mask is None else psum(jnp.sum(mask, dtype=dtype), axis_name)
+    return _Classes(number, mask, possible, first, axis_name, backend)
 
 
 def make_rows(
@@ -62,18 +70,24 @@ def make_rows(
 ) -> Rows:
     """Every option about targets and rows ends here, for logits of that shape [..., K] and dtype.
 
-    Where a mesh axis splits the classes, dense targets and class weights are this device's. Targets
+    Where a mesh axis splits the classes, dense targets, class weights and mask are this device's,
+    and a mask has been applied to the logits. Targets
     and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
     rows have a loss if their label is good. If it is None, all do, as far as is known here. If
     ``as_given``, dense targets that no option changes stay in their dtype, and are not masked.
     """
     dtype = wide_dtype(dtype)
-    classes = _classes(shape[-1], options.axis_name, backend)
+    classes = _classes(shape[-1], options, dtype, backend)
     smoothing, class_weights = options.label_smoothing, options.class_weights
     a = None if smoothing is None else jnp.asarray(smoothing, dtype)
     c = None if class_weights is None else class_weights.astype(dtype)
     sparse = jnp.issubdtype(labels.dtype, jnp.integer)
     mask = options.where
+    if classes.mask is not None:
+        # The weight of a class that cannot occur is not looked at, and without a class no row
+        # counts.
+        c = None if c is None else jnp.where(classes.mask, c, 1)
+        mask = _both(mask, jnp.broadcast_to(classes.possible > 0, shape[:-1]))
     if sparse:
         # Narrow integers hold neither K nor, unsigned, a negative ignore_index: compare wide ones.
         if jnp.iinfo(labels.dtype).bits < 32:
@@ -113,7 +127,10 @@ def make_rows(
 
 def _of_dense(p: Array, a: Array | None, c: Array | None, classes: _Classes) -> Targets:
     """t_k = c_k ((1 - a) p_k + a / K)."""
-    t = p if a is None else (1 - a) * p + a / classes.number
+    t = p
+    if a is not None:
+        t, spread = (1 - a) * p, _spread(_share(a, classes), classes)
+        t = t + (spread if spread.ndim == 0 else _on_class_axis(spread, p.ndim))
     t = t if c is None else t * _on_class_axis(c, t.ndim)
     dense = dense_targets(t, classes.axis_name, classes.backend)
     return Targets(None, None, dense, dense.largest + dense.rest)
@@ -130,14 +147,30 @@ def _of_labels(
     index = label - classes.first
     if a is None:
         return Targets(index, label_weight, None, label_weight)
-    t = jnp.reshape(a / classes.number, (1,) * (label.ndim + 1))
+    share = _share(a, classes)
+    t = _on_class_axis(_spread(share, classes), label.ndim + 1)
     if c is None:
-        dense = Dense(t, t[..., 0], t[..., 0] * (classes.number - 1))
+        share = share.reshape((1,) * label.ndim)
+        dense = Dense(t, share, share * (classes.possible - 1))
     else:
         t = t * _on_class_axis(c, t.ndim)
         dense = dense_targets(t, classes.axis_name, classes.backend)
     label_target = (1 - a) * label_weight
     return Targets(index, label_target, dense, label_target + (dense.largest + dense.rest))
+
+
+def _share(a: Array, classes: _Classes) -> Array:
+    """a / K, with the number K of the classes that can occur."""
+    if classes.mask is None:
+        return a / classes.number
+    return a / jnp.maximum(classes.possible, 1)
+
+
+def _spread(share: Array, classes: _Classes) -> Array:
+    """a / K, a scalar, or [K] with 0 for those of the classes at hand that cannot occur."""
+    if classes.mask is None:
+        return share
+    return jnp.where(classes.mask, vary_like(share, classes.mask), 0)
 
 
 def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
@@ -157,4 +190,5 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
 
 
 def _on_class_axis(c: Array, ndim: int) -> Array:
-    return c.reshape((1,) * (ndim - 1) + c.shape)
+    """A scalar or [K] as [1, ..., 1] or [1, ..., K]."""
+    return c.reshape((1,) * (ndim - c.ndim) + c.shape)

@@ -28,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 from sxe._arrays import equal_shares, keep, sum_of_shares, vary_like, wide_dtype, zeros_like
 from sxe._head.loops import in_row_blocks, over_chunks, tiling
 from sxe._head.path import FORWARD, GradientPath
-from sxe._head.projection import Products, Transform, transform, transform_bwd
+from sxe._head.projection import Products, Transform, keep_classes, transform, transform_bwd
 from sxe._primitives import whole
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
@@ -121,6 +121,7 @@ class Tile(NamedTuple):
     Attributes:
       x: the logits. What stands in rows that do not count has no influence.
       u: what they come from, 0 in these rows.
+      by: how, with a logit_scale of their own of 0 in these rows.
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
       late_mask: the mask where x is not masked, so that gradients have to be, and else None.
@@ -129,6 +130,7 @@ class Tile(NamedTuple):
 
     x: Array
     u: Array
+    by: Transform
     targets: Targets
     mask: Array | None
     late_mask: Array | None
@@ -137,28 +139,36 @@ class Tile(NamedTuple):
 
 def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool = False) -> Tile:
     """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
-    mask = rows.mask
+    mask, by = rows.mask, _transform_of(shared, rows)
     if head.has_weights and not by_kernel:
-        x = transform(u, shared.transform)
-        mask = rows.with_loss(has_loss(x, head.f.axis_name, head.f.backend))
-    kept = keep(mask, u)
+        mask = rows.with_loss(has_loss(transform(u, by), head.f.axis_name, head.f.backend))
+    kept, kept_by = keep(mask, u), by
+    if rows.logit_scale is not None:
+        kept_by = by._replace(logit_scale=keep(mask, rows.logit_scale))
     # For a kernel XLA would write a masked copy of u, so that gradients are masked instead. The
     # exception is XLA's gradient for targets that rows share, a sum over all rows.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
-    x, ranking = transform(kept if late_mask is None else u, shared.transform), None
+    x, ranking = transform(kept if late_mask is None else u, kept_by), None
     if head.predicts:
         ranking = rank(x, rows.targets.label if head.ranks else None, head.f.axis_name)
     targets = rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
-    return Tile(x, kept, targets, mask, late_mask, ranking)
+    return Tile(x, kept, kept_by, targets, mask, late_mask, ranking)
 
 
-def _has_gradient_kernel(head: Head, shared: Shared, targets: Targets) -> bool:
+def _transform_of(shared: Shared, rows: Rows) -> Transform:
+    """What makes logits of these rows: each may have a logit_scale of its own."""
+    if rows.logit_scale is None:
+        return shared.transform
+    return shared.transform._replace(logit_scale=rows.logit_scale)
+
+
+def _has_gradient_kernel(head: Head, shared: Shared, rows: Rows) -> bool:
     """Whether one kernel computes the results of rows and the gradient of their logits."""
     f, classes, dtype = head.f, shared.kernel.shape[1], wide_dtype(head.products.dtype)
-    dense = targets.dense if shared.dense is None else shared.dense
+    dense = rows.targets.dense if shared.dense is None else shared.dense
     dense_dtype = None if dense is None or dense.t.shape[-1] == 1 else dense.t.dtype
-    transformed = any(parameter is not None for parameter in shared.transform)
+    transformed = any(parameter is not None for parameter in _transform_of(shared, rows))
     return (
         f.backend.uses_row_kernels
         and isinstance(f, CrossEntropy)
@@ -171,17 +181,17 @@ def _has_gradient_kernel(head: Head, shared: Shared, targets: Targets) -> bool:
 def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Sums, Any]:
     """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
     hidden, rows = chunk
-    u = head.products.u(hidden, shared.kernel)  # H0
+    u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
-        by_kernel = _has_gradient_kernel(head, shared, rows.targets)
+        by_kernel = _has_gradient_kernel(head, shared, rows)
         tile = _tile(head, shared, u, rows, by_kernel=by_kernel)  # H1, H2
         results_of = _kernel_results if by_kernel else _tile_results
         results, weighed, gradients = results_of(head, shared, tile, rows)  # D0, D7
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
+        d_u, d_shared, d_rows = _tile_bwd(shared, tile, rows, gradients)  # H3 to H5
         d_shared = d_shared._replace(z_loss=weighed.d_z)
         sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
-        d_rows = _only(head.wanted[2], Rows(d_targets, weighed.d_weight, None, None))
+        d_rows = _only(head.wanted[2], d_rows._replace(weight=weighed.d_weight))
         return sums, d_u, (tile.mask, results, tile.ranking, d_rows)
 
     sums, d_u, outputs = in_row_blocks(block, sums, u, rows, backend=head.f.backend)
@@ -195,15 +205,15 @@ def _chunk_bwd(
 ) -> tuple[Sums, Any]:
     """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
     (hidden, rows), state_and_g = chunk
-    u = head.products.u(hidden, shared.kernel)  # H0
+    u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
         rows, state_and_g = at_rows
         tile = _tile(head, shared, u, rows)  # H1, H2
         gradients = _tile_gradients(head, tile, *state_and_g)  # D7
-        d_u, d_shared, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
-        d_targets = own_targets(d_targets, tile.x, head.f.axis_name)
-        d_rows = _only(head.wanted[2], Rows(d_targets, None, None, None))
+        d_u, d_shared, d_rows = _tile_bwd(shared, tile, rows, gradients)  # H3 to H5
+        d_targets = own_targets(d_rows.targets, tile.x, head.f.axis_name)
+        d_rows = _only(head.wanted[2], d_rows._replace(targets=d_targets))
         return (sums[0], _add(sums[1], d_shared)), d_u, (tile.mask, d_rows)
 
     at_rows = rows, state_and_g
@@ -248,16 +258,19 @@ def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, 
 
 
 def _tile_bwd(
-    head: Head, shared: Shared, tile: Tile, gradients: tuple[Array, Targets]
-) -> tuple[Array, Shared, Targets]:
-    """d u, and the gradients of what rows share and of each row's targets."""
+    shared: Shared, tile: Tile, rows: Rows, gradients: tuple[Array, Targets]
+) -> tuple[Array, Shared, Rows]:
+    """d u, and the gradients of what rows share and of what each row has."""
     d_x, d_targets = gradients
-    d_u, d_transform = transform_bwd(d_x, tile.u, shared.transform)
+    d_u, d_transform = transform_bwd(d_x, tile.u, tile.by)
+    d_scale = None
+    if rows.logit_scale is not None:
+        d_scale, d_transform = d_transform.logit_scale, d_transform._replace(logit_scale=None)
     d_shared = Shared(None, d_transform, None, None)
     if shared.dense is not None:
         d_shared = d_shared._replace(dense=d_targets.dense)
         d_targets = d_targets._replace(dense=None)
-    return d_u, d_shared, d_targets
+    return d_u, d_shared, Rows(d_targets, None, None, None, d_scale)
 
 
 def _products_bwd(
@@ -266,7 +279,12 @@ def _products_bwd(
     """The sums with d kernel; and d hidden. Where a row does not count, d_u and hidden are 0."""
     (d_u, hidden), (value, d_shared) = d_u_and_hidden, sums
     d_hidden, d_kernel = head.products.backward(  # H6, H7
-        d_u, hidden, shared.kernel, d_kernel=d_shared.kernel, want_hidden=head.wanted[1]
+        d_u,
+        hidden,
+        shared.kernel,
+        shared.transform.class_mask,
+        d_kernel=d_shared.kernel,
+        want_hidden=head.wanted[1],
     )
     return (value, d_shared._replace(kernel=d_kernel)), d_hidden
 
@@ -346,7 +364,7 @@ def _results(
             tile = _tile(of_all, shared, u, rows)
             return none, None, (head.f.tile(tile.x, tile.targets), tile.ranking)
 
-        u = head.products.u(hidden, shared.kernel)
+        u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)
         return none, in_row_blocks(block, none, u, rows, backend=head.f.backend)[2]
 
     arrays = shared, (), (hidden, rows)
@@ -371,6 +389,7 @@ def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> O
 
     # The products are of operands in float32, which holds those of narrower ones: JAX would round
     # the kernel's gradient to the operands' dtype in every chunk.
+    shared = shared._replace(kernel=keep_classes(shared.transform.class_mask, shared.kernel))
     products = dataclasses.replace(head.products, dtype=shared.kernel.dtype)
     head = dataclasses.replace(head, products=products)
     return over_chunks(chunk, (shared, (), (hidden, rows)), head.chunks)[1]
@@ -434,7 +453,9 @@ def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array |
     d_z = None if d_z is None else jnp.where(g_own == 0, 0, g_own * d_z)
     d_targets = times(g_own, d_rows.targets)
     d_targets = d_targets._replace(dense=times(g_sum, d_rows.targets.dense))
-    d_rows = times(g_own, d_rows)._replace(targets=d_targets)
+    # Like that of hidden states, the gradient of their logit_scale is a sum over all shards.
+    d_scale = times(g_sum, d_rows.logit_scale)
+    d_rows = times(g_own, d_rows)._replace(targets=d_targets, logit_scale=d_scale)
     return times(g_sum, d_shared)._replace(z_loss=d_z), times(g_sum, d_hidden), d_rows
 
 

@@ -2,7 +2,7 @@
 
 H0  u = hidden @ kernel
 H1  z = logit_scale u + bias
-H2  x = softcap tanh(z / softcap)           or z, without softcap
+H2  x = softcap tanh(z / softcap)           or z, without softcap; -inf for a masked class
 
 H3  d z = (1 - tanh(z / softcap)^2) d x
 H4  d u = logit_scale d z       d logit_scale = sum u d z       d bias = sum_rows d z
@@ -34,24 +34,31 @@ class Transform(NamedTuple):
 
     Attributes:
       bias: [K].
-      logit_scale, softcap: scalars.
+      logit_scale: a scalar, or [C] with one for each row of a chunk.
+      softcap: a scalar.
+      class_mask: bool [K], the classes that can occur. x of the others is -inf, whatever their u
+        and their bias are.
     """
 
     bias: Array | None
     logit_scale: Array | None
     softcap: Array | None
+    class_mask: Array | None = None
 
 
 def transform(u: Array, by: Transform) -> Array:
     """H1 and H2: the logits [C, K], from u [C, K]."""
+    u, by = _of_possible(u, by)
     z = _scaled(u, by)
-    return z if by.softcap is None else capped(z, by.softcap)
+    x = z if by.softcap is None else capped(z, by.softcap)
+    return x if by.class_mask is None else jnp.where(by.class_mask[None, :], x, -jnp.inf)
 
 
 def transform_bwd(d_x: Array, u: Array, by: Transform) -> tuple[Array, Transform]:
     """H3 to H5: d u, and the gradients for the parameters."""
     d_bias = d_scale = d_softcap = None
-    d_z = d_x
+    u, by = _of_possible(u, by)
+    d_z = d_x = d_x if by.class_mask is None else jnp.where(by.class_mask[None, :], d_x, 0)
     if by.softcap is not None:
         y = _ratio(_scaled(u, by), by.softcap)
         d_z = _slope(y) * d_x  # H3
@@ -60,15 +67,28 @@ def transform_bwd(d_x: Array, u: Array, by: Transform) -> tuple[Array, Transform
         d_bias = jnp.sum(d_z, axis=0)  # H4
     d_u = d_z
     if by.logit_scale is not None:
-        d_scale = jnp.sum(u * d_z)
-        d_u = by.logit_scale * d_z
+        d_scale = jnp.sum(u * d_z, axis=1 if by.logit_scale.ndim else None)
+        d_u = _for_rows(by.logit_scale) * d_z
     return d_u, Transform(d_bias, d_scale, d_softcap)
+
+
+def _of_possible(u: Array, by: Transform) -> tuple[Array, Transform]:
+    """u and bias with 0 for a masked class, so that no gradient of 0 meets a NaN there."""
+    if by.class_mask is None:
+        return u, by
+    bias = None if by.bias is None else jnp.where(by.class_mask, by.bias, 0)
+    return jnp.where(by.class_mask[None, :], u, 0), by._replace(bias=bias)
 
 
 def _scaled(u: Array, by: Transform) -> Array:
     """H1."""
-    z = u if by.logit_scale is None else by.logit_scale * u
+    z = u if by.logit_scale is None else _for_rows(by.logit_scale) * u
     return z if by.bias is None else z + by.bias[None, :]
+
+
+def _for_rows(scale: Array) -> Array:
+    """A scale as what [C, K] is multiplied by."""
+    return scale[:, None] if scale.ndim else scale
 
 
 @jax.custom_jvp
@@ -143,8 +163,10 @@ class Products:
         """In which the gradient of the logits is multiplied with hidden states and kernel."""
         return self.backend.gradient_dtype(self.dtype)
 
-    def u(self, hidden: Array, kernel: Array) -> Array:
+    def u(self, hidden: Array, kernel: Array, class_mask: Array | None = None) -> Array:
         """H0, [C, K]."""
+        if class_mask is not None:
+            return _u_of_possible(self, hidden, kernel, class_mask)
         dtype = self.backend.product_dtype(self.dtype)
         if dtype == self.dtype:
             return self._product(hidden, kernel, (1, 0))
@@ -157,7 +179,14 @@ class Products:
         return over_class_blocks(block, u, kernel, self.backend)
 
     def backward(
-        self, d_u: Array, hidden: Array, kernel: Array, *, d_kernel: Array | None, want_hidden: bool
+        self,
+        d_u: Array,
+        hidden: Array,
+        kernel: Array,
+        class_mask: Array | None = None,
+        *,
+        d_kernel: Array | None,
+        want_hidden: bool,
     ) -> Gradients:
         """d hidden [C, D] by H6 if it is wanted, and d_kernel [D, K] with H7 added in place.
 
@@ -166,7 +195,7 @@ class Products:
         dtype = self.gradient_dtype
         hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
         whole = None
-        if want_hidden and dtype == self.dtype:
+        if want_hidden and dtype == self.dtype and class_mask is None:
             whole, want_hidden = self._product(d_u, kernel, (1, 1)), False
         if d_kernel is None and not want_hidden:
             return whole, None
@@ -176,7 +205,10 @@ class Products:
             d_hidden, d_kernel = gradients
             part = at.take(d_u)
             if d_hidden is not None:
-                d_hidden += self._product(part, at.take(kernel).astype(dtype), (1, 1))
+                of_kernel = at.take(kernel)
+                if class_mask is not None:
+                    of_kernel = keep_classes(at.take(class_mask[None, :])[0], of_kernel)
+                d_hidden += self._product(part, of_kernel.astype(dtype), (1, 1))
             if d_kernel is not None:
                 d_kernel = at.put(d_kernel, at.take(d_kernel) + self._product(hidden, part, (0, 0)))
             return d_hidden, d_kernel
@@ -189,6 +221,27 @@ class Products:
         """The matrix product over one axis of each, accumulated in float32 or float64."""
         dimensions = (((over[0],), (over[1],)), ((), ()))
         return lax.dot_general(a, b, dimensions, self.precision, wide_dtype(a.dtype))
+
+
+def keep_classes(class_mask: Array | None, kernel: Array) -> Array:
+    """The kernel [D, K] with 0 for masked classes: a NaN there times a d u of 0 would be NaN."""
+    return kernel if class_mask is None else jnp.where(class_mask[None, :], kernel, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _u_of_possible(products: Products, hidden: Array, kernel: Array, class_mask: Array) -> Array:
+    """H0 with anything for masked classes. Its derivatives take 0 for what stands there."""
+    return products.u(hidden, kernel)
+
+
+@_u_of_possible.defjvp
+def _u_of_possible_jvp(
+    products: Products, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]
+) -> tuple[Array, Array]:
+    (hidden, kernel, class_mask), (hidden_dot, kernel_dot, _) = primals, tangents
+    by_hidden = products.u(hidden_dot, keep_classes(class_mask, kernel))
+    by_kernel = products.u(hidden, keep_classes(class_mask, kernel_dot))
+    return _u_of_possible(products, hidden, kernel, class_mask), by_hidden + by_kernel
 
 
 def product_precision(dtype: DTypeLike) -> Any:

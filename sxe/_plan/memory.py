@@ -76,6 +76,8 @@ def _of_rows(work: Work) -> Terms:
     if dense and capped:
         # XLA fuses each of the two, but not all of both.
         terms["row block: softcap"] = block * (2 if work.path == FORWARD else 1)
+    elif capped and "class_mask" in work.options:
+        terms["row block: softcap"] = block
     if "kernel" in work.differentiate:
         terms[HIDDEN_CHUNK] = _hidden_chunk(work)
     return terms
@@ -115,6 +117,8 @@ def _on_gpu(work: Work) -> Terms:
     terms["gradient of logits"] = gradient * (not in_place)
     if work.path is not None and "softcap" in work.options:
         terms["logits before the softcap"] = _logits(work)
+    if "class_mask" in work.options and "hidden" in work.differentiate:
+        terms["kernel, masked"] = work.kernel_bytes
     if work.is_narrow and work.classes % work.backend.class_multiple:
         terms["kernel, padded"] = work.kernel_bytes
         terms["gradient of logits, padded"] = gradient  # in bfloat16

@@ -12,7 +12,7 @@ from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
 from sxe._rows.gpu_choice import has_gradient_kernel, has_state_kernel
 
 INPUTS = ("hidden", "kernel")
-TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "label_smoothing")
+TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "class_mask", "label_smoothing")
 
 
 @dataclasses.dataclass(frozen=True)

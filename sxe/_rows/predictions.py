@@ -38,12 +38,21 @@ def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
     return Ranking(best, jnp.max(x, axis=-1), larger)
 
 
-def best_of_shards(ranking: Ranking, classes: int, axis_name: AxisName) -> Array:
-    """The class of the first of all shards' largest logits, where a shard has so many classes."""
+def best_of_shards(
+    ranking: Ranking, classes: int, axis_name: AxisName, class_mask: Array | None
+) -> Array:
+    """The class of the first of all shards' largest logits, where a shard has so many classes.
+
+    The largest is one of the classes that can occur, by their mask [K], even if all are -inf.
+    """
     k, x, _ = ranking
+    if class_mask is not None:
+        # Finite where a class of this shard can occur, and -inf where none can.
+        first = jnp.argmax(class_mask).astype(k.dtype)
+        lowest = jnp.where(class_mask[first], jnp.finfo(x.dtype).min, -jnp.inf)
+        k, x = jnp.where(x == -jnp.inf, first, k), jnp.maximum(x, lowest)
     if axis_name is None:
         return k
     k = k + lax.axis_index(axis_name) * classes
-    x = lax.stop_gradient(x)  # a custom rule's result
     behind = x < pmax(x, axis_name)
     return lax.pmin(jnp.where(behind, jnp.iinfo(jnp.int32).max, k), axis_name)

@@ -64,12 +64,15 @@ class Rows(NamedTuple):
       weight: multiplies the row's results.
       norm: the row's part of the denominator of the mean, or None where it is not needed.
       mask: bool, the rows that count, or None where all of them do.
+      logit_scale: in the head, what its row of hidden @ kernel is multiplied by, or None where no
+        row has one of its own.
     """
 
     targets: Targets
     weight: Any
     norm: Any
     mask: Array | None
+    logit_scale: Array | None = None
 
     def with_loss(self, has_loss: Array) -> Array:
         """Of the rows that count, those that weigh something or whose logits have a loss."""

@@ -1,0 +1,150 @@
+"""A logit_scale for each row: policies, precision and transformations.
+
+Option cases, meshes and transformations of calls with every option are in the tests of the head.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
+from option_cases import every_rule
+from oracle import assert_close, naming
+from problems import head_problem, normal, with_gradients
+from programs import quick_jit
+
+import sxe
+
+N, D, K = 8, 3, 16
+INF, NAN = np.inf, np.nan
+REDUCTIONS = ("mean", "none")
+
+
+def head(**static):
+    return lambda p: sxe.linear_softmax_cross_entropy(**p, chunk_size=3, **static)
+
+
+def cotangent(reduction):
+    return normal(*((N,) if reduction == "none" else ()))
+
+
+def check(found, p, g, reduction):
+    value, gradients = found
+    assert_close(value, oracle.head_loss(**p, reduction=reduction))
+    right = oracle.head_gradients(**p, g=np.asarray(g, np.float64), reduction=reduction)
+    for name in right.keys() & gradients.keys():
+        with naming(name):
+            assert gradients[name].dtype == p[name].dtype
+            dtype = gradients[name].dtype
+            assert_close(
+                gradients[name], right[name], dtype, scale=max(1, np.abs(right[name]).max())
+            )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_it_multiplies_the_product_in_float32(dtype, reduction):
+    """Hidden states that it multiplied would be rounded again; its gradient is rounded once."""
+    p = head_problem("row_scale", "softcap", dtype=dtype, shape=(N, D, K))
+    p["logit_scale"] = (1 / p["logit_scale"]).astype(jnp.dtype(dtype))
+    g = cotangent(reduction)
+    check(quick_jit(with_gradients(head(reduction=reduction)))(p, g), p, g, reduction)
+
+
+@every_rule
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_number(rule, reduction):
+    """0 makes every class as likely, up to the bias, and a negative number turns logits around."""
+    p = head_problem("row_scale", "bias", "z_loss", shape=(N, D, K))
+    p["logit_scale"][:4] = 0, -1, -0.3, 1e-20
+    g = cotangent(reduction)
+    call = quick_jit(with_gradients(head(reduction=reduction, rule=rule)))
+    check(call(p, g), p, g, reduction)
+
+
+@every_rule
+@pytest.mark.parametrize("options", [("where",), ("weights", "where"), ("ignore_index",)], ids=str)
+def test_rows_that_do_not_count(rule, options):
+    """They may have any scale, and its gradient is 0 there."""
+    p = head_problem("row_scale", "bias", "softcap", *options, shape=(N, D, K))
+    static = {"reduction": "none", "rule": rule}
+    if "ignore_index" in options:
+        static["ignore_index"] = p.pop("ignore_index")
+        counts = p["labels"] != static["ignore_index"]
+    else:
+        counts = p["where"] & (p.get("weights", 1) != 0)
+    assert 0 < counts.sum() < N
+    bad = p | {"logit_scale": p["logit_scale"].copy()}
+    bad["logit_scale"][~counts] = np.resize([NAN, INF, -INF], (~counts).sum())
+    g = cotangent("none")
+    call = quick_jit(with_gradients(head(**static)))
+    value, gradients = call(bad, g)
+    right_value, right = call(p, g)
+    assert_close(value, np.float64(right_value))
+    assert not np.asarray(gradients["logit_scale"])[~counts].any()
+    for name in right.keys() - {"weights"}:
+        with naming(name):
+            assert_close(gradients[name], np.float64(right[name]), scale=1)
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_row_that_counts_without_a_finite_scale(rule, bad):
+    """It is NaN, and so are the gradients of what is its own; no other row is."""
+    p = head_problem("row_scale", shape=(N, D, K))
+    p["logit_scale"][3] = bad
+    static = {"reduction": "none", "rule": rule}
+    value, gradients = quick_jit(with_gradients(head(**static)))(p, np.ones(N, np.float32))
+    for a in (value, gradients["logit_scale"], gradients["hidden"]):
+        nan = np.isnan(a).reshape(N, -1)
+        np.testing.assert_array_equal(nan.all(axis=1), np.arange(N) == 3)
+        np.testing.assert_array_equal(nan.any(axis=1), np.arange(N) == 3)
+
+
+def test_a_scalar_is_that_of_all_rows():
+    p = head_problem("logit_scale", shape=(2, 4, D, K))
+    q = p | {"logit_scale": np.full((2, 4), p["logit_scale"])}
+    for reduction in REDUCTIONS:
+        call = quick_jit(with_gradients(head(reduction=reduction)))
+        g = normal(*((2, 4) if reduction == "none" else ()))
+        (value, gradients), (right, expected) = call(q, g), call(p, g)
+        assert_close(value, np.float64(right))
+        assert_close(gradients["logit_scale"].sum(), np.float64(expected["logit_scale"]), scale=10)
+        assert_close(gradients["hidden"], np.float64(expected["hidden"]))
+
+
+def test_one_row():
+    """Its scale is a scalar in either way."""
+    p = head_problem("logit_scale", shape=(1, D, K))
+    p |= {name: p[name][0] for name in ("hidden", "labels")}
+    check(with_gradients(head())(p, np.float32(1)), p, 1, "mean")
+
+
+@pytest.mark.parametrize("scales", ["scalars", "rows"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_vmap_over_scales_alone(scales, reduction):
+    p = head_problem("bias", shape=(N, D, K))
+    batch = 0.5 + np.abs(normal(3, *((N,) if scales == "rows" else ())))
+    g = cotangent(reduction)
+    call = with_gradients(head(reduction=reduction))
+    found = quick_jit(jax.vmap(lambda s: call(p | {"logit_scale": s}, g)))(batch)
+    for i, scale in enumerate(batch):
+        each = jax.tree.map(lambda a, i=i: a[i], found)
+        q = p | {"logit_scale": scale}
+        value, gradients = each
+        assert_close(value, oracle.head_loss(**q, reduction=reduction))
+        right = oracle.head_gradients(**q, g=np.float64(g), reduction=reduction)
+        for name in ("hidden", "kernel", "bias", "logit_scale"):
+            assert_close(gradients[name], right[name], scale=max(10, np.abs(right[name]).max()))
+
+
+def test_rows_of_two_axes_on_a_mesh():
+    """Each axis of the rows is split, and so is the scale's."""
+    p = head_problem("row_scale", "where", shape=(2, 4, D, K))
+    mesh = make_mesh(2, 2, 2, names=("a", "b", "model"))
+    over = sxe.over_mesh(sxe.linear_softmax_cross_entropy, mesh, batch=P("a", "b"), classes="model")
+    g = normal(2, 4)
+    found = quick_jit(with_gradients(lambda p: over(**p, reduction="none")))(p, g)
+    check(found, p, g, "none")
