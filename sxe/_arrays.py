@@ -27,6 +27,11 @@ def wide(x: Array) -> Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def is_dense(labels: Array) -> bool:
+    """Whether these are targets for all classes, and not class indices."""
+    return bool(jnp.issubdtype(labels.dtype, jnp.floating))
+
+
 def are_known(*sizes: int) -> bool:
     """Whether these are numbers, and none is a symbol of a program that is exported."""
     return not any(is_symbolic_dim(size) for size in sizes)

@@ -88,6 +88,17 @@ class Backend:
         return self.platform == "cpu"
 
     @property
+    def most_label_comparisons(self) -> int:
+        """With how many labels of a row each class is compared, to put gradients at the labels.
+
+        XLA fuses a comparison into the gradient, where it takes arithmetic for every class. More
+        labels are scattered into a gradient that is written out in float32. On a CPU the two take
+        as long at 8 labels for float32 logits, and at 16 for bfloat16. By the arithmetic and the
+        bandwidth of an H100 they would at about 16.
+        """
+        return 16
+
+    @property
     def loses_nan_in_maximum(self) -> bool:
         """Whether the maximum of many numbers may be a number where one of them is NaN.
 

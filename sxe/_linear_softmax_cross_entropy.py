@@ -64,7 +64,8 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         return None if x is None else jnp.asarray(x, wide_dtype(dtype))
 
     targets, dense = rows.targets, None
-    if targets.label is not None and targets.dense is not None:  # label smoothing
+    labels_of_rows = None if targets.labels is None else targets.labels.label
+    if labels_of_rows is not None and targets.dense is not None:  # label smoothing
         dense = jax.tree.map(lambda a: a.reshape(1, *a.shape[len(rows_shape) :]), targets.dense)
         targets = targets._replace(dense=None)
     # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
@@ -81,7 +82,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         class_mask = class_mask | ~any_class(class_mask, options.axis_name)
     transform = Transform(wide(options.bias), scale, wide(options.softcap), class_mask)
     shared = Shared(kernel, transform, dense, wide(options.z_loss))
-    hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), targets.label)
+    hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), labels_of_rows)
     head = Head(
         f=CrossEntropy(options.axis_name, backend),
         products=Products(dtype, product_precision(dtype), backend),
@@ -237,6 +238,7 @@ def linear_softmax_cross_entropy(
     logit_scale: ArrayLike = 1.0,
     softcap: ArrayLike | None = None,
     chunk_size: int | None = None,
+    label_weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
@@ -267,7 +269,11 @@ def linear_softmax_cross_entropy(
       hidden: [..., D], bfloat16, float16, float32 or float64.
       kernel: [D, K], likewise; a tied embedding [K, D] passes its transpose. If the dtypes differ
         they are promoted as in ``hidden @ kernel``.
-      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
+      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype,
+        or class indices [..., M] with ``label_weights``: M labels for each row.
+      label_weights: float [..., M], a weight for each of several labels of a row, as for
+        ``softmax_cross_entropy``. The targets are sum_m w_m [k = y_m], and no [N, K] array of them
+        is made.
       bias: float [K]. Without softcap, a class with a bias of -inf cannot occur. With softcap it
         can: its logit is -softcap. See ``class_mask``.
       logit_scale: a number or a scalar array, for example 1 / temperature; or float [...], one for
@@ -357,6 +363,7 @@ def linear_softmax_cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
         chunk_size=chunk_size,
+        label_weights=label_weights,
         where=where,
         weights=weights,
         class_weights=class_weights,

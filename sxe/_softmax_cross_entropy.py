@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from sxe._arrays import (
     AxisName,
     axis_names,
+    is_dense,
     keep,
     keep_tangent,
     reshard,
@@ -65,7 +66,7 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
     where, class_mask = options.where, None
     if options.class_mask is not None:
         class_mask = options.class_mask.reshape((1,) * (logits.ndim - len(class_axes)) + (-1,))
-    if labels.shape == logits.shape:
+    if is_dense(labels):
         labels = axes.classes_last(labels, class_axes)
     if where is not None and where.shape == logits.shape:
         of_rows = axes.classes_last(where, class_axes)
@@ -91,7 +92,7 @@ def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Arr
         finite = has_loss(logits, options.axis_name, backend)
     known = None if by_kernel else finite
     rows = make_rows(
-        labels.astype(_dense_dtype(inputs)) if by_kernel and _is_dense(labels) else labels,
+        labels.astype(_dense_dtype(inputs)) if by_kernel and is_dense(labels) else labels,
         options,
         backend,
         shape=logits.shape,
@@ -128,14 +129,23 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     of_rows = every - set(axis_names(axis_name))
-    tiles = (x, targets.label, None if targets.dense is None else targets.dense.t)
-    splits = [sharding(a) for a in tiles if a is not None]
+    labels = None if targets.labels is None else targets.labels.label
+    splits = [sharding(x)]
+    if labels is not None:
+        splits.append(sharding(labels)[:-1])
+    if targets.dense is not None:
+        splits.append(sharding(targets.dense.t))
     spec = [next(filter(None, at), None) for at in itertools.zip_longest(*splits)]
 
     def alike(a: Array) -> Array:
         return vary(reshard(a, spec[: a.ndim]), every if a.ndim == x.ndim else of_rows)
 
-    return alike(axes.mapped_as(x, targets.label)), jax.tree.map(alike, targets)
+    def alike_by_label(a: Array) -> Array:  # [..., M]
+        return vary(reshard(a, (*spec[:-1], None)), of_rows)
+
+    sparse = jax.tree.map(alike_by_label, targets.sparse)
+    others = jax.tree.map(alike, targets._replace(sparse=None))
+    return alike(axes.mapped_as(x, labels)), others._replace(sparse=sparse)
 
 
 def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
@@ -192,21 +202,17 @@ def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: boo
     rounds_early = logits.dtype == jnp.float16 and not with_gradient
     if options.rule != "vjp" or options.reduction == "none" or rounds_early:
         return False
-    if logits.size == 0 or f.axis_name is not None:
+    if logits.size == 0 or f.axis_name is not None or options.label_weights is not None:
         return False
     of_logits = logits.shape[-1], logits.dtype, logits.dtype
     return has_gradient_kernel(*of_logits, _dense_dtype(inputs))
-
-
-def _is_dense(labels: Array) -> bool:
-    return jnp.issubdtype(labels.dtype, jnp.floating)
 
 
 def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
     """Of targets for each class as the gradient kernel reads them, or None where it reads none."""
     labels, options = inputs.labels, inputs.options
     smooths, weighs = options.label_smoothing is not None, options.class_weights is not None
-    if not _is_dense(labels):
+    if not is_dense(labels):
         return jnp.float32 if smooths and weighs else None
     is_served = labels.dtype in (jnp.bfloat16, jnp.float16)
     return labels.dtype if is_served and not (smooths or weighs) else jnp.float32
@@ -323,6 +329,7 @@ def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
+    label_weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
@@ -347,14 +354,20 @@ def softmax_cross_entropy(
 
     The loss keeps full relative precision at every magnitude of the logits, and so do the two terms
     of the gradient, q (T - t) and t (1 - q), whichever class holds most of T. With label smoothing
-    a and class weights c, an integer label y is t_k = c_k ((1 - a) [k = y] + a / K), and dense
-    targets p are t_k = c_k ((1 - a) p_k + a / K). No [N, K] one-hot array is made. With a class
-    mask, K is the number of classes that can occur, and the others have no part of a.
+    a and class weights c, the targets are t_k = c_k ((1 - a) p_k + a / K). There p_k is [k = y] for
+    an integer label y, sum_m w_m [k = y_m] for labels y_m with ``label_weights`` w_m, or given, for
+    dense targets. No [N, K] array is made of labels. With a class mask, K is the number of classes
+    that can occur, and the others have no part of a.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64.
       labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype:
-        any non-negative weights, which need not sum to one.
+        any non-negative weights, which need not sum to one. With ``label_weights``, class indices
+        [..., M]: M labels for each row, along the last axis whichever ``axis`` is.
+      label_weights: float [..., M], a weight for each of several labels of a row: the largest
+        targets of a teacher, or several right answers. Weights are as dense targets are. Those of
+        equal labels add up. A label out of range is padding where its weight is 0. Padding of rows
+        goes into ``where``: ``ignore_index`` is for rows with one label.
       where: bool [...], the rows that count. Or bool [..., K], the classes that can occur in each
         row: the others are as a logit of -inf, and a row with none left does not count.
       weights: float [...], a weight for each row. A row of weight 0 does not count. Negative ones,
@@ -371,7 +384,7 @@ def softmax_cross_entropy(
       axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
         them, in that order, and ``class_weights`` and ``class_mask`` are flat as well.
       reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
-        row's weight times, for integer labels, its label's class weight; 0 where nothing counts,
+        row's weight times, for one integer label, its class weight; 0 where nothing counts,
         and NaN, with its gradient, where something counts and sum_i w_i is 0. "sum", sum_i w_i
         loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient; for
@@ -396,9 +409,9 @@ def softmax_cross_entropy(
         NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp", one of them reads the
         logits once and writes the gradient once, in the forward pass. So a cotangent other than 1
         rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes, of logits
-        and of dense targets. It serves no split classes, no mask of classes, and not
-        ``jax.grad`` of float16 logits, which a loss scale may multiply later. For all else the
-        other one reads the logits once for the state of rows, and XLA computes the gradient.
+        and of dense targets. It serves no split classes, no mask of classes, no ``label_weights``,
+        and not ``jax.grad`` of float16 logits, which a loss scale may multiply later. For all else
+        the other one reads the logits once for the state of rows, and XLA computes the gradient.
         float64, another platform, JAX before 0.11.2, and several devices are an error, unless
         ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh divides the rows. None: "xla", so
         far.
@@ -410,22 +423,24 @@ def softmax_cross_entropy(
 
     Returns:
       The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist
-      for logits, dense targets, weights, class weights and traced options, each in the dtype of its
-      input, rounded once. For dense targets it is -log q, for the weights of a sum the row losses.
+      for logits, dense targets, label weights, weights, class weights and traced options, each in
+      the dtype of its input, rounded once. For dense targets it is -log q, for the weights of a sum
+      the row losses.
 
     Rows that do not count contribute nothing to value or gradient, whatever stands in them: NaN,
     infinities, labels out of range. A logit of -inf has q = 0 and gradient 0; where it is the
     label's, the loss is +inf and the gradient there -1. 0 log 0 = 0, in value and derivatives. A
     row of -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, value and
     gradient, and in no other row. Under ``checkify`` such an index raises an error that names its
-    position, the label and K.
+    position, the label and K. Where its label weight is 0 it is padding, and does neither.
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
         option out of range (of a ``jax.Array`` the value is not looked at), ``ignore_index`` with
-        dense targets, a mesh axis that does not split the logits, arrays that an Explicit mesh
-        splits otherwise, or ``jax.experimental.jet`` of a rule other than "autodiff".
+        dense targets or ``label_weights``, the latter with dense targets, a mesh axis that does not
+        split the logits, arrays that an Explicit mesh splits otherwise, or
+        ``jax.experimental.jet`` of a rule other than "autodiff".
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
     ``sxe._rows.normalizer``.
@@ -442,6 +457,7 @@ def softmax_cross_entropy(
     return loss_of_logits(
         logits,
         labels,
+        label_weights=label_weights,
         where=where,
         weights=weights,
         class_weights=class_weights,
@@ -479,6 +495,7 @@ def softmax_cross_entropy_with_gradient(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
+    label_weights: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
@@ -518,6 +535,7 @@ def softmax_cross_entropy_with_gradient(
     return loss_and_gradient(
         logits,
         labels,
+        label_weights=label_weights,
         where=where,
         weights=weights,
         class_weights=class_weights,

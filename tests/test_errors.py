@@ -54,6 +54,7 @@ INDICES = (
     r"expected shape \(6,\) of integers \(class indices\) or \(6, 5\) of floats \(dense targets\)"
 )
 ONE_HOT = r"cast one-hot labels to a float dtype, or pass jnp.argmax\(labels, axis=-1\)"
+SEVERAL = "; for several labels in a row pass label_weights of shape {}"
 BROADCAST = r"; it is not broadcast: pass jnp.broadcast_to"
 CAST = "expected a float dtype, got {}; cast it to a float dtype"
 ROW_MASK = "; for a mask of rows pass where={}, else cast it to a float dtype"
@@ -86,13 +87,73 @@ SHARED = [
         "labels",
         {"labels": zeros(N, K, dtype=int)},
         ValueError,
-        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}",
+        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}" + SEVERAL.format(r"\(6, 5\)"),
+    ),
+    (
+        "labels",
+        {"labels": zeros(N, 3, dtype=int)},
+        ValueError,
+        rf"{INDICES}, got \(6, 3\) of int32" + SEVERAL.format(r"\(6, 3\)"),
+    ),
+    (
+        "label_weights",
+        {"label_weights": "many"},
+        TypeError,
+        f"{ARRAY}'many'",
+    ),
+    (
+        "label_weights",
+        {"labels": zeros(N, K), "label_weights": zeros(N, K)},
+        ValueError,
+        r"expected None with labels of float32 \(dense targets\), got shape \(6, 5\); pass class "
+        "indices of an integer dtype, or put the weights into the dense targets",
+    ),
+    (
+        "labels",
+        {"label_weights": zeros(N)},
+        ValueError,
+        r"expected shape \(6, M\) with label_weights, M labels for each row along the last axis, "
+        r"got \(6,\); for one label in a row pass labels\[..., None\] and label_weights of that "
+        "shape; for a weight for each row pass weights instead",
+    ),
+    (
+        "labels",
+        {"labels": zeros(3, N, dtype=int), "label_weights": zeros(3, N)},
+        ValueError,
+        r"expected shape \(6, M\) with label_weights, .*, got \(3, 6\)",
+    ),
+    (
+        "label_weights",
+        {"labels": zeros(N, 3, dtype=int), "label_weights": zeros(3)},
+        ValueError,
+        rf"expected shape \(6, 3\), one for each label, got \(3,\){BROADCAST}"
+        r"\(label_weights, \(6, 3\)\)",
+    ),
+    (
+        "label_weights",
+        {"labels": zeros(N, 3, dtype=int), "label_weights": zeros(N)},
+        ValueError,
+        r"expected shape \(6, 3\), one for each label, got \(6,\); for a weight for each row pass "
+        rf"weights{BROADCAST}\(label_weights\[:, None\], \(6, 3\)\)",
+    ),
+    (
+        "label_weights",
+        {"labels": zeros(N, 3, dtype=int), "label_weights": zeros(N, 3, dtype=int)},
+        TypeError,
+        CAST.format("int32"),
+    ),
+    (
+        "ignore_index",
+        {"labels": zeros(N, 3, dtype=int), "label_weights": zeros(N, 3), "ignore_index": -1},
+        ValueError,
+        "expected None with label_weights, got -1; mask rows with where, and give labels that are "
+        "padding a weight of 0",
     ),
     (
         "labels",
         {"labels": [[0, 1, 0, 0, 0]] * N},
         ValueError,
-        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}",
+        rf"{INDICES}, got \(6, 5\) of int32; {ONE_HOT}" + SEVERAL.format(r"\(6, 5\)"),
     ),
     (
         "labels",
@@ -316,7 +377,8 @@ OF_LOGITS = [
         "labels",
         {"logits": zeros(N)},
         ValueError,
-        rf"expected .*, got \(6,\) of int32; logits of shape \(6,\) are of one row; {ONE_HOT}",
+        rf"expected .*, got \(6,\) of int32; logits of shape \(6,\) are of one row; {ONE_HOT}"
+        + SEVERAL.format(r"\(6,\)"),
     ),
     (
         "logits",

@@ -119,6 +119,16 @@ def test_dense_labels_and_a_mask_of_classes_are_split_as_logits(class_axes):
     assert layout.of_rows() != expected
 
 
+@pytest.mark.parametrize("classes", [3, 6])
+def test_several_labels_in_a_row_are_split_as_rows(classes):
+    """Also where there are as many as classes."""
+    labels = jax.ShapeDtypeStruct((8, 4, 6), jnp.int32)
+    options = Options(label_weights=shape(8, 4, 6))
+    layout = Layout(MESH, ("data",), "model")
+    specs = layout.specs(Arrays(shape(8, 4, classes * 2), labels=labels, options=options), 3, (2,))
+    assert specs.labels == specs.options.label_weights == layout.of_rows()
+
+
 def test_an_option_that_is_off_has_no_spec():
     specs = Layout(MESH, ("data",), "model").specs(Arrays(shape(8, 6)), 2, (1,))
     assert specs == Arrays(P("data", "model"))

@@ -63,6 +63,11 @@ CLAIMS = {
     "tied_embedding_equinox.py": LEARNS,
     "tied_embedding_linen.py": LEARNS,
     "tied_embedding_nnx.py": LEARNS,
+    "top_k_distillation.py": [
+        (r"^stored: 8 of 1000 logits, with (\d+)% of the probability$", 70, 95),
+        (r"agree on (\d+)% of the rows before training$", 0, 5),
+        (r"agree on (\d+)% of the rows after 200 steps$", 70, 100),
+    ],
 }
 
 

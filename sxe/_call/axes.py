@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from sxe._arrays import AxisName, axis_names, is_tracked, psum, sharding, varying
+from sxe._arrays import AxisName, axis_names, is_dense, is_tracked, psum, sharding, varying
 from sxe._errors import ArgumentValueError
 
 
@@ -104,14 +104,14 @@ def is_mapped_split(x: Array) -> bool:
 
 
 def mapped_as(x: Array, label: Array | None) -> Array:
-    """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the label [...].
+    """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the labels [..., M].
 
     Where a vmap maps the labels alone, JAX has no rule for gathering by them from an x that it does
     not map.
     """
     if label is None or not is_mapped_split(label):
         return x
-    return x + (0 * label).astype(x.dtype)[..., None]
+    return x + jnp.sum(0 * label, axis=-1, keepdims=True).astype(x.dtype)
 
 
 def check_mapped(**arrays: Array | None) -> None:
@@ -138,7 +138,8 @@ def check_splits(
     """Raises where an explicit mesh splits these arrays otherwise than x, or than one another.
 
     ``split`` is how it splits the axes of the logits. Class weights and a class mask have the first
-    class axis, an array of the logits' rank all axes, and any other those of the rows.
+    class axis, an array of the logits' rank all axes, and any other those of the rows. Several
+    labels of each row and their weights have one more axis, which nothing may split.
     """
     every = range(len(split))
     rows = [i for i in every if i not in class_axes]
@@ -146,9 +147,18 @@ def check_splits(
     for name, a in arrays.items():
         if a is None:
             continue
-        of_classes = name in ("class_weights", "class_mask")
-        own = class_axes[:1] if of_classes else every if a.ndim == len(split) else rows
-        for i, axes in zip(own, sharding(a), strict=True):
+        is_index = name == "label_weights" or (name == "labels" and not is_dense(a))
+        own = class_axes[:1] if name in ("class_weights", "class_mask") else rows
+        if a.ndim == len(split) and not is_index:
+            own = every
+        if any(sharding(a)[len(own) :]):
+            spec = PartitionSpec(*sharding(a)[: len(own)])
+            raise ArgumentValueError(
+                name,
+                "expected the axis of several labels in a row to be split by no mesh axis, got "
+                f"{jax.typeof(a)}; use jax.reshard({name}, {spec})",
+            )
+        for i, axes in zip(own, sharding(a)[: len(own)], strict=True):
             expected, source = found[i]
             others = {n for k in every if k != i for n in axis_names(found[k][0])}
             if axes in (None, expected):

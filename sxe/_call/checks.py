@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import jet
 
+from sxe._arrays import is_dense
 from sxe._call.arguments import as_scalar, check_dtype
 from sxe._call.options import Options
 from sxe._errors import ArgumentTypeError, ArgumentValueError
@@ -154,40 +155,47 @@ def check_rows(
             "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
         )
     within = _within(options)
-    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    dense = is_dense(labels)
     one_hot = "; cast one-hot labels to a float dtype"
     if len(axes) == 1:
         one_hot += f", or pass jnp.argmax(labels, axis={options.axis})"
-    if not sparse and not jnp.issubdtype(labels.dtype, jnp.floating):
+    if not dense and not jnp.issubdtype(labels.dtype, jnp.integer):
         advice = one_hot if labels.shape == shape else "; cast them to one of these"
         raise ArgumentTypeError(
             "labels",
             "expected class indices of an integer dtype or dense targets of a float dtype, "
             f"got {labels.dtype}{advice}",
         )
-    if labels.shape != (rows if sparse else shape):
+    if options.label_weights is not None:
+        _check_label_weights(labels, options, rows, within=within)
+    elif labels.shape != (shape if dense else rows):
         other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
         if labels.shape == shape:
             one_row = "" if rows else f"; logits of shape {shape} are of one row"
             advice = one_row + one_hot
         elif labels.shape == rows:
             advice = "; cast class indices to an integer dtype"
-        elif sparse and other and not head and not within:
+        elif not dense and other and not head and not within:
             advice = f"; if the classes are along axis {other[-1]}, pass axis={other[-1]}"
         else:
             name = "hidden" if head else "logits"
-            shift = _shift(name, labels.shape, rows) if sparse and not within else ""
-            expected = rows if sparse or labels.shape == (*rows, 1) else shape
+            shift = "" if dense or within else _shift(name, labels.shape, rows)
+            expected = shape if dense and labels.shape != (*rows, 1) else rows
             advice = shift or _fitting("labels", labels.shape, expected, within)
+        several = labels.shape[:-1] == rows and labels.ndim == len(rows) + 1
+        if several and not dense and labels.shape[-1] != 1:
+            advice += f"; for several labels in a row pass label_weights of shape {labels.shape}"
         raise ArgumentValueError(
             "labels",
             f"expected shape {rows} of integers (class indices) or {shape} of floats "
             f"(dense targets), got {labels.shape} of {labels.dtype}{advice}",
         )
-    if not sparse and options.ignore_index is not None:
+    if options.ignore_index is not None and (dense or options.label_weights is not None):
+        kind = "dense targets" if dense else "label_weights"
+        padding = "" if dense else ", and give labels that are padding a weight of 0"
         raise ArgumentValueError(
             "ignore_index",
-            f"expected None with dense targets, got {options.ignore_index}; mask rows with where",
+            f"expected None with {kind}, got {options.ignore_index}; mask rows with where{padding}",
         )
     weights, class_weights = options.weights, options.class_weights
     if options.where is not None:
@@ -224,6 +232,35 @@ def _check_class_mask(
         "class_mask",
         f"expected shape {(classes,)}, one for each class, got {mask.shape}{advice}",
     )
+
+
+def _check_label_weights(
+    labels: Array, options: Options, rows: tuple[int, ...], *, within: str
+) -> None:
+    label_weights = options.label_weights
+    assert label_weights is not None
+    if is_dense(labels):
+        raise ArgumentValueError(
+            "label_weights",
+            f"expected None with labels of {labels.dtype} (dense targets), got shape "
+            f"{label_weights.shape}; pass class indices of an integer dtype, or put the weights "
+            "into the dense targets",
+        )
+    several = str((*rows, "M")).replace("'", "")
+    if labels.ndim != len(rows) + 1 or labels.shape[:-1] != rows:
+        advice = within
+        if labels.shape == rows:
+            advice = "; for one label in a row pass labels[..., None] and label_weights of that "
+            advice += "shape; for a weight for each row pass weights instead"
+        raise ArgumentValueError(
+            "labels",
+            f"expected shape {several} with label_weights, M labels for each row along the last "
+            f"axis, got {labels.shape}{advice}",
+        )
+    advice = _fitting("label_weights", label_weights.shape, labels.shape, within)
+    if label_weights.shape == rows != labels.shape:
+        advice = "; for a weight for each row pass weights" + advice
+    _check_float("label_weights", label_weights, labels.shape, "label", advice)
 
 
 def _check_where(

@@ -19,9 +19,9 @@ from jax.interpreters import batching
 from sxe._primitives import CallPrimitive
 
 
-def checked(labels: Array, bad: Array, classes: int, ignore_index: int | None) -> Array:
-    """The labels, where under ``checkify`` the first bad one raises an error."""
-    (labels,) = _bind(labels, bad, classes=classes, ignore_index=ignore_index, mapped=())
+def checked(labels: Array, bad: Array, classes: int, advice: str) -> Array:
+    """The labels, where under ``checkify`` the first bad one raises an error with that advice."""
+    (labels,) = _bind(labels, bad, classes=classes, advice=advice, mapped=())
     return labels
 
 
@@ -30,7 +30,7 @@ def _bind(
     bad: Array,
     *,
     classes: int,
-    ignore_index: int | None,
+    advice: str,
     mapped: tuple[tuple[int | None, int | None], ...],
 ) -> Any:
     """``mapped`` has the axes of labels and bad that each ``jax.vmap`` maps, the innermost first.
@@ -44,7 +44,7 @@ def _bind(
             _mapped_first(labels, [of_labels for of_labels, _ in mapped]),
             _mapped_first(bad, [of_bad for _, of_bad in mapped]),
             classes,
-            ignore_index,
+            advice,
             vmaps=len(mapped),
         )
         return [labels]
@@ -54,7 +54,7 @@ def _bind(
         bad,
         call_jaxpr=jax.make_jaxpr(check)(labels, bad),
         classes=classes,
-        ignore_index=ignore_index,
+        advice=advice,
         mapped=mapped,
     )
 
@@ -66,9 +66,7 @@ def _mapped_first(x: Array, mapped: Sequence[int | None]) -> Array:
     return x
 
 
-def _check(
-    labels: Array, bad: Array, classes: int, ignore_index: int | None, *, vmaps: int
-) -> None:
+def _check(labels: Array, bad: Array, classes: int, advice: str, *, vmaps: int) -> None:
     """labels and bad [..., N], or of size 1 along any of the leading axes, those of the vmaps."""
     shape = jnp.broadcast_shapes(labels.shape, bad.shape)
     # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
@@ -82,11 +80,9 @@ def _check(
     message = "labels: expected class indices in [0, {classes}), got {label} at position {position}"
     if vmaps:
         message += ", index {example} of jax.vmap"
-    if ignore_index is None:
-        message += "; pass ignore_index=-100 (or what marks such rows) to leave them out"
     checkify.debug_check(
         ~jnp.any(bad),
-        message,
+        message + advice,
         classes=jnp.asarray(classes),
         label=jnp.sum(jnp.where(bad & (row == first), labels, 0), dtype=labels.dtype),
         position=index[vmaps:],

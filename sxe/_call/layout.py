@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sxe._arrays import AxisName, axis_names, sharding
+from sxe._arrays import AxisName, axis_names, is_dense, sharding
 from sxe._call.axes import free_axes, mapped_axes, spmd_axes, vmap_axes, whole
 from sxe._errors import ArgumentValueError, unserved
 
@@ -75,9 +75,10 @@ class Layout(NamedTuple):
             "class_weights": PartitionSpec(self.classes),
             "class_mask": PartitionSpec(self.classes),
             "weights": self.of_rows(),
+            "label_weights": self.of_rows(),
             "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
-            # As either logits or rows:
-            "labels": of_logits if x.ndim == ndim else self.of_rows(),
+            # As either logits or rows. Class indices with as many axes have several in each row.
+            "labels": of_logits if x.ndim == ndim and is_dense(x) else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),
         }
         return by_name.get(name, PartitionSpec())

@@ -26,6 +26,7 @@ IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
 class _CommonOptions(TypedDict, total=False):
+    label_weights: ArrayLike | None
     where: ArrayLike | None
     weights: ArrayLike | None
     class_weights: ArrayLike | None
@@ -120,6 +121,7 @@ class Options:
     says how a mesh splits global arrays.
     """
 
+    label_weights: Array | None = _option(_array)
     where: Array | None = _option(_array)
     weights: Array | None = _option(_array)
     class_weights: Array | None = _option(_array)
@@ -149,7 +151,7 @@ class Options:
 
     def of_rows(self) -> dict[str, Array | None]:
         """The arrays among them that a mesh splits as it splits logits, by their names."""
-        names = ("where", "weights", "class_weights", "class_mask")
+        names = ("label_weights", "where", "weights", "class_weights", "class_mask")
         return {name: getattr(self, name) for name in names} | {"logit_scale": self.row_scale}
 
     def replace(self, **changes: Any) -> "Options":

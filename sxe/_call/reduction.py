@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
-from sxe._arrays import psum
+from sxe._arrays import is_dense, psum
 from sxe._call.axes import sum_over
 from sxe._call.options import Options
 from sxe._rows.cross_entropy import Results
@@ -33,7 +33,7 @@ class Metrics(NamedTuple):
       label_rank: how many classes have a larger logit than the label's, [...] int32: 0 is right,
         and below k is right among the top k. Equal logits are not larger. It is the number of
         classes K where the row does not count, has no distribution, or has a label that is no
-        class. None if the rows do not have one label each, as with dense targets.
+        class. None if the rows do not have one label each: with dense targets or label_weights.
     """
 
     loss_sum: Array
@@ -95,7 +95,7 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
 
 def ranks_labels(labels: Array, options: Options) -> bool:
     """Whether the metrics have a label_rank. Each row must have one label."""
-    return options.return_metrics and jnp.issubdtype(labels.dtype, jnp.integer)
+    return options.return_metrics and options.label_weights is None and not is_dense(labels)
 
 
 def metrics(

@@ -8,12 +8,22 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from sxe._arrays import AxisName, keep, pmax, psum, reshard, sharding, vary_like, wide_dtype
+from sxe._arrays import (
+    AxisName,
+    is_dense,
+    keep,
+    pmax,
+    psum,
+    reshard,
+    sharding,
+    vary_like,
+    wide_dtype,
+)
 from sxe._backend import Backend
 from sxe._call.axes import is_mapped_split
 from sxe._call.label_check import checked
 from sxe._call.options import Options
-from sxe._rows.targets import Dense, Rows, Targets, is_label
+from sxe._rows.targets import Dense, Rows, Sparse, Targets, is_label
 from sxe._rows.twins import dense_targets
 
 
@@ -81,26 +91,30 @@ def make_rows(
     smoothing, class_weights = options.label_smoothing, options.class_weights
     a = None if smoothing is None else jnp.asarray(smoothing, dtype)
     c = None if class_weights is None else class_weights.astype(dtype)
-    sparse = jnp.issubdtype(labels.dtype, jnp.integer)
+    dense, w = is_dense(labels), options.label_weights
     mask = options.where
     if classes.mask is not None:
         # The weight of a class that cannot occur is not looked at, and without a class no row
         # counts.
         c = None if c is None else jnp.where(classes.mask, c, 1)
         mask = _both(mask, jnp.broadcast_to(classes.possible > 0, shape[:-1]))
-    if sparse:
+    if dense:
+        as_given = as_given and a is None and c is None
+        labels = labels if as_given else labels.astype(dtype)
+        good = _has_finite_sum(labels, dtype, options.axis_name)
+    else:
         # Narrow integers hold neither K nor, unsigned, a negative ignore_index: compare wide ones.
         if jnp.iinfo(labels.dtype).bits < 32:
             labels = labels.astype(jnp.int32)
         ignored, info = options.ignore_index, jnp.iinfo(labels.dtype)
         if ignored is not None and info.min <= ignored <= info.max:
             mask = _both(mask, labels != np.array(ignored, labels.dtype))
-        good = (labels >= 0) & (labels < classes.number)
-    else:
-        as_given = as_given and a is None and c is None
-        labels = labels if as_given else labels.astype(dtype)
-        total = jnp.sum(labels, axis=-1, dtype=dtype)
-        good = jnp.isfinite(psum(total, options.axis_name))
+        is_class = (labels >= 0) & (labels < classes.number)
+        good = is_class
+        if w is not None:
+            w = w.astype(dtype)
+            wrong = ~is_class & (w != 0)  # of weight 0, a label is padding
+            good = (jnp.sum(wrong, axis=-1) == 0) & _has_finite_sum(w, dtype, None)
 
     weight = jnp.ones(shape[:-1], dtype)
     if options.weights is not None:
@@ -108,21 +122,39 @@ def make_rows(
         # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
         mask = _both(mask, (weight != 0) | _both(finite, good))
     weight = norm = keep(mask, weight)
-    if not sparse:
+    if dense:
         labels = labels if as_given else keep(mask, labels)
         return Rows(_of_dense(labels, a, c, classes), weight, norm, mask)
 
     bad = ~good if mask is None else mask & ~good
-    labels = checked(labels, bad, classes.number, options.ignore_index)
-    label = jnp.where(good, labels, -1).astype(jnp.int32)
-    label_weight = jnp.ones_like(weight)
+    several = w is not None
+    if w is None:
+        w, wrong = jnp.ones_like(weight), bad
+    else:
+        w, wrong = keep(mask, jnp.where(is_class, w, 0)), bad[..., None] & wrong
+    labels = checked(labels, wrong, classes.number, _advice(options))
+    label = jnp.where(is_class, labels, -1).astype(jnp.int32)
     if c is not None:
-        label_weight = _weight_of(label, c, classes)
-        norm = norm * label_weight
-    targets = _of_labels(label, label_weight, (a, c), classes)
+        of_class = _weight_of(label, c, classes)
+        w, norm = w * of_class, norm if several else norm * of_class
+    targets = _of_labels(label, w, (a, c), classes, several=several)
     # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(weight))
     return Rows(targets._replace(total=total), weight, norm, mask)
+
+
+def _advice(options: Options) -> str:
+    """What to do about a label that is no class, for its error."""
+    if options.label_weights is not None:
+        return "; give labels that are padding a weight of 0"
+    if options.ignore_index is not None:
+        return ""
+    return "; pass ignore_index=-100 (or what marks such rows) to leave them out"
+
+
+def _has_finite_sum(targets: Array, dtype: DTypeLike, axis_name: AxisName) -> Array:
+    total = jnp.sum(targets, axis=-1, dtype=dtype)
+    return jnp.isfinite(psum(total, axis_name))
 
 
 def _of_dense(p: Array, a: Array | None, c: Array | None, classes: _Classes) -> Targets:
@@ -141,22 +173,31 @@ def _of_labels(
     label_weight: Array,
     smoothing_and_weights: tuple[Array | None, Array | None],
     classes: _Classes,
+    *,
+    several: bool,
 ) -> Targets:
-    """t_k = c_k ((1 - a) [k = y] + a / K). The second part is the same for all rows."""
+    """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K). The second part is the same for all rows.
+
+    ``label_weight`` is c_y w of one label, [...], or of several, [..., M].
+    """
     a, c = smoothing_and_weights
-    index = label - classes.first
-    if a is None:
-        return Targets(index, label_weight, None, label_weight)
-    share = _share(a, classes)
-    t = _on_class_axis(_spread(share, classes), label.ndim + 1)
-    if c is None:
-        share = share.reshape((1,) * label.ndim)
-        dense = Dense(t, share, share * (classes.possible - 1))
-    else:
-        t = t * _on_class_axis(c, t.ndim)
-        dense = dense_targets(t, classes.axis_name, classes.backend)
-    label_target = (1 - a) * label_weight
-    return Targets(index, label_target, dense, label_target + (dense.largest + dense.rest))
+    index, target, dense = label - classes.first, label_weight, None
+    if a is not None:
+        target, share = (1 - a) * label_weight, _share(a, classes)
+        ndim = label.ndim + (not several)
+        t = _on_class_axis(_spread(share, classes), ndim)
+        if c is None:
+            share = share.reshape((1,) * (ndim - 1))
+            dense = Dense(t, share, share * (classes.possible - 1))
+        else:
+            t = t * _on_class_axis(c, t.ndim)
+            dense = dense_targets(t, classes.axis_name, classes.backend)
+    total = jnp.sum(target, axis=-1) if several else target
+    if dense is not None:
+        total = total + (dense.largest + dense.rest)
+    if several:
+        return Targets(None, None, dense, total, Sparse(index, target))
+    return Targets(index, target, dense, total)
 
 
 def _share(a: Array, classes: _Classes) -> Array:

@@ -173,6 +173,7 @@ def _has_gradient_kernel(head: Head, shared: Shared, rows: Rows) -> bool:
         f.backend.uses_row_kernels
         and isinstance(f, CrossEntropy)
         and f.axis_name is None
+        and rows.targets.sparse is None
         and not transformed
         and has_gradient_kernel(classes, dtype, head.products.gradient_dtype, dense_dtype)
     )

@@ -22,14 +22,17 @@ from sxe._rows import twins
 from sxe._rows.normalizer import Normalizer, merge_over
 from sxe._rows.rules import Weighed
 from sxe._rows.targets import (
+    Dense,
+    Sparse,
     Targets,
+    class_tile,
     dense_cost,
-    dense_gap,
+    gap,
     label_gap,
-    put_label,
-    take_label,
+    label_tile,
+    put_labels,
+    take_labels,
     target_sum,
-    target_tile,
 )
 
 
@@ -122,39 +125,44 @@ class CrossEntropy:
 
     def gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Array:
         targets, state, g = vary_like((targets, state, g), x)
-        label, t, dense, total = targets
-        if label is None or t is None or dense is not None:
-            return row_gradient(x, target_tile(targets, x.shape[-1]), state, g, self.backend)
-        # The label's class is apart, so that all others have less to compute.
-        d = row_gradient(x, (None, total[..., None]), state, g, self.backend)
-        found, inside = take_label(x, label)
-        x = jnp.where(inside, wide(found), state.m)  # elsewhere it is of no use, but finite
-        t_label = t[..., None], (total - t)[..., None]  # of one target, T - t is exactly 0
-        at_label = row_gradient(x[..., None], t_label, state, g, self.backend)
-        return put_label(d, label, at_label[..., 0])
+        d = row_gradient(x, class_tile(targets), state, g, self.backend)
+        if (labels := targets.labels) is None:
+            return d
+        # The labels' classes are apart, so that all others have less to compute.
+        found, inside = take_labels(x, labels.label)
+        # Elsewhere it is of no use, but finite.
+        found = jnp.where(inside, wide(found), state.m[..., None])
+        at_label = row_gradient(found, label_tile(targets, labels), state, g, self.backend)
+        return put_labels(d, labels.label, at_label, self.backend)
 
     def target_gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Targets:
-        at_label, at_dense = self._minus_log_q(x, targets, state)  # D0 differentiated in t_k
         zeros = jax.tree.map(lambda a: vary_like(jnp.zeros_like(a), a), targets)
         d = Targets(None, None, zeros.dense, zeros.total)
-        if targets.label_target is not None:
-            d = d._replace(label_target=g.loss * at_label)
+        if (labels := targets.labels) is not None:
+            d_target = g.loss[..., None] * self._cost_of_labels(x, labels, state)
+            if targets.sparse is None:
+                d = d._replace(label_target=d_target[..., 0])
+            else:
+                d = d._replace(sparse=Sparse(None, d_target))
         if targets.dense is not None:
-            d_t = vary_like(g.loss, x)[..., None] * at_dense
+            d_t = vary_like(g.loss, x)[..., None] * self._cost_of_classes(x, targets.dense, state)
             ones = tuple(i for i, n in enumerate(targets.dense.t.shape) if n == 1)
             d_t = jnp.sum(d_t, axis=ones, keepdims=True)
             d = d._replace(dense=zeros.dense._replace(t=d_t))
         return d
 
     def target_tangent(self, x: Array, targets: Targets, state: Normalizer, t_dot: Any) -> Results:
-        at_label, at_dense = self._minus_log_q(x, targets, state)
         loss_dot = jnp.zeros_like(state.r)
         # A tangent of zero must not meet an infinite derivative.
-        if targets.label is not None and not isinstance(t_dot.label_target, SymbolicZero):
-            loss_dot = loss_dot + t_dot.label_target * at_label
+        if (labels := targets.labels) is not None:
+            one = targets.sparse is None
+            dot = t_dot.label_target if one else t_dot.sparse.target
+            if not isinstance(dot, SymbolicZero):
+                cost = self._cost_of_labels(x, labels, state)
+                loss_dot = loss_dot + jnp.sum((dot[..., None] if one else dot) * cost, axis=-1)
         if targets.dense is not None and not isinstance(t_dot.dense.t, SymbolicZero):
-            by_class = jnp.sum(at_dense * t_dot.dense.t, axis=-1)
-            loss_dot = loss_dot + psum(by_class, self.axis_name)
+            by_class = t_dot.dense.t * self._cost_of_classes(x, targets.dense, state)
+            loss_dot = loss_dot + psum(jnp.sum(by_class, axis=-1), self.axis_name)
         return Results(loss_dot, jnp.zeros_like(loss_dot))
 
     def primal(self, x: Array, origin: Array, targets: Targets, state: Normalizer) -> Results:
@@ -163,8 +171,8 @@ class CrossEntropy:
         lse, zero = state.lse, jnp.zeros_like(state.r)
         total = lax.stop_gradient(targets.total)
         loss = (total - total) * lse  # 0, or NaN in value and derivative: the label is no class
-        if targets.label_target is not None:
-            cost = targets.label_target * label_gap(targets, x, lse, zero)
+        if (labels := targets.labels) is not None:
+            cost = jnp.sum(labels.target * label_gap(labels, x, lse, zero), axis=-1)
             loss = loss + psum(cost, self.axis_name)
         if targets.dense is not None:
             cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # the plain twin
@@ -187,19 +195,24 @@ class CrossEntropy:
     def _cost(self, x: Array, targets: Targets, m: Array, log1p_r: Array) -> Array:
         """sum_k t_k (m - x_k) over the classes of this tile, [...]."""
         cost = jnp.zeros_like(m)
-        if targets.label_target is not None:
-            cost = targets.label_target * label_gap(targets, x, m, log1p_r)
+        if (labels := targets.labels) is not None:
+            cost = jnp.sum(labels.target * label_gap(labels, x, m, log1p_r), axis=-1)
         if targets.dense is not None:
             m, log1p_r = vary_like((m, log1p_r), x)
             cost = cost + twins.dense_cost(targets.dense.t, x, m, log1p_r, self.backend)
         return cost
 
-    def _minus_log_q(self, x: Array, targets: Targets, state: Normalizer) -> tuple[Array, Array]:
-        """-log q at the label, [...], and of each class, [..., K]: D0 differentiated in t_k.
+    # -log q, D0 differentiated in t_k. It counts what t_k adds to T, so that T itself has the
+    # derivative 0.
 
-        It counts what t_k adds to T, so that T itself has the derivative 0.
-        """
-        log1p_r = state.log1p_r
-        at_label = psum(label_gap(targets, x, state.m, log1p_r), self.axis_name) + log1p_r
-        at_dense = dense_gap(targets, x, state.m, log1p_r) + vary_like(log1p_r, x)[..., None]
-        return at_label, at_dense
+    def _cost_of_labels(self, x: Array, labels: Sparse, state: Normalizer) -> Array:
+        """-log q at each label, [..., M]."""
+        # What is 0 log 0 depends on all of the class's target.
+        t, _ = labels.of_classes()
+        gaps = label_gap(labels._replace(target=t), x, state.m, state.log1p_r)
+        return psum(gaps, self.axis_name) + state.log1p_r[..., None]
+
+    def _cost_of_classes(self, x: Array, dense: Dense, state: Normalizer) -> Array:
+        """-log q of each class of the tile, [..., K]."""
+        m, log1p_r = vary_like((state.m, state.log1p_r), x)
+        return gap(dense.t, x, m[..., None], log1p_r[..., None]) + log1p_r[..., None]

@@ -20,7 +20,7 @@ from sxe._rows.gpu_gradient import state_and_gradient
 from sxe._rows.gpu_terms import Found, RowTerms, spread
 from sxe._rows.normalizer import has_loss
 from sxe._rows.rules import instantiate, results_and_state, values_and_wanted
-from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_label
+from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_labels
 
 
 class Terms(NamedTuple):
@@ -109,7 +109,7 @@ def _by_xla(f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: 
         total = jnp.broadcast_to(dense.largest + dense.rest, label.shape)
     g = Results(weight, lse_weight * state.lse)
     d = keep(with_loss, f.gradient(kept, targets, state, g)).astype(d_dtype)
-    x_label, inside = take_label(kept, label)
+    x_label, inside = (a[..., 0] for a in take_labels(kept, label[..., None]))
     return Found(state, jnp.where(inside, wide(x_label), 0), d, gaps, total)
 
 

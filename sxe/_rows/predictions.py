@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sxe._arrays import AxisName, pmax, psum
-from sxe._rows.targets import is_label, take_label
+from sxe._rows.targets import is_label, take_labels
 
 
 class Ranking(NamedTuple):
@@ -29,7 +29,7 @@ def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
     larger = None
     if label is not None:
-        found, inside = take_label(x, label)
+        found, inside = (a[..., 0] for a in take_labels(x, label[..., None]))
         x_label = psum(jnp.where(inside, found, 0), axis_name)  # only one shard has the class
         # The label's own class is left out, because XLA may compute the logits again for the
         # comparison, from what the caller made them of, and round them in another way.

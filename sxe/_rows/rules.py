@@ -13,6 +13,7 @@ from sxe._arrays import AxisName, equal_shares, psum, sum_of_shares, vary_like, 
 from sxe._backend import Backend
 from sxe._rows import twins
 from sxe._rows.normalizer import Normalizer, merge_over, normalize_tile
+from sxe._rows.targets import Sparse
 
 
 class Weighed(NamedTuple):
@@ -117,9 +118,15 @@ def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Arra
 def own_targets(d_targets: Any, x: Array, axis_name: AxisName) -> Any:
     """What a shard of the classes gives of the gradients for the targets of a tile.
 
-    Targets [..., K] are a shard's own. All shards have the same of those that are [...].
+    Targets [..., K] are a shard's own. All shards have the same of those that are [...], and of
+    several labels, [..., M].
     """
-    return jax.tree.map(lambda d: d if d.ndim == x.ndim else equal_shares(d, axis_name), d_targets)
+
+    def own(d: Any) -> Any:
+        is_shards = not isinstance(d, Sparse) and d.ndim == x.ndim
+        return d if is_shards else equal_shares(d, axis_name)
+
+    return jax.tree.map(own, d_targets, is_leaf=lambda d: isinstance(d, Sparse))
 
 
 rows_vjp.defvjp(_rows_fwd, _rows_bwd)

@@ -2,8 +2,9 @@
 
 Every option about targets ends as a target t_k for each class, before any function of rows:
 
-    integer label y     t_k = c_k ((1 - a) [k = y] + a / K)
-    dense targets p     t_k = c_k ((1 - a) p_k + a / K)
+    integer label y               t_k = c_k ((1 - a) [k = y] + a / K)
+    labels y_m of weights w_m     t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K)
+    dense targets p               t_k = c_k ((1 - a) p_k + a / K)
 
 with class weights c and label smoothing a. The sum of all is T. What the gradient needs of the
 targets of all other classes, T - t_k, is not computed as that difference: it would cancel where one
@@ -12,10 +13,11 @@ target holds nearly all of T.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sxe._arrays import AxisName, pmax, psum, sharding, vary_like
+from sxe._arrays import AxisName, pmax, psum, sharding
 from sxe._backend import Backend, apart
 
 
@@ -36,22 +38,50 @@ class Dense(NamedTuple):
     rest: Array
 
 
+class Sparse(NamedTuple):
+    """Targets of a few labels: t_k = sum_m target_m [k = label_m], over repeated ones too.
+
+    Attributes:
+      label: [..., M], counted from the first class of the tile. Each may lie outside of the tile.
+        None in a gradient.
+      target: [..., M].
+    """
+
+    label: Any
+    target: Array
+
+    def of_classes(self) -> tuple[Array, Array]:
+        """What all labels add to each label's class, and to all other classes: [..., M]."""
+        same = self.label[..., :, None] == self.label[..., None, :]
+        here, elsewhere = (jnp.where(at, self.target[..., None, :], 0) for at in (same, ~same))
+        return jnp.sum(here, axis=-1), jnp.sum(elsewhere, axis=-1)
+
+
 class Targets(NamedTuple):
-    """t_k = label_target [k = label] + dense.t_k, which all classes together sum to total.
+    """t_k = label_target [k = label] + sparse.t_k + dense.t_k, and all classes sum to total.
 
     Attributes:
       label: [...], counted from the first class of the tile. It may lie outside of the tile.
       label_target: [...].
       dense: has the rank of the logits, and is broadcast along its axes of size 1.
       total: T, [...]. NaN marks a label that is no class: it makes the row's loss and gradient NaN.
+      sparse: several labels of each row, in place of the one.
 
-    Either label and label_target or dense may be None.
+    A part may be None.
     """
 
     label: Array | None
     label_target: Array | None
     dense: Dense | None
     total: Array
+    sparse: Sparse | None = None
+
+    @property
+    def labels(self) -> Sparse | None:
+        """The labels of each row: several, or the one with M = 1, or None."""
+        if self.label is None or self.label_target is None:
+            return self.sparse
+        return Sparse(self.label[..., None], self.label_target[..., None])
 
 
 class Rows(NamedTuple):
@@ -86,40 +116,86 @@ def is_label(label: Array, classes: int) -> Array:
     return k == label[..., None]
 
 
-def take_label(x: Array, label: Array) -> tuple[Array, Array]:
-    """x_label, [..., K] and [...] to [...], and whether the tile holds the label: if not, any x."""
+def take_labels(x: Array, label: Array) -> tuple[Array, Array]:
+    """x at the labels, [..., K] to [..., M], and whether the tile holds each: if not, any x."""
     inside = (label >= 0) & (label < x.shape[-1])
     if sharding(x)[-1] is not None:
         # On an Explicit mesh a gather has no rule for a sharded class axis. A comparison has one.
-        return jnp.sum(jnp.where(is_label(label, x.shape[-1]), x, 0), axis=-1), inside
-    index = jnp.where(inside, label, 0)[..., None]
-    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")[..., 0], inside
+        return _compare_labels(x, label), inside
+    index = jnp.where(inside, label, 0)
+    return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds"), inside
 
 
-def put_label(d: Array, label: Array, at_label: Array) -> Array:
-    """d [..., K] with at_label [...] at the label, where the tile holds it."""
-    return jnp.where(is_label(label, d.shape[-1]), at_label[..., None], d)
+def _compare_labels(x: Array, label: Array) -> Array:
+    """x at the labels, [..., K] to [..., M], and 0 where the tile does not hold one."""
+    each = (is_label(label[..., m], x.shape[-1]) for m in range(label.shape[-1]))
+    found = [jnp.sum(jnp.where(here, x, 0), axis=-1, keepdims=True) for here in each]
+    return jnp.concatenate([jnp.zeros_like(label[..., :0], x.dtype), *found], axis=-1)
 
 
-def target_tile(targets: Targets, classes: int) -> tuple[Array, Array]:
-    """Of a tile of so many classes, t and T - t: [..., K], or broadcastable to it."""
-    label, label_target, dense, total = targets
-    assert dense is not None  # a label alone has its class apart: see the gradient of a row
-    t, others = dense.t, dense.rest[..., None] + (dense.largest[..., None] - dense.t)
-    if label is None or label_target is None:
+def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Array:
+    """d [..., K] with at_label [..., M] at the labels that the tile holds.
+
+    Where a label is repeated, its values are the same.
+    """
+    labels, classes = label.shape[-1], d.shape[-1]
+    if labels <= backend.most_label_comparisons or any(sharding(d)):
+        for m in range(labels):
+            d = jnp.where(is_label(label[..., m], classes), at_label[..., m, None], d)
+        return d
+    rows = tuple(range(d.ndim - 1))
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=(),
+        inserted_window_dims=(d.ndim - 1,),
+        scatter_dims_to_operand_dims=(d.ndim - 1,),
+        operand_batching_dims=rows,
+        scatter_indices_batching_dims=rows,
+    )
+    outside = (label < 0) | (label >= classes)
+    index = jnp.where(outside, classes, label)[..., None]
+    return lax.scatter(d, index, at_label, dimensions, mode="drop")
+
+
+def class_tile(targets: Targets) -> tuple[Array | None, Array]:
+    """Of each class that is no label's, t and T - t: [..., K] or [..., 1], and None for t = 0."""
+    total = targets.total[..., None]
+    if targets.dense is None:
+        return None, total
+    t, others = targets.dense.t, _others_of_dense(targets.dense, targets.dense.t)
+    if (labels := targets.labels) is None:
         return t, others
-    here, at_label = is_label(label, classes), label_target[..., None]
-    nothing = 0 * total[..., None]  # or NaN, where the label is no class
-    return t + jnp.where(here, at_label, 0), (others + nothing) + jnp.where(here, 0, at_label)
+    # 0 or, where a label is no class, NaN.
+    return t, others + (jnp.sum(labels.target, axis=-1, keepdims=True) + 0 * total)
+
+
+def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
+    """Of each label's class, t and T - t: [..., M]."""
+    t, others = labels.of_classes()
+    others = others + 0 * targets.total[..., None]
+    if targets.dense is None:
+        return t, others
+    dense_t = targets.dense.t
+    if dense_t.shape[-1] > 1 and jax.typeof(labels.label).sharding.mesh.explicit_axes:
+        # On an Explicit mesh rows that are split, or mapped, can't gather from what they share.
+        dense_t = _compare_labels(dense_t, labels.label)
+    elif dense_t.shape[-1] > 1:
+        dense_t, _ = take_labels(dense_t, labels.label)
+    return t + dense_t, others + _others_of_dense(targets.dense, dense_t)
+
+
+def _others_of_dense(dense: Dense, t: Array) -> Array:
+    """The sum of all dense targets but t [..., F]."""
+    return dense.rest[..., None] + (dense.largest[..., None] - t)
 
 
 def target_sum(targets: Targets, x: Array) -> Array:
     """sum_k t_k over the classes of this tile, [...]."""
-    label, label_target, dense, _ = targets
     t = jnp.zeros(x.shape[:-1], targets.total.dtype)
-    if label is not None and label_target is not None:
-        t = jnp.where((label >= 0) & (label < x.shape[-1]), label_target, 0)
-    if dense is not None:
+    if (labels := targets.labels) is not None:
+        label, target = labels
+        inside = (label >= 0) & (label < x.shape[-1])
+        t = jnp.sum(jnp.where(inside, target, 0), axis=-1)
+    if (dense := targets.dense) is not None:
         t = t + jnp.sum(dense.t, axis=-1) * (x.shape[-1] // dense.t.shape[-1])
     return t
 
@@ -133,20 +209,10 @@ def gap(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
     return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x.astype(m.dtype))
 
 
-def label_gap(targets: Targets, x: Array, m: Array, log1p_r: Array) -> Array:
-    """m - x at the label, [...], and 0 where the tile does not hold it or there is none."""
-    if targets.label is None or targets.label_target is None:
-        return jnp.zeros_like(m)
-    found, inside = take_label(x, targets.label)
-    return jnp.where(inside, gap(targets.label_target, found, m, log1p_r), 0)
-
-
-def dense_gap(targets: Targets, x: Array, m: Array, log1p_r: Array) -> Array:
-    """m - x of each class of the tile, [..., K], and 0 where there are no dense targets."""
-    if targets.dense is None:
-        return jnp.zeros_like(m)[..., None]
-    m, log1p_r = vary_like((m, log1p_r), x)
-    return gap(targets.dense.t, x, m[..., None], log1p_r[..., None])
+def label_gap(labels: Sparse, x: Array, m: Array, log1p_r: Array) -> Array:
+    """m - x at each label, [..., M], and 0 where the tile does not hold it."""
+    found, inside = take_labels(x, labels.label)
+    return jnp.where(inside, gap(labels.target, found, m[..., None], log1p_r[..., None]), 0)
 
 
 def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
