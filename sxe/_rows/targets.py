@@ -151,9 +151,8 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
         operand_batching_dims=rows,
         scatter_indices_batching_dims=rows,
     )
-    outside = (label < 0) | (label >= classes)
-    index = jnp.where(outside, classes, label)[..., None]
-    return lax.scatter(d, index, at_label, dimensions, mode="drop")
+    # Here a label below 0 is dropped, too, and not counted from the end.
+    return lax.scatter(d, label[..., None], at_label, dimensions, mode="drop")
 
 
 def class_tile(targets: Targets) -> tuple[Array | None, Array]:
