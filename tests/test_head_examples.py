@@ -32,7 +32,7 @@ def rows_multiplied(monkeypatch):
     found = []
     u = projection.Products.u
 
-    def counting(self, hidden, kernel):
+    def counting(self, hidden, kernel, class_mask=None):
         def note(_):
             found.append(len(hidden))
             return np.float32(0)
@@ -43,7 +43,7 @@ def rows_multiplied(monkeypatch):
             jax.lax.stop_gradient(hidden[0, 0]),
             vmap_method="sequential",
         )
-        return u(self, hidden, kernel) + jax.lax.stop_gradient(nothing)
+        return u(self, hidden, kernel, class_mask) + jax.lax.stop_gradient(nothing)
 
     monkeypatch.setattr(projection.Products, "u", counting)
 
