@@ -14,11 +14,7 @@ from sxe._arrays import jvp_of_moved
 
 
 class CallPrimitive(Primitive):
-    """A primitive that runs its parameter ``call_jaxpr``, an inner program.
-
-    It has the rules that JAX would apply to the equations of that program. Others may be put in
-    their place.
-    """
+    """A primitive whose parameter ``call_jaxpr`` is an inner program."""
 
     multiple_results = True
 
@@ -27,8 +23,26 @@ class CallPrimitive(Primitive):
         self.def_impl(self.run)
         self.def_abstract_eval(lambda *inputs, call_jaxpr, **params: call_jaxpr.out_avals)
         mlir.register_lowering(self, mlir.lower_fun(self.run, multiple_results=True))
+
+    def run(self, *inputs: Any, call_jaxpr: Any, **params: Any) -> Any:
+        """The outputs."""
+        return jaxpr_as_fun(call_jaxpr)(*inputs)
+
+    def bind(self, *inputs: Any, subfuns: tuple[Any, ...] = (), **params: Any) -> Any:
+        # From checkify, which rewrites the inner program of a primitive that it does not know: that
+        # program, with the error as an argument.
+        if subfuns:
+            return subfuns[0].call_wrapped(*inputs)
+        return super().bind(*inputs, **params)
+
+
+class TransparentCall(CallPrimitive):
+    """One with the rules that JAX would apply to the equations of the inner program."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         batching.primitive_batchers[self] = self.batch
-        ad.primitive_jvps[self] = self._jvp
+        ad.primitive_jvps[self] = _jvp
         pe.dce_rules[self] = _without_dead_code
 
     def of(self, f: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
@@ -42,29 +56,19 @@ class CallPrimitive(Primitive):
         outputs = self.bind(*leaves, call_jaxpr=call_jaxpr, **params)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
-    def bind(self, *inputs: Any, subfuns: tuple[Any, ...] = (), **params: Any) -> Any:
-        # From checkify, which rewrites the inner program of a primitive that it does not know: that
-        # program, with the error as an argument.
-        if subfuns:
-            return subfuns[0].call_wrapped(*inputs)
-        return super().bind(*inputs, **params)
-
-    def run(self, *inputs: Any, call_jaxpr: Any, **params: Any) -> Any:
-        return jaxpr_as_fun(call_jaxpr)(*inputs)
-
-    @staticmethod
-    def batch(inputs: Any, axes: Any, *, call_jaxpr: Any, **params: Any) -> tuple[Any, Any]:
+    def batch(self, inputs: Any, axes: Any, *, call_jaxpr: Any, **params: Any) -> tuple[Any, Any]:
+        """The outputs for all examples, and their axes of examples."""
         outputs = jax.vmap(jaxpr_as_fun(call_jaxpr), axes)(*inputs)
         return outputs, [0] * len(outputs)
 
-    @staticmethod
-    def _jvp(primals: Any, tangents: Any, *, call_jaxpr: Any, **params: Any) -> tuple[Any, Any]:
-        dots = tuple(SymbolicZero(t.aval) if isinstance(t, ad.Zero) else t for t in tangents)
-        outputs, dots = jvp_of_moved(jaxpr_as_fun(call_jaxpr), tuple(primals), dots)
-        return outputs, [
-            dot if jnp.issubdtype(x.dtype, jnp.floating) else ad.Zero(dot.aval)
-            for x, dot in zip(outputs, dots, strict=True)
-        ]
+
+def _jvp(primals: Any, tangents: Any, *, call_jaxpr: Any, **params: Any) -> tuple[Any, Any]:
+    dots = tuple(SymbolicZero(t.aval) if isinstance(t, ad.Zero) else t for t in tangents)
+    outputs, dots = jvp_of_moved(jaxpr_as_fun(call_jaxpr), tuple(primals), dots)
+    return outputs, [
+        dot if jnp.issubdtype(x.dtype, jnp.floating) else ad.Zero(jax.typeof(x).to_tangent_aval())
+        for x, dot in zip(outputs, dots, strict=True)
+    ]
 
 
 def _without_dead_code(*used_and_equation: Any) -> tuple[Any, Any]:
@@ -76,7 +80,7 @@ def _without_dead_code(*used_and_equation: Any) -> tuple[Any, Any]:
     return used, equation.replace(primitive=_whole_p, params={"call_jaxpr": call_jaxpr})
 
 
-_whole_p = CallPrimitive("whole")
+_whole_p = TransparentCall("whole")
 
 
 def whole(f: Callable[..., Any], *inputs: Any) -> Any:

@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from sxe._arrays import psum, vary, vary_like
 from sxe._backend import Backend
-from sxe._head.chunked import Head, Shared, results_by, single_rows, weighted_sum
+from sxe._head.chunked import Head, Shared
+from sxe._head.examples import outcome_of_examples
+from sxe._head.path import AGAIN, FORWARD
 from sxe._head.projection import Products, Transform
 from sxe._rows.normalizer import Normalizer, exp_difference, merge_over
 from sxe._rows.rules import RULES, Weighed
@@ -112,19 +114,25 @@ def test_head_and_mesh(by, shards):
     mesh = jax.make_mesh((shards,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
     f = Entropy("classes", BACKEND)
     products = Products(jnp.dtype("float32"), jax.lax.Precision.HIGHEST, BACKEND)
-    head = Head(f, products, 1, has_weights=False, predicts=False)
+    head = Head(
+        f,
+        products,
+        path=FORWARD if by == "sum" else AGAIN,
+        rule="vjp" if by == "sum" else by,
+        chunk_size=5,
+        skips=False,
+        has_weights=False,
+        predicts=False,
+    )
 
     def run(hidden, kernel):
         hidden, kernel = (vary(a, frozenset({"classes"})) for a in (hidden, kernel))
         shared = Shared(kernel, Transform(None, None, None), None, None)
         rows = Rows(NO_TARGETS, weight, None, None)
+        outcome = outcome_of_examples(head, shared, hidden, rows)
         if by == "sum":
-            return weighted_sum(head, shared, hidden, rows).value
-        if by == "vjp":
-            results = single_rows(head, shared, hidden, rows).results
-        else:
-            results = results_by(by, head, shared, (hidden, rows)).results
-        return jnp.sum(g * weight * results.entropy) / jnp.sum(g * g)
+            return outcome.value
+        return jnp.sum(g * weight * outcome.results.entropy) / jnp.sum(g * g)
 
     def whole(hidden, kernel):
         run_on_mesh = jax.shard_map(

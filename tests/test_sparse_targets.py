@@ -492,11 +492,11 @@ def test_hessian_by_label_weights():
 @both_losses
 @pytest.mark.parametrize("labels", [M, 20])
 @pytest.mark.parametrize(
-    "mapped", [{"labels", "label_weights"}, {"labels"}, {"label_weights"}, set()], ids=str
+    "mapped", [("labels", "label_weights"), ("labels",), ("label_weights",), ()], ids=str
 )
 def test_vmap_over_any_argument(loss, labels, mapped):
     name = "hidden" if loss is HEAD else "logits"
-    mapped = mapped | ({name} if mapped != {"labels"} else set())
+    mapped = {*mapped} | ({name} if mapped != ("labels",) else set())
     p, _ = problem(loss, "class_weights", labels=labels)
     each = [problem(loss, "class_weights", labels=labels, seed=seed)[0] for seed in range(3)]
     p = {n: np.stack([q[n] for q in each]) if n in mapped else a for n, a in p.items()}

@@ -19,7 +19,7 @@ from jax.interpreters import batching
 from sxe._arrays import sharding
 from sxe._head.chunked import Head, Outcome, Shared, outcome_of
 from sxe._head.path import AGAIN
-from sxe._primitives import CallPrimitive
+from sxe._primitives import TransparentCall
 from sxe._rows.targets import Rows
 
 
@@ -79,5 +79,5 @@ def _are_rows_of_one_call(inputs: Any, axes: Any, tree: Any) -> bool:
     )
 
 
-_head_p = CallPrimitive("head")
+_head_p = TransparentCall("head")
 batching.primitive_batchers[_head_p] = _batch
