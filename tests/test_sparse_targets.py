@@ -540,6 +540,22 @@ def test_export(loss, labels):
     assert_trees_alike((value, gradients), run(*given))
 
 
+@both_losses
+@pytest.mark.parametrize("options", [(), ("label_smoothing", "class_weights")], ids=str)
+def test_export_with_sizes_that_are_open(loss, options):
+    """Of rows, classes and labels."""
+    p, right = problem(loss, *options)
+    n, k, m, d = export.symbolic_shape("n, k, m, d")
+    shapes = {"labels": (n, m), "label_weights": (n, m), "logits": (n, k), "class_weights": (k,)}
+    shapes |= {"hidden": (n, d), "kernel": (d, k), "label_smoothing": ()}
+    run = jax.jit(with_gradients(lambda p: loss(**p)))
+    open_p = {name: jax.ShapeDtypeStruct(shapes[name], a.dtype) for name, a in p.items()}
+    found = export.export(run)(open_p, jax.ShapeDtypeStruct((), jnp.float32))
+    again = export.deserialize(found.serialize()).call(p, jnp.ones(()))
+    assert_close(again[0], truth_of(loss)(**right))
+    assert_trees_alike(again, run(p, jnp.ones(())))
+
+
 def assert_trees_alike(ours, theirs):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert_close(a, np.asarray(b, np.float64))

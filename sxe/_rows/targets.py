@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sxe._arrays import AxisName, pmax, psum, sharding
+from sxe._arrays import AxisName, are_known, pmax, psum, sharding
 from sxe._backend import Backend, apart
 
 
@@ -139,7 +139,8 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
     Where a label is repeated, its values are the same.
     """
     labels, classes = label.shape[-1], d.shape[-1]
-    if labels <= backend.most_label_comparisons or any(sharding(d)):
+    few = are_known(labels) and labels <= backend.most_label_comparisons
+    if few or any(sharding(d)):
         for m in range(labels):
             d = jnp.where(is_label(label[..., m], classes), at_label[..., m, None], d)
         return d
@@ -174,10 +175,10 @@ def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
     if targets.dense is None:
         return t, others
     dense_t = targets.dense.t
-    if dense_t.shape[-1] > 1 and jax.typeof(labels.label).sharding.mesh.explicit_axes:
+    if dense_t.shape[-1] != 1 and jax.typeof(labels.label).sharding.mesh.explicit_axes:
         # On an Explicit mesh rows that are split, or mapped, can't gather from what they share.
         dense_t = _compare_labels(dense_t, labels.label)
-    elif dense_t.shape[-1] > 1:
+    elif dense_t.shape[-1] != 1:
         dense_t, _ = take_labels(dense_t, labels.label)
     return t + dense_t, others + _others_of_dense(targets.dense, dense_t)
 
