@@ -30,7 +30,7 @@ from sxe._call.rows import any_class, make_rows
 from sxe._errors import ArgumentValueError
 from sxe._head.chunked import Head, Shared
 from sxe._head.examples import outcome_of_examples
-from sxe._head.path import gradient_path
+from sxe._head.path import gradient_path, skips_rows
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.targets import Rows
@@ -89,8 +89,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
         path=gradient_path(options.rule, options.reduction),
         rule=options.rule,
         chunk_size=options.chunk_size,
-        # Rows that several devices hold would be gathered, if they were sorted.
-        skips=rows.mask is not None and backend.is_local,
+        skips=options.leaves_rows_out and skips_rows(options.rule, backend),
         has_weights=options.weights is not None,
         predicts=options.return_metrics,
         ranks=reduction.ranks_labels(labels, options),
@@ -332,10 +331,10 @@ def linear_softmax_cross_entropy(
     "vjp", and on one device or inside of ``jax.shard_map``, chunks without any other row are not
     run. Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.
 
-    ``jax.vmap`` over hidden states and labels makes the examples rows of one call: there is one
-    gradient of the kernel, and logits are computed twice, 8 N D K. In a ``jax.lax.scan`` whose
-    gradient is taken outside of it, a "mean" or "sum" keeps a gradient of the kernel for each step,
-    and "none" does not.
+    ``jax.vmap`` over hidden states and labels makes the examples rows of one call. A gradient of
+    the vmap then has one gradient of the kernel, and computes the logits twice, 8 N D K. In a
+    ``jax.lax.scan`` whose gradient is taken outside of it, a "mean" or "sum" keeps a gradient of
+    the kernel for each step, and "none" does not.
 
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.

@@ -71,21 +71,22 @@ def _jvp(primals: Any, tangents: Any, *, call_jaxpr: Any, **params: Any) -> tupl
     ]
 
 
-def _without_dead_code(*used_and_equation: Any) -> tuple[Any, Any]:
-    """The rule of JAX's own calls. What is left has other inputs and outputs than the call had."""
-    used, equation = pe.dce_jaxpr_closed_call_rule(*used_and_equation)
+def _without_dead_code(*given: Any) -> tuple[Any, Any]:
+    """The rule of JAX's own calls, which some versions of JAX give an argument more."""
+    used, equation = pe.dce_jaxpr_closed_call_rule(*given)
     if equation is None:
         return used, None
+    # What is left has other inputs and outputs than the call had, for which its rules are made.
     call_jaxpr = equation.params["call_jaxpr"]
-    return used, equation.replace(primitive=_whole_p, params={"call_jaxpr": call_jaxpr})
+    return used, equation.replace(primitive=_undivided_p, params={"call_jaxpr": call_jaxpr})
 
 
-_whole_p = TransparentCall("whole")
+_undivided_p = TransparentCall("undivided")
 
 
-def whole(f: Callable[..., Any], *inputs: Any) -> Any:
+def undivided(f: Callable[..., Any], *inputs: Any) -> Any:
     """f(*inputs), which JAX does not divide into a part before differentiation and one after it.
 
     It would divide a loop of a forward pass, and keep a widened copy of what the loop reads.
     """
-    return _whole_p.of(f, *inputs)
+    return _undivided_p.of(f, *inputs)

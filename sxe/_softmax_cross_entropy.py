@@ -377,7 +377,8 @@ def softmax_cross_entropy(
         vocabulary. The result is that of logits and class weights without the others, which may
         hold anything, NaN too, and have a gradient of 0. A target for one of them costs infinity,
         and with no class left no row counts. A ``where`` of classes applies besides.
-      label_smoothing: in [0, 1], the share of the target that is spread over all classes.
+      label_smoothing: in [0, 1], the share of the target that is spread over all classes, or those
+        of a class mask. A class that a ``where`` or a logit of -inf leaves out then costs infinity.
       z_loss: finite, at least 0, the weight of lse^2, which keeps logits from drifting.
       ignore_index: integer labels with this value mark rows that do not count. Off by default:
         PyTorch's -100 is then out of range, and its row NaN.
@@ -437,10 +438,10 @@ def softmax_cross_entropy(
     Raises:
       TypeError: for a dtype that is none of the above, or an option of a wrong type.
       ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
-        option out of range (of a ``jax.Array`` the value is not looked at), ``ignore_index`` with
-        dense targets or ``label_weights``, the latter with dense targets, a mesh axis that does not
-        split the logits, arrays that an Explicit mesh splits otherwise, or
-        ``jax.experimental.jet`` of a rule other than "autodiff".
+        option out of range (of a ``jax.Array`` the value is not looked at), two of
+        ``ignore_index``, ``label_weights`` and dense targets, a mesh axis that does not split the
+        logits, arrays that an Explicit mesh splits otherwise, or ``jax.experimental.jet`` of a rule
+        other than "autodiff".
 
     Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
     ``sxe._rows.normalizer``.

@@ -111,6 +111,33 @@ def test_chunks_without_a_row_that_counts_are_not_run(way, reduction, rows_multi
             assert not np.asarray(gradients["hidden"])[~mask].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_that_are_left_are_run_in_quarters_of_a_chunk(reduction, rows_multiplied):
+    """Of 3 chunks of 128 rows. The loss and gradients are those of rows that all are in chunks."""
+    n, size = 384, 128
+    p = head_problem("bias", shape=(n, D, K), seed=3)
+    g = normal(n) if reduction == "none" else np.float32(1.3)
+
+    @jax.jit
+    def value_and_gradients(p):
+        def loss(by):
+            static = {"reduction": reduction, "chunk_size": size}
+            return sxe.linear_softmax_cross_entropy(**(p | by), **static)
+
+        value, pullback = jax.vjp(loss, {name: p[name] for name in ("hidden", "kernel", "bias")})
+        return value, pullback(jnp.asarray(g))[0]
+
+    for number, rows in ((0, 0), (33, 64), (128, 128), (140, 160), (192, 192), (193, 256)):
+        mask = np.isin(np.arange(n), np.random.default_rng(number).permutation(n)[:number])
+        (value, gradients), count = rows_multiplied(value_and_gradients, p | {"where": mask})
+        assert count == (2 if reduction == "none" else 1) * rows
+        assert_close(value, oracle.head_loss(**p, where=mask, reduction=reduction))
+        right = oracle.head_gradients(**p, where=mask, g=np.float64(g), reduction=reduction)
+        for name, gradient in gradients.items():
+            assert_close(gradient, right[name], scale=max(1, np.abs(right[name]).max()))
+        assert not np.asarray(gradients["hidden"])[~mask].any()
+
+
 @pytest.mark.parametrize("case", ["no mask", "derivative of weights", "jvp", "autodiff"])
 def test_when_all_chunks_are_run(case, rows_multiplied):
     p = head_problem(shape=(N, D, K), seed=3)
@@ -157,8 +184,9 @@ def test_second_derivatives_with_rows_that_do_not_count(second):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma):
+def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma, monkeypatch):
     """Devices along "data" have no row, one, and all; those along "model" share rows."""
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 8)
     mesh = make_mesh(4, 2, names=("data", "model"))
     rows = 4 * N
     p = head_problem("bias", shape=(rows, D, 2 * K), seed=3)
@@ -174,6 +202,7 @@ def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma):
     split = (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
     f = jax.shard_map(of_devices, mesh=mesh, in_specs=split, out_specs=out, check_vma=check_vma)
     *inputs, labels = p["hidden"], p["kernel"], p["bias"], p["labels"]
+    assert "cumsum" in str(jax.make_jaxpr(f)(*inputs, labels, mask))  # sorts rows, to skip some
     value, pullback = jax.vjp(lambda *inputs: jax.jit(f)(*inputs, labels, mask), *inputs)
     gradients = pullback(jnp.asarray(g))
     assert_close(value, oracle.head_loss(**p, where=mask, reduction=reduction))
@@ -183,14 +212,16 @@ def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma):
 
 
 def test_rows_are_sorted_where_one_device_has_them_and_some_may_not_count(monkeypatch):
-    """Without a mask nothing changes. Rows that several devices hold would have to be moved."""
+    """Else nothing changes. Rows that several devices hold would have to be moved."""
     p = head_problem("where", shape=(N, D, K))
 
     def sorts(p):
         return "cumsum" in str(jax.make_jaxpr(head)(p))
 
     assert sorts(p)
-    assert not sorts({name: p[name] for name in ("hidden", "kernel", "labels")})
+    every = {name: p[name] for name in ("hidden", "kernel", "labels")}
+    assert not sorts(every)
+    assert not sorts(every | {"class_mask": np.arange(K) > 0})
     jax.clear_caches()
     monkeypatch.setattr("sxe._backend.device_count", lambda: 8)
     assert not sorts(p)

@@ -298,6 +298,7 @@ SIZES_OF_KERNELS = [
     ((4096, 384, 24), {}, 3),  # which are left to XLA
     ((4096, 384, 1024), {}, 2),  # where the gradient would be narrower than the logits
     ((4096, 384, 32768), {"mesh": {"model": 8}, "axis_name": "model"}, 2),
+    ((4096, 384, 32768), {"options": ("label_weights",)}, 2),
 ]
 
 

@@ -2,10 +2,10 @@
 
     loss = T^2 CE(p, student / T)      p = softmax(k largest logits / T), and 0 for other classes
 
-A teacher's logits [N, K] are too many to be stored for each token of a data set. The k largest and
-their classes are [N, k] each, and hold most of the probability. They go into the head as
-integer labels [N, k] with `label_weights` [N, k]: no array [N, K] is made of targets, nor of the
-student's logits. To run it:
+All K logits of a teacher are too many to be stored for each token of a data set. The k largest and
+their classes are [N, k] each, and hold most of the probability. They go into the head as integer
+labels [N, k] with `label_weights` [N, k]: no array [N, K] is made of targets, nor of the student's
+logits. To run it:
 
     python examples/recipes/top_k_distillation.py
 """
@@ -26,7 +26,7 @@ def hidden_fn(params, x):
 
 
 def loss_fn(params, x, classes, largest, where):
-    """From the classes [N, k] of the teacher's largest logits [N, k]; `where` marks no padding."""
+    """From the teacher's largest logits [N, k] and their classes; `where` is False for padding."""
     soft = sxe.linear_softmax_cross_entropy(
         hidden_fn(params, x),
         params["kernel"],

@@ -138,7 +138,7 @@ def check_splits(
     """Raises where an explicit mesh splits these arrays otherwise than x, or than one another.
 
     ``split`` is how it splits the axes of the logits. Class weights and a class mask have the first
-    class axis, an array of the logits' rank all axes, and any other those of the rows. Several
+    class axis, an array with as many axes as the logits all of them, any other the rows'. Several
     labels of each row and their weights have one more axis, which nothing may split.
     """
     every = range(len(split))

@@ -16,7 +16,7 @@ from sxe._errors import ArgumentTypeError, ArgumentValueError
 HEAD_ORDER = "hidden, kernel, labels"
 
 
-def _check_float(name: str, x: Array, shape: tuple[int, ...], each: str, advice: str = "") -> None:
+def _check_float(name: str, x: Array, shape: tuple[int, ...], *, each: str, advice: str) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         cast = "cast it to a float dtype"
         if name == "weights":
@@ -117,12 +117,13 @@ def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
             raise ArgumentValueError(
                 "bias", f"expected shape {expected}, one for each class, or None, got a scalar"
             )
-        _check_float("bias", bias, expected, "class", _fitting("bias", bias.shape, expected))
+        advice = _fitting("bias", bias.shape, expected)
+        _check_float("bias", bias, expected, each="class", advice=advice)
     if options.row_scale is not None:
         scale, rows = options.row_scale, hidden.shape[:-1]
         advice = as_scalar("logit_scale", scale.shape)
         advice = advice or _fitting("logit_scale", scale.shape, rows, _within(options))
-        _check_float("logit_scale", scale, rows, "row, or a scalar", advice)
+        _check_float("logit_scale", scale, rows, each="row, or a scalar", advice=advice)
 
 
 def check_logits(name: str, x: Array) -> None:
@@ -204,12 +205,12 @@ def check_rows(
         of_classes = weights.shape == (classes,) and not within
         advice = "; for a weight for each class pass class_weights" if of_classes else ""
         advice += _fitting("weights", weights.shape, rows, within)
-        _check_float("weights", weights, rows, "row", advice)
+        _check_float("weights", weights, rows, each="row", advice=advice)
     if class_weights is not None:
         of_rows = class_weights.shape == rows and not within
         advice = "; for a weight for each row pass weights" if of_rows else ""
         advice += _fitting("class_weights", class_weights.shape, (classes,), within)
-        _check_float("class_weights", class_weights, (classes,), "class", advice)
+        _check_float("class_weights", class_weights, (classes,), each="class", advice=advice)
     if options.class_mask is not None:
         _check_class_mask(options.class_mask, rows, classes, within=within, head=head)
 
@@ -260,7 +261,7 @@ def _check_label_weights(
     advice = _fitting("label_weights", label_weights.shape, labels.shape, within)
     if label_weights.shape == rows != labels.shape:
         advice = "; for a weight for each row pass weights" + advice
-    _check_float("label_weights", label_weights, labels.shape, "label", advice)
+    _check_float("label_weights", label_weights, labels.shape, each="label", advice=advice)
 
 
 def _check_where(

@@ -149,6 +149,11 @@ class Options:
         scale = self.logit_scale
         return scale if isinstance(scale, Array) and scale.ndim else None
 
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether some rows may count where others do not. A class mask leaves out all or none."""
+        return any(a is not None for a in (self.where, self.weights, self.ignore_index))
+
     def of_rows(self) -> dict[str, Array | None]:
         """The arrays among them that a mesh splits as it splits logits, by their names."""
         names = ("label_weights", "where", "weights", "class_weights", "class_mask")

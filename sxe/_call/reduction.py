@@ -18,7 +18,7 @@ class Metrics(NamedTuple):
     """What a training loop wants beside the loss. No gradient passes through any of it.
 
     A row does not count if a mask or ``ignore_index`` says so, or if its weight is 0. No comparison
-    takes it for right. What a program does not use of the metrics is not computed.
+    takes it for right. What a jitted program does not use of the metrics is not computed.
 
     Attributes:
       loss_sum: the sum of the weighted row losses, a scalar; over the global batch where
@@ -31,9 +31,9 @@ class Metrics(NamedTuple):
       max_probability: the probability of that class, [...], 0 where the row does not count, and NaN
         where it has no distribution: with a NaN, with +inf, or with -inf alone.
       label_rank: how many classes have a larger logit than the label's, [...] int32: 0 is right,
-        and below k is right among the top k. Equal logits are not larger. It is the number of
-        classes K where the row does not count, has no distribution, or has a label that is no
-        class. None if the rows do not have one label each: with dense targets or label_weights.
+        and below k is right among the top k. Equal logits are not larger. It is the number of all
+        classes, masked ones too, where the row does not count, has no distribution, or has a label
+        that is no class. None with dense targets or label_weights: rows then have not one label.
     """
 
     loss_sum: Array
@@ -116,6 +116,7 @@ def metrics(
     label_rank = None
     if ranking.larger is not None:
         number = classes if axis_name is None else classes * lax.axis_size(axis_name)
+        # The total is NaN where the label is no class.
         is_ranked = counts & ~jnp.isnan(p) & ~jnp.isnan(rows.targets.total)
         label_rank = jnp.where(is_ranked, psum(ranking.larger, axis_name), number)
     return Metrics(

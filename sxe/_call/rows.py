@@ -80,8 +80,8 @@ def make_rows(
 ) -> Rows:
     """Every option about targets and rows ends here, for logits of that shape [..., K] and dtype.
 
-    Where a mesh axis splits the classes, dense targets, class weights and mask are this device's,
-    and a mask has been applied to the logits. Targets
+    Where a mesh axis splits the classes, dense targets, class weights and class mask are this
+    device's. A ``where`` is of rows here: one of classes has been applied to the logits. Targets
     and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
     rows have a loss if their label is good. If it is None, all do, as far as is known here. If
     ``as_given``, dense targets that no option changes stay in their dtype, and are not masked.

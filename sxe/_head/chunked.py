@@ -10,10 +10,11 @@ kernel, in one of two ways:
     single rows     The cotangents are known in the backward pass, which computes the logits of each
                     chunk again: 8 N D K FLOPs.
 
-Rules other than "vjp" leave all of this to JAX, which differentiates the same chunks one by one.
-
 Where some rows do not count, those that do are brought to the front, and only chunks that hold any
-are run.
+of them are run.
+
+Rules other than "vjp" run all chunks, and leave their gradients to JAX, which differentiates one
+chunk after the other.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from sxe._arrays import equal_shares, keep, sum_of_shares, vary_like, wide_dtype
 from sxe._head.loops import in_row_blocks, over_chunks, tiling
 from sxe._head.path import FORWARD, GradientPath
 from sxe._head.projection import Products, Transform, keep_classes, transform, transform_bwd
-from sxe._primitives import whole
+from sxe._primitives import undivided
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
@@ -79,7 +80,7 @@ class Head:
       skips: whether chunks that hold no row that counts are left out.
       has_weights: whether a row of weight 0 may have no loss.
       predicts: whether the class of each row's largest logit is wanted.
-      ranks: whether it is wanted as well how many logits are larger than the label's.
+      ranks: whether the number of logits that are larger than the label's is wanted besides.
       chunks: how many chunks the rows are divided into, once their number is known.
       wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
         and of the rows. No other gradient is computed.
@@ -121,7 +122,7 @@ class Tile(NamedTuple):
     Attributes:
       x: the logits. What stands in rows that do not count has no influence.
       u: what they come from, 0 in these rows.
-      by: how, with a logit_scale of their own of 0 in these rows.
+      by: what makes x of u. If rows have a logit_scale of their own, it is 0 in these rows.
       targets: of each row and each class.
       mask: the rows that count, or None where all do.
       late_mask: the mask where x is not masked, so that gradients have to be, and else None.
@@ -138,7 +139,10 @@ class Tile(NamedTuple):
 
 
 def _tile(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool = False) -> Tile:
-    """H1 and H2. Where a row does not count u is taken as 0, so that nothing there is NaN."""
+    """H1 and H2. Where a row does not count, u and a logit_scale of its own are taken as 0.
+
+    So nothing there is NaN.
+    """
     mask, by = rows.mask, _transform_of(shared, rows)
     if head.has_weights and not by_kernel:
         mask = rows.with_loss(has_loss(transform(u, by), head.f.axis_name, head.f.backend))
@@ -431,7 +435,7 @@ def _weighted_sum_fwd(
     (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     head = dataclasses.replace(head, wanted=wanted)
     shared, hidden = _narrow(head, shared, hidden)
-    sums, outputs = whole(functools.partial(_sums_fwd, head), shared, hidden, rows)
+    sums, outputs = undivided(functools.partial(_sums_fwd, head), shared, hidden, rows)
     (value, d_shared), (d_hidden, results, ranking, d_rows) = sums, outputs
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
@@ -478,7 +482,7 @@ def _single_rows_fwd(
     (shared, hidden, rows), wanted = values_and_wanted(shared_primals, hidden_primal, rows_primals)
     shared, hidden = _narrow(head, shared, hidden)
     results = functools.partial(_results, dataclasses.replace(head, wanted=wanted))
-    outcome, state, mask = whole(results, shared, hidden, rows)
+    outcome, state, mask = undivided(results, shared, hidden, rows)
     # Arrays, because residuals may not be Python values.
     flags = jax.tree.map(lambda w: jnp.zeros((int(w),)), wanted)
     return outcome, (shared, hidden, rows._replace(mask=mask), state, flags)

@@ -1,10 +1,10 @@
 """What ``jax.vmap`` makes of the head: the rows of all examples become rows of one call.
 
-JAX's own rule would compute the logits of a chunk of every example at the same time, and a gradient
-for the kernel for each of them, [B, D, K], to add them up. Here they are those of one call,
-whatever the number of examples is. The call is differentiated after it is mapped: a gradient of a
-vmap is one of that call. In a vmap of a gradient JAX differentiates first, and each example has a
-gradient of its own.
+JAX's own rule would have the logits of a chunk of every example at the same time, and a gradient of
+the kernel for each of them, [B, D, K], only to add them up. One call has the logits of one chunk
+and one gradient of the kernel, however many examples there are. It serves a gradient of a vmap,
+which is mapped before it is differentiated. In a vmap of a gradient JAX differentiates first, and
+each example has a gradient of its own.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
     shared, *_ = jax.tree.unflatten(tree, inputs)
     _, *of_rows = jax.tree.unflatten(tree, map(first, inputs, axes))
     hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_rows)
-    # How much each example counts is not known in the forward pass.
+    # How much each example counts is not known in the forward pass, so that gradients wait for it.
     outcome = outcome_of_examples(dataclasses.replace(head, path=AGAIN), shared, hidden, rows)
     value = None
     if head.path != AGAIN:

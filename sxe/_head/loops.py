@@ -79,10 +79,10 @@ Body = Callable[[Shared, Carry, Rows], tuple[Carry, Any]]  # of a chunk: new car
 
 
 class Steps(NamedTuple):
-    """How chunks of one size are run until they hold so many rows: first whole ones, then parts.
+    """How many chunks are run for a number of rows: whole ones and, for what is left, parts of one.
 
-    A row that is left over would cost a whole chunk. So what is left is run in parts of a quarter
-    of a chunk, if it is at most half of one. Of chunks below 128 rows all are whole.
+    A row that is left would cost a whole chunk. So what is left is run in parts of a quarter of a
+    chunk, if it is at most half of one. Chunks of fewer than 128 rows have no parts.
 
     Attributes:
       size: the rows of a whole chunk.
@@ -97,7 +97,7 @@ class Steps(NamedTuple):
         return (rows + (self.size - 1 - 2 * self.part)) // self.size
 
     def parts(self, left: Any) -> Any:
-        """The number of parts, for what whole chunks left. None is left if that is below 0."""
+        """The number of parts for the rows that whole chunks left, at most 0 if they left none."""
         return (left + (self.part - 1)) // self.part
 
 
@@ -127,8 +127,8 @@ def over_chunks(
     The outputs of all chunks become arrays [N, ...]. A chunk takes every n-th row of n chunks, so
     that where devices split the rows, each has some of them.
 
-    If ``runs``, bool [N], leaves rows out, chunks without any other row are not run. Outputs are
-    then 0 in rows that were not in a chunk.
+    ``runs``, bool [N], says which rows have to be run, None for all. Chunks without any of them are
+    not run, and outputs are 0 in rows that were in no chunk.
     """
     if chunks == 1:
         return body(*arrays)
@@ -163,7 +163,7 @@ def _over_chunks_that_run(
     position = jnp.where(runs, running - 1, number + index - running)
     order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
 
-    def run(first: Array | int, size: int, steps: Array, state: Any) -> Any:
+    def run(first: Array | int, size: int, times: Array, state: Any) -> Any:
         """state, after so many steps of so many rows, from that row of the order on."""
 
         def step(i: Array, state: Any) -> Any:
@@ -173,7 +173,7 @@ def _over_chunks_that_run(
             put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
             return carry, jax.tree.map(put, outputs, new)
 
-        return lax.fori_loop(0, steps, step, state)
+        return lax.fori_loop(0, times, step, state)
 
     def take(start: Array | int, size: int) -> Any:
         return _rows_at(lax.dynamic_slice_in_dim(order, start, size), rows)

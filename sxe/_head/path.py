@@ -1,6 +1,8 @@
-"""Where the gradients of hidden states and kernel are computed."""
+"""Which way a call of the head takes: where gradients are computed, and which rows are run."""
 
 from typing import Final, Literal
+
+from sxe._backend import Backend
 
 GradientPath = Literal["gradients in the forward pass", "logits again in the backward pass"]
 FORWARD: Final = "gradients in the forward pass"
@@ -15,3 +17,13 @@ def gradient_path(rule: str, reduction: str) -> GradientPath:
     each chunk again.
     """
     return FORWARD if rule == "vjp" and reduction != "none" else AGAIN
+
+
+def skips_rows(rule: str, backend: Backend) -> bool:
+    """Whether rows that do not count are left out, where a chunk can be made of the others.
+
+    Rows that several devices hold would be gathered, if they were sorted. Rules other than "vjp"
+    leave the loop over chunks to JAX, which has no reverse mode for a number of steps that is not
+    known.
+    """
+    return rule == "vjp" and backend.is_local

@@ -6,6 +6,7 @@ H2  x = softcap tanh(z / softcap)           or z, without softcap; -inf for a ma
 
 H3  d z = (1 - tanh(z / softcap)^2) d x
 H4  d u = logit_scale d z       d logit_scale = sum u d z       d bias = sum_rows d z
+    where the sum for logit_scale is over all that it multiplies: [C, K], or the classes of its row
 H5  d softcap = sum (tanh(y) - y (1 - tanh(y)^2)) d x           with y = z / softcap
 H6  d hidden = d u kernel^T
 H7  d kernel = hidden^T d u

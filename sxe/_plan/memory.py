@@ -63,7 +63,8 @@ def _of_rows(work: Work) -> Terms:
     rows = rows_per_block((chunk, work.classes), work.backend)
     block = _wide(work, rows, work.classes)
     dense, capped = "label_smoothing" in work.options, "softcap" in work.options
-    transformed = work.options - {"label_smoothing"} or work.tiling.padding
+    of_targets = {"label_smoothing", "label_weights"}
+    transformed = work.options - of_targets or work.tiling.padding
     terms = {
         "row block: logits": block * (rows < chunk),
         # All but the largest ones, whose sum is r.

@@ -162,9 +162,9 @@ def plan(
       dtype: of hidden and kernel.
       differentiate: those of "hidden" and "kernel" for which there is a gradient.
       reduction, rule, chunk_size: as for the call.
-      options: the names of those options in use that make XLA write out more: "where" (or weights,
-        or ignore_index), "bias", "logit_scale", "softcap", "class_mask", "label_smoothing" (or
-        dense targets).
+      options: the names of those options in use that make XLA write out more, or that a kernel does
+        not serve: "where" (or weights, or ignore_index), "bias", "logit_scale", "softcap",
+        "class_mask", "label_smoothing" (or dense targets), "label_weights" (up to 16 in a row).
       counting: the share of the rows that count, on each device, where ``where``, ``ignore_index``
         or ``weights`` leave the others out. Chunks without any of them are not run by rule "vjp".
       mesh: the devices along each mesh axis, as ``{"data": 64, "model": 8}``. None: one device.

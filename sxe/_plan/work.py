@@ -8,11 +8,19 @@ import jax.numpy as jnp
 from sxe._arrays import wide_dtype
 from sxe._backend import Backend
 from sxe._head.loops import Tiling, rows_run, tiling
-from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path
+from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path, skips_rows
 from sxe._rows.gpu_choice import has_gradient_kernel, has_state_kernel
 
 INPUTS = ("hidden", "kernel")
-TILE_OPTIONS = ("where", "bias", "logit_scale", "softcap", "class_mask", "label_smoothing")
+TILE_OPTIONS = (
+    "where",
+    "bias",
+    "logit_scale",
+    "softcap",
+    "class_mask",
+    "label_smoothing",
+    "label_weights",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Work:
     def rows_run(self) -> int:
         """The rows of the chunks that are run, with padding."""
         chunks, size, _ = self.tiling
-        if self.counting == 1 or chunks == 1 or self.rule != "vjp" or not self.backend.is_local:
+        if self.counting == 1 or chunks == 1 or not skips_rows(self.rule, self.backend):
             return chunks * size
         return rows_run(math.ceil(self.counting * self.rows), size)
 

@@ -42,8 +42,8 @@ class Results(NamedTuple):
     Attributes:
       loss: without its z-loss.
       lse: log sum_k exp(x_k). As a cotangent, None is 0.
-      max_probability: the largest of all q_k. It has no derivative, so that as a tangent or a
-        cotangent it is None or of no effect.
+      max_probability: the largest of all q_k. It has no derivative: as a tangent it is None, and
+        as a cotangent it is not looked at.
     """
 
     loss: Array

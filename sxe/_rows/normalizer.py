@@ -38,7 +38,8 @@ class Normalizer(NamedTuple):
 
     @property
     def max_probability(self) -> Array:
-        """The largest q_k, [...]. It is NaN in a row without a loss."""
+        """The largest q_k, [...], and NaN where ``has_loss`` is False."""
+        # m - m is 0, and NaN where m is infinite.
         return 1 / (1 + self.r) + (self.m - self.m)
 
     @property

@@ -24,7 +24,7 @@ class Ranking(NamedTuple):
 
 
 def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
-    """Of logits [..., K], and of labels [...] counted from the first of these classes, or None."""
+    """The ranking of logits [..., K]. Labels [...] are counted from the first of these classes."""
     x = lax.stop_gradient(x)
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
     larger = None

@@ -63,7 +63,7 @@ class Targets(NamedTuple):
     Attributes:
       label: [...], counted from the first class of the tile. It may lie outside of the tile.
       label_target: [...].
-      dense: has the rank of the logits, and is broadcast along its axes of size 1.
+      dense: has as many axes as the logits, and is broadcast along those of size 1.
       total: T, [...]. NaN marks a label that is no class: it makes the row's loss and gradient NaN.
       sparse: several labels of each row, in place of the one.
 
@@ -130,6 +130,7 @@ def _compare_labels(x: Array, label: Array) -> Array:
     """x at the labels, [..., K] to [..., M], and 0 where the tile does not hold one."""
     each = (is_label(label[..., m], x.shape[-1]) for m in range(label.shape[-1]))
     found = [jnp.sum(jnp.where(here, x, 0), axis=-1, keepdims=True) for here in each]
+    # Something stands in front because there may be no label, and nothing to join.
     return jnp.concatenate([jnp.zeros_like(label[..., :0], x.dtype), *found], axis=-1)
 
 
@@ -138,10 +139,10 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
 
     Where a label is repeated, its values are the same.
     """
-    labels, classes = label.shape[-1], d.shape[-1]
-    few = are_known(labels) and labels <= backend.most_label_comparisons
+    number, classes = label.shape[-1], d.shape[-1]
+    few = are_known(number) and number <= backend.most_label_comparisons
     if few or any(sharding(d)):
-        for m in range(labels):
+        for m in range(number):
             d = jnp.where(is_label(label[..., m], classes), at_label[..., m, None], d)
         return d
     rows = tuple(range(d.ndim - 1))
@@ -152,7 +153,7 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
         operand_batching_dims=rows,
         scatter_indices_batching_dims=rows,
     )
-    # Here a label below 0 is dropped, too, and not counted from the end.
+    # Unlike d.at, it drops a label below 0 too, instead of counting from the end.
     return lax.scatter(d, label[..., None], at_label, dimensions, mode="drop")
 
 
@@ -164,7 +165,7 @@ def class_tile(targets: Targets) -> tuple[Array | None, Array]:
     t, others = targets.dense.t, _others_of_dense(targets.dense, targets.dense.t)
     if (labels := targets.labels) is None:
         return t, others
-    # 0 or, where a label is no class, NaN.
+    # 0 * total is 0 or, where a label is no class, NaN.
     return t, others + (jnp.sum(labels.target, axis=-1, keepdims=True) + 0 * total)
 
 
