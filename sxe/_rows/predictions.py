@@ -45,7 +45,7 @@ def best_of_shards(
 
     The largest is one of the classes that can occur, by their mask [K], even if all are -inf.
     """
-    k, x, _ = ranking
+    k, x = ranking.best, lax.stop_gradient(ranking.largest)  # a custom rule's result
     if class_mask is not None:
         # Finite where a class of this shard can occur, and -inf where none can.
         first = jnp.argmax(class_mask).astype(k.dtype)
