@@ -133,14 +133,6 @@ class Backend:
         return self.platform == "cpu" and self.jax_version >= (0, 11)
 
     @property
-    def copies_logits_with_dense_targets(self) -> bool:
-        """Whether a loop that puts gradients in the place of logits does so in a copy of them.
-
-        XLA's CPU backend does that in JAX 0.10 where the targets are dense.
-        """
-        return self.platform == "cpu" and self.jax_version < (0, 11)
-
-    @property
     def copies_scaled_gradients(self) -> bool:
         """Whether XLA puts a gradient that is scaled into another array than the unscaled one.
 

@@ -27,7 +27,6 @@ WHERE_TRUE = {
     "takes_few_classes_one_by_one": ("cpu", (True,), VERSIONS[1:]),
     "widens_arrays_in_loops": ("cpu", (True, False), VERSIONS[:1]),
     "writes_out_transformed_logits": ("cpu", (True, False), VERSIONS[1:]),
-    "copies_logits_with_dense_targets": ("cpu", (True, False), VERSIONS[:1]),
     "copies_scaled_gradients": ("tpu", (True, False), VERSIONS),
     "widens_what_it_exchanges": ("cpu", (True, False), VERSIONS),
 }

@@ -595,3 +595,26 @@ def test_one_cpu_device_takes_blocks_of_classes():
     In a process of its own: here the tests see several devices, and blocks are ruled out.
     """
     fresh.run("-c", ONE_DEVICE)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("classes", [2, 9])
+def test_a_bias_and_a_scale_in_chunks(classes, rule):
+    """XLA may compute the logits of a chunk again, and round them in another way."""
+    rng = np.random.default_rng(0)
+    p = {
+        name: rng.normal(size=n).astype(np.float32)
+        for name, n in {"hidden": (31, D), "kernel": (D, classes), "bias": classes}.items()
+    }
+    p |= {"labels": rng.integers(classes, size=31), "logit_scale": 0.7}
+    g = rng.normal(size=31)
+
+    def loss(by):
+        return jnp.sum(
+            jnp.asarray(g, jnp.float32) * head(p | by, reduction="none", rule=rule, chunk_size=2)
+        )
+
+    by = {name: p[name] for name in ("hidden", "kernel", "bias")}
+    right = oracle.head_gradients(**p, g=g, reduction="none")
+    for name, found in jax.jit(jax.grad(loss), compiler_options={})(by).items():
+        assert_close(found, right[name], scale=max(1, np.abs(right[name]).max()))

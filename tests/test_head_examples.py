@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import export
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 from oracle import assert_close
@@ -227,6 +228,45 @@ def test_rows_are_sorted_where_one_device_has_them_and_some_may_not_count(monkey
     assert not sorts(p)
 
 
+def test_a_number_of_rows_that_is_a_symbol():
+    """One program for any of them, which runs all chunks."""
+    (n,) = export.symbolic_shape("n")
+
+    def loss(hidden, kernel, labels, where):
+        return head({"hidden": hidden, "kernel": kernel, "labels": labels, "where": where})
+
+    shapes = [((n, D), "float32"), ((D, K), "float32"), ((n,), "int32"), ((n,), "bool")]
+    inputs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    program = export.export(jax.jit(jax.value_and_grad(loss, (0, 1))))(*inputs)
+    for rows in (5, 29):
+        p = head_problem("where", shape=(rows, D, K), seed=3)
+        value, gradients = program.call(p["hidden"], p["kernel"], p["labels"], p["where"])
+        assert_close(value, oracle.head_loss(**p))
+        right = oracle.head_gradients(**p)
+        for name, gradient in zip(("hidden", "kernel"), gradients, strict=True):
+            assert_close(gradient, right[name])
+
+
+@pytest.mark.parametrize("size", [1, SIZE, N])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_in_rows_that_do_not_count_in_reverse_over_reverse(reduction, size):
+    p = head_problem(shape=(N, D, K), seed=3)
+    mask, _ = masks(17)
+    direction = normal(D, K, seed=8)
+
+    def product(hidden):
+        def loss(kernel):
+            call = {"hidden": hidden, "kernel": kernel, "labels": p["labels"], "where": mask}
+            return jnp.sum(
+                sxe.linear_softmax_cross_entropy(**call, reduction=reduction, chunk_size=size)
+            )
+
+        return jax.grad(lambda kernel: jnp.vdot(jax.grad(loss)(kernel), direction))(p["kernel"])
+
+    dirty = np.where(mask[:, None], p["hidden"], np.float32(np.nan))
+    np.testing.assert_allclose(product(dirty), product(p["hidden"]), rtol=2e-5, atol=1e-6)
+
+
 # Examples of a vmap.
 
 B, T = 3, 7
@@ -406,3 +446,18 @@ def test_memory_of_examples_is_that_of_one_call(gradient):
     one = temporaries(loss, inputs)
     assert temporaries(examples, inputs) < 1.1 * one
     assert temporaries(examples, rows) < 1.1 * one
+
+
+@pytest.mark.parametrize(("examples", "rows", "width"), [(0, 5, D), (3, 0, D), (3, 5, 0)])
+def test_examples_and_axes_of_size_0(examples, rows, width):
+    loss = sxe.linear_softmax_cross_entropy
+    hidden, kernel = jnp.ones((examples, rows, width)), jnp.ones((width, K))
+    labels = jnp.zeros((examples, rows), jnp.int32)
+    value = jax.vmap(loss, (0, None, 0))(hidden, kernel, labels)
+    right = np.log(K) if rows else 0
+    np.testing.assert_allclose(value, np.full(examples, right), rtol=1e-6)
+    gradients = jax.vmap(jax.grad(loss, (0, 1)), (0, None, 0))(hidden, kernel, labels)
+    assert [d.shape for d in gradients] == [hidden.shape, (examples, width, K)]
+    logits = jnp.ones((examples, rows, K))
+    gradient = jax.vmap(jax.grad(sxe.softmax_cross_entropy))(logits, labels)
+    assert gradient.shape == logits.shape

@@ -26,7 +26,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import equal_shares, keep, sum_of_shares, vary_like, wide_dtype, zeros_like
+from sxe._arrays import (
+    are_known,
+    equal_shares,
+    keep,
+    sum_of_shares,
+    vary_like,
+    wide_dtype,
+    zeros_like,
+)
 from sxe._head.loops import in_row_blocks, over_chunks, tiling
 from sxe._head.path import FORWARD, GradientPath
 from sxe._head.projection import Products, Transform, keep_classes, transform, transform_bwd
@@ -185,7 +193,7 @@ def _has_gradient_kernel(head: Head, shared: Shared, rows: Rows) -> bool:
 
 def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Sums, Any]:
     """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
-    hidden, rows = chunk
+    hidden, rows = _kept(chunk)
     u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
@@ -209,7 +217,7 @@ def _chunk_bwd(
     head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]]
 ) -> tuple[Sums, Any]:
     """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
-    (hidden, rows), state_and_g = chunk
+    (hidden, rows), state_and_g = _kept(chunk[0]), chunk[1]
     u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
@@ -225,6 +233,15 @@ def _chunk_bwd(
     sums, d_u, (mask, d_rows) = in_row_blocks(block, sums, u, at_rows, backend=head.f.backend)
     sums, d_hidden = _products_bwd(head, shared, sums, (d_u, keep(mask, hidden)))
     return sums, (_keep(mask, d_hidden), d_rows)
+
+
+def _kept(chunk: Chunk) -> Chunk:
+    """With hidden states of 0 in rows that do not count: a NaN there times a d u of 0 is a NaN.
+
+    That is so in the transpose of a product, too, where a gradient is differentiated again.
+    """
+    hidden, rows = chunk
+    return keep(rows.mask, hidden), rows
 
 
 def _tile_results(
@@ -336,7 +353,8 @@ def outcome_of(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome
 
 def _runs(head: Head, rows: Rows) -> Array | None:
     """The rows without which a chunk need not be run, or None if all chunks are run."""
-    if not head.skips or rows.mask is None:
+    # Of a number of rows that is a symbol, JAX can't tell that a chunk fits into them.
+    if not head.skips or rows.mask is None or not are_known(rows.mask.shape[0]):
         return None
     # A row of weight 0 adds nothing, but where it has a loss, that is its weight's derivative.
     of_rows = head.wanted[2]
@@ -363,7 +381,7 @@ def _results(
     of_all = dataclasses.replace(head, has_weights=False)
 
     def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Any]:
-        hidden, rows = chunk
+        hidden, rows = _kept(chunk)
 
         def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
             tile = _tile(of_all, shared, u, rows)
@@ -386,9 +404,8 @@ def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> O
     """
 
     def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Outcome]:
-        hidden, rows = chunk
-        kept = keep(rows.mask, hidden)  # a NaN there times a d u of 0 is a NaN
-        tile = _tile(head, shared, head.products.u(kept, shared.kernel), rows)
+        hidden, rows = _kept(chunk)
+        tile = _tile(head, shared, head.products.u(hidden, shared.kernel), rows)
         results = RULES[head.rule](head.f, tile.x, tile.targets)
         return none, Outcome(None, _keep(tile.mask, results), tile.ranking)
 

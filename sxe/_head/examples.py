@@ -45,15 +45,16 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
 
     shared, *_ = jax.tree.unflatten(tree, inputs)
     _, *of_rows = jax.tree.unflatten(tree, map(first, inputs, axes))
-    hidden, rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_rows)
+    length = of_rows[0].shape[1]
+    hidden, rows = jax.tree.map(lambda x: x.reshape(size * length, *x.shape[2:]), of_rows)
     # How much each example counts is not known in the forward pass, so that gradients wait for it.
     outcome = outcome_of_examples(dataclasses.replace(head, path=AGAIN), shared, hidden, rows)
     value = None
     if head.path != AGAIN:
         value = head.f.weigh(outcome.results, rows.weight, shared.z_loss).value
-        value = jnp.sum(value.reshape(size, -1), axis=1)
+        value = jnp.sum(value.reshape(size, length), axis=1)
     results, ranking = jax.tree.map(
-        lambda x: x.reshape(size, -1, *x.shape[1:]), (outcome.results, outcome.ranking)
+        lambda x: x.reshape(size, length, *x.shape[1:]), (outcome.results, outcome.ranking)
     )
     outputs = jax.tree.leaves(Outcome(value, results, ranking))
     return outputs, [0] * len(outputs)

@@ -51,9 +51,6 @@ def _of_version(work: Work) -> Terms:
     if work.backend.widens_arrays_in_loops and work.is_narrow:
         terms["hidden, widened"] = _wide(work, work.rows, work.hidden) * (work.tiling.chunks > 1)
         terms["kernel, as integers"] = work.kernel_bytes * ("hidden" in work.differentiate)
-    if work.backend.copies_logits_with_dense_targets and work.path == FORWARD:
-        copies = "label_smoothing" in work.options and "softcap" not in work.options
-        terms["logits, copied"] = _logits(work) * copies
     return terms
 
 

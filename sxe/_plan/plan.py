@@ -215,7 +215,9 @@ def plan(
     if isinstance(counting, bool) or not isinstance(counting, numbers.Real):
         raise ArgumentTypeError("counting", f"expected a number in [0, 1], got {counting!r}")
     if not 0 <= counting <= 1:
-        raise ArgumentValueError("counting", f"expected a number in [0, 1], got {counting!r}")
+        raise ArgumentValueError(
+            "counting", f"expected a number in [0, 1], a share of the rows, got {counting!r}"
+        )
 
     if mesh is not None and not isinstance(mesh, Mapping):
         raise ArgumentTypeError(

@@ -42,7 +42,8 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
     known = are_known(*x.shape)
     if known and backend.takes_few_classes_one_by_one and 2 <= x.shape[-1] <= FEW_CLASSES:
         return _normalize_few(x)
-    if known and len(flat := x.reshape(-1, x.shape[-1])) >= 2 * rows_per_block(flat.shape, backend):
+    flat = x.reshape(-1, x.shape[-1]) if known and x.size else None
+    if flat is not None and len(flat) >= 2 * rows_per_block(flat.shape, backend):
         m, r = _normalize_in_blocks(flat, backend)
     else:
         m, r, _ = _normalize_block(x, backend, fewest=1)
