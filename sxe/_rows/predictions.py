@@ -49,7 +49,8 @@ def best_of_shards(
     if class_mask is not None:
         # Finite where a class of this shard can occur, and -inf where none can.
         first = jnp.argmax(class_mask).astype(k.dtype)
-        lowest = jnp.where(class_mask[first], jnp.finfo(x.dtype).min, -jnp.inf)
+        is_one = jnp.max(class_mask.astype(jnp.int32)) > 0
+        lowest = jnp.where(is_one, jnp.finfo(x.dtype).min, -jnp.inf)
         k, x = jnp.where(x == -jnp.inf, first, k), jnp.maximum(x, lowest)
     if axis_name is None:
         return k
