@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,15 @@ def test_rows_that_are_left_are_run_in_quarters_of_a_chunk(reduction, rows_multi
         value, pullback = jax.vjp(loss, {name: p[name] for name in ("hidden", "kernel", "bias")})
         return value, pullback(jnp.asarray(g))[0]
 
-    for number, rows in ((0, 0), (33, 64), (128, 128), (140, 160), (192, 192), (193, 256)):
+    for number, rows in (
+        (0, 0),
+        (33, 64),
+        (128, 128),
+        (140, 160),
+        (192, 192),
+        (193, 224),
+        (383, 384),
+    ):
         mask = np.isin(np.arange(n), np.random.default_rng(number).permutation(n)[:number])
         (value, gradients), count = rows_multiplied(value_and_gradients, p | {"where": mask})
         assert count == (2 if reduction == "none" else 1) * rows
@@ -137,6 +146,58 @@ def test_rows_that_are_left_are_run_in_quarters_of_a_chunk(reduction, rows_multi
         for name, gradient in gradients.items():
             assert_close(gradient, right[name], scale=max(1, np.abs(right[name]).max()))
         assert not np.asarray(gradients["hidden"])[~mask].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("way", ["where", "ignore_index", "weights"])
+def test_chunks_whose_rows_all_count_are_not_masked(way, reduction):
+    """On a CPU, masked logits would be written out. As many arrays are selected as without mask."""
+    n, size = 384, 128
+    p = head_problem(shape=(n, D, K), seed=3)
+    given = {"where": np.ones(n, bool), "ignore_index": None, "weights": np.ones(n, np.float32)}
+
+    def selects(p, **static):
+        def loss(by):
+            static_of_all = {"reduction": reduction, "chunk_size": size}
+            losses = sxe.linear_softmax_cross_entropy(**(p | by), **static_of_all, **static)
+            return jnp.sum(losses)
+
+        by = {name: p[name] for name in ("hidden", "kernel")}
+        text = jax.jit(lambda p: jax.value_and_grad(loss)(by)).lower(p).as_text()
+        assert f"tensor<{size}x{K}xf32>" in text
+        of_chunks = f"stablehlo.select .*tensor<{size}x{K}xf32>"
+        of_parts = f"stablehlo.select .*tensor<{size // 4}x{K}xf32>"
+        return len(re.findall(of_chunks, text)), len(re.findall(of_parts, text))
+
+    without, _ = selects(p)
+    if way == "ignore_index":
+        found, of_parts = selects(p, ignore_index=-7)
+    else:
+        found, of_parts = selects(p | {way: given[way]})
+    assert found == without < of_parts
+
+
+def test_derivatives_of_weights_of_0_beside_a_row_without_loss():
+    """Whole chunks then hold rows of weight 0. One whose logits overflow leaks no NaN."""
+    n, size = 24, 8
+    p = head_problem(shape=(n, D, K), seed=3)
+    p["weights"] = np.where(np.arange(n) % 3 == 0, 0, 1.5).astype(np.float32)
+    p["hidden"] = np.where(np.arange(n)[:, None] == 6, np.float32(3e38), p["hidden"])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(by, chunk_size):
+        def loss(by):
+            static = {"reduction": "sum", "chunk_size": chunk_size}
+            return sxe.linear_softmax_cross_entropy(**(p | by), **static)
+
+        return jax.grad(loss)(by)
+
+    by = {name: jnp.asarray(p[name]) for name in ("hidden", "kernel", "weights")}
+    found, right = gradients(by, size), gradients(by, n)
+    for name, gradient in found.items():
+        assert_close(gradient, right[name])
+    losses = oracle.head_loss(**(p | {"weights": None}), where=np.arange(n) != 6, reduction="none")
+    assert_close(found["weights"], losses)
 
 
 @pytest.mark.parametrize("case", ["no mask", "derivative of weights", "jvp", "autodiff"])

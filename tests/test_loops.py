@@ -18,6 +18,7 @@ from sxe._head.loops import (
     in_row_blocks,
     over_chunks,
     over_class_blocks,
+    steps_of,
     tiling,
 )
 
@@ -140,7 +141,8 @@ def test_chunks_give_what_all_rows_give(chunks):
     rows = {"x": jnp.arange(12.0), "y": jnp.arange(24).reshape(12, 2), "none": None}
     seen = []
 
-    def body(factor, carry, rows):
+    def body(factor, carry, rows, all_run):
+        assert not all_run
         total, first = carry
         assert rows["none"] is None
         seen.append(rows["x"].shape)
@@ -166,7 +168,7 @@ def test_chunks_give_what_all_rows_give(chunks):
 def wide_rows(weight, x, chunks):
     """Sums and rows of arrays [C, 500] that a backward pass needs."""
 
-    def body(weight, total, x):
+    def body(weight, total, x, all_run):
         wide = jnp.sin(x[:, None] * weight[None])
         return total + jnp.sum(wide), jnp.sum(wide**2, axis=1)
 
@@ -201,20 +203,22 @@ def test_nothing_of_a_chunks_size_is_kept_for_the_backward_pass():
 def runs_of(rows, chunks, runs):
     """A sum and outputs of rows by ``over_chunks``, and the rows that were in a chunk."""
 
-    def body(factor, carry, rows):
+    def body(factor, carry, rows, all_run):
         total, chunk = carry
-        outputs = {"x": factor * rows["x"], "none": None, "ran": jnp.ones_like(rows["x"])}
+        ran, known = jnp.ones_like(rows["x"]), jnp.full_like(rows["x"], all_run)
+        outputs = {"x": factor * rows["x"], "none": None, "ran": ran, "known": known}
         return (total + jnp.sum(rows["x"]), chunk + len(rows["x"])), outputs
 
     arrays = jnp.float32(2), (jnp.float32(1), jnp.int32(0)), rows
     return over_chunks(body, arrays, chunks, runs=runs)
 
 
-SIZES = (3, 128)  # of chunks: whole ones alone, and quarters at the end
+PARTS = {3: 3, 127: 127, 128: 32, 130: 26, 129: 43, 134: 67, 131: 131}  # of chunks of such a size
+SIZES = (3, 128)  # whole chunks alone, and quarters at the end
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 32, 33, 64, 65, 127, 128, 129, 192, 193, 511, 512])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PARTS)
 def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
     count = 4 * size
     number = min(number, count)
@@ -227,9 +231,12 @@ def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
     np.testing.assert_array_equal(outputs["x"], np.where(ran, 2 * x, 0))
     assert total == 1 + x[ran].sum()
     whole, left = divmod(number, size)
-    part = size // 4 if size >= 128 else size
-    expected = (whole + 1) * size if left > 2 * part else whole * size + -(-left // part) * part
-    assert rows_run == ran.sum() == expected
+    expected = whole * size + -(-left // PARTS[size]) * PARTS[size]
+    assert rows_run == ran.sum() == expected == steps_of(number, size).rows
+    # Of whole chunks it is known that all of their rows run.
+    known = np.asarray(outputs["known"]) == 1
+    assert known.sum() == whole * size
+    np.testing.assert_array_equal(runs[known], True)
     if number == expected:
         np.testing.assert_array_equal(ran, runs)
 
@@ -237,17 +244,21 @@ def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_examples_of_a_vmap_run_as_many_chunks_as_one_of_them_needs(size):
     """Without a choice between the old and the new carry, which would copy it."""
-    runs = np.arange(4 * size) < np.array([[0], [2 * size + 1], [size]])
+    runs = np.arange(4 * size) < np.array([[size], [2 * size + 1], [size + 2]])
     x = np.random.default_rng(0).normal(size=runs.shape).astype(np.float32)
     several = jax.vmap(lambda x, runs: runs_of({"x": x}, 4, runs))
     (totals, rows_run), outputs = jax.jit(several)(x, runs)
     ran = np.asarray(outputs["ran"]) == 1
     assert set(rows_run.tolist()) == {3 * size if size < 128 else 2 * size + size // 4}
     assert ran.sum(axis=1).tolist() == rows_run.tolist()
+    # The rows of a whole chunk run in every example, or it is not known that all of them do.
+    known = np.asarray(outputs["known"]) == 1
+    assert known.sum(axis=1).tolist() == [size] * 3
+    assert runs[known].all()
     np.testing.assert_allclose(totals, 1 + np.where(ran, x, 0).sum(axis=1), rtol=1e-5, atol=1e-5)
     # For a number of steps that differs, JAX asks in each step whether any example goes on.
     text = jax.jit(several).lower(x, runs).as_text()
-    assert text.count("stablehlo.while") == (1 if size < 128 else 2)
+    assert text.count("stablehlo.while") == 2
     assert "stablehlo.or" not in text
 
 
@@ -258,7 +269,7 @@ def test_derivatives_of_a_loop_over_rows_that_run(size):
     runs = np.arange(4 * size) % 3 == 0
 
     def loss(weight, x, runs):
-        def body(weight, total, x):
+        def body(weight, total, x, all_run):
             return total + jnp.sum(weight * x["x"] * x["runs"]), jnp.sin(weight * x["x"])
 
         rows = {"x": x, "runs": jnp.asarray(runs_of_rows, x.dtype)}

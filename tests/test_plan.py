@@ -176,11 +176,15 @@ def test_only_chunks_with_rows_that_count_are_in_the_plan(monkeypatch):
     sizes = {"rows": 2048, "hidden": 512, "classes": 32768, "chunk_size": 256}
     every = sxe.plan(**sizes)
     assert (every.chunks, every.rows_run) == (8, 2048)
-    for counting, rows in ((1, 2048), (0.25, 512), (0.26, 576), (0.34, 768), (0.5, 1024), (0, 0)):
+    for counting, rows in ((1, 2048), (0.25, 512), (0.26, 576), (0.34, 704), (0.5, 1024), (0, 0)):
         plan = sxe.plan(**sizes, counting=counting)
         assert plan.rows_run == rows
         assert plan.flops == every.flops * rows // 2048
         assert plan.traffic_bytes <= every.traffic_bytes
+    # Each part of a chunk reads the kernel, and reads and writes its gradient, as a chunk does.
+    parts, chunk = (sxe.plan(**sizes, counting=rows / 2048) for rows in (192, 256))
+    assert parts.rows_run == 192
+    assert parts.traffic_bytes > 2 * chunk.traffic_bytes
     assert sxe.plan(**sizes, counting=0.25, rule="autodiff").rows_run == 2048
     assert sxe.plan(**(sizes | {"chunk_size": 2048}), counting=0.25).rows_run == 2048
     split = sxe.plan(**sizes, counting=0.25, mesh={"data": 2}, batch_axis_name="data")

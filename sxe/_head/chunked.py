@@ -10,8 +10,8 @@ kernel, in one of two ways:
     single rows     The cotangents are known in the backward pass, which computes the logits of each
                     chunk again: 8 N D K FLOPs.
 
-Where some rows do not count, those that do are brought to the front, and only chunks that hold any
-of them are run.
+Where some rows do not count, those that do are brought to the front. They alone are run: in whole
+chunks, and what is left of them in parts of one.
 
 Rules other than "vjp" run all chunks, and leave their gradients to JAX, which differentiates one
 chunk after the other.
@@ -191,9 +191,13 @@ def _has_gradient_kernel(head: Head, shared: Shared, rows: Rows) -> bool:
     )
 
 
-def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Sums, Any]:
+def _chunk_fwd(
+    head: Head, shared: Shared, sums: Sums, chunk: Chunk, all_run: bool
+) -> tuple[Sums, Any]:
     """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
-    hidden, rows = _kept(chunk)
+    hidden, rows = _kept(chunk, all_run)
+    if all_run and not _runs_weightless(head):
+        head = dataclasses.replace(head, has_weights=False)
     u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
@@ -214,10 +218,10 @@ def _chunk_fwd(head: Head, shared: Shared, sums: Sums, chunk: Chunk) -> tuple[Su
 
 
 def _chunk_bwd(
-    head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]]
+    head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]], all_run: bool
 ) -> tuple[Sums, Any]:
     """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
-    (hidden, rows), state_and_g = _kept(chunk[0]), chunk[1]
+    (hidden, rows), state_and_g = _kept(chunk[0], all_run), chunk[1]
     u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
 
     def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
@@ -235,12 +239,17 @@ def _chunk_bwd(
     return sums, (_keep(mask, d_hidden), d_rows)
 
 
-def _kept(chunk: Chunk) -> Chunk:
+def _kept(chunk: Chunk, all_run: bool) -> Chunk:
     """With hidden states of 0 in rows that do not count: a NaN there times a d u of 0 is a NaN.
 
     That is so in the transpose of a product, too, where a gradient is differentiated again.
+
+    Rows that all have to be run all count. They need no mask, for which XLA's CPU backend would
+    write out the masked logits.
     """
     hidden, rows = chunk
+    if all_run:
+        return hidden, rows._replace(mask=None)
     return keep(rows.mask, hidden), rows
 
 
@@ -356,10 +365,16 @@ def _runs(head: Head, rows: Rows) -> Array | None:
     # Of a number of rows that is a symbol, JAX can't tell that a chunk fits into them.
     if not head.skips or rows.mask is None or not are_known(rows.mask.shape[0]):
         return None
-    # A row of weight 0 adds nothing, but where it has a loss, that is its weight's derivative.
+    return rows.mask if _runs_weightless(head) else rows.mask & (rows.weight != 0)
+
+
+def _runs_weightless(head: Head) -> bool:
+    """Whether rows of weight 0 have to be run.
+
+    They add nothing, but where one has a loss, that is its weight's derivative.
+    """
     of_rows = head.wanted[2]
-    has_part = of_rows is not None and of_rows.weight
-    return rows.mask if has_part else rows.mask & (rows.weight != 0)
+    return of_rows is not None and of_rows.weight
 
 
 def _narrow(head: Head, shared: Shared, hidden: Array) -> tuple[Shared, Array]:
@@ -380,8 +395,10 @@ def _results(
     """
     of_all = dataclasses.replace(head, has_weights=False)
 
-    def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Any]:
-        hidden, rows = _kept(chunk)
+    def chunk(
+        shared: Shared, none: tuple[()], chunk: Chunk, all_run: bool
+    ) -> tuple[tuple[()], Any]:
+        hidden, rows = _kept(chunk, all_run)
 
         def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
             tile = _tile(of_all, shared, u, rows)
@@ -403,8 +420,10 @@ def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> O
     All chunks are run.
     """
 
-    def chunk(shared: Shared, none: tuple[()], chunk: Chunk) -> tuple[tuple[()], Outcome]:
-        hidden, rows = _kept(chunk)
+    def chunk(
+        shared: Shared, none: tuple[()], chunk: Chunk, all_run: bool
+    ) -> tuple[tuple[()], Outcome]:
+        hidden, rows = _kept(chunk, all_run)
         tile = _tile(head, shared, head.products.u(hidden, shared.kernel), rows)
         results = RULES[head.rule](head.f, tile.x, tile.targets)
         return none, Outcome(None, _keep(tile.mask, results), tile.ranking)

@@ -75,44 +75,35 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-Body = Callable[[Shared, Carry, Rows], tuple[Carry, Any]]  # of a chunk: new carry, outputs
+# Of a chunk, to a new carry and outputs. True: each row of the chunk is one that has to be run.
+Body = Callable[[Shared, Carry, Rows, bool], tuple[Carry, Any]]
+
+
+def rows_of_part(chunk_size: int) -> int:
+    """The rows of a part of a chunk, in which those rows are run that fill no chunk.
+
+    One such row would cost a whole chunk. So a chunk of 128 rows or more has four parts, or five,
+    three or two, whichever of these first divides its rows. Other chunks have one.
+    """
+    if chunk_size < 128:
+        return chunk_size
+    return chunk_size // next(parts for parts in (4, 5, 3, 2, 1) if chunk_size % parts == 0)
 
 
 class Steps(NamedTuple):
-    """How many chunks are run for a number of rows: whole ones and, for what is left, parts of one.
+    """How many chunks are run, how many parts of one after them, and the rows of all these."""
 
-    A row that is left would cost a whole chunk. So what is left is run in parts of a quarter of a
-    chunk, if it is at most half of one. Chunks of fewer than 128 rows have no parts.
-
-    Attributes:
-      size: the rows of a whole chunk.
-      part: the rows of a part, or 0.
-    """
-
-    size: int
-    part: int
-
-    def whole(self, rows: Any) -> Any:
-        """The number of whole chunks."""
-        return (rows + (self.size - 1 - 2 * self.part)) // self.size
-
-    def parts(self, left: Any) -> Any:
-        """The number of parts for the rows that whole chunks left, at most 0 if they left none."""
-        return (left + (self.part - 1)) // self.part
+    chunks: int
+    parts: int
+    rows: int
 
 
-def steps_of(chunk_size: int) -> Steps:
-    has_parts = are_known(chunk_size) and chunk_size >= 128
-    return Steps(chunk_size, chunk_size // 4 if has_parts else 0)
-
-
-def rows_run(rows: int, chunk_size: int) -> int:
-    """How many rows are in the chunks that are run, if so many count."""
-    steps = steps_of(chunk_size)
-    whole = steps.whole(rows)
-    left = rows - whole * steps.size
-    parts = steps.parts(left) if steps.part and left > 0 else 0
-    return whole * steps.size + parts * steps.part
+def steps_of(rows: int, chunk_size: int) -> Steps:
+    """What is run if so many rows have to be."""
+    part = rows_of_part(chunk_size)
+    chunks, left = divmod(rows, chunk_size)
+    parts = -(-left // part)
+    return Steps(chunks, parts, chunks * chunk_size + parts * part)
 
 
 def over_chunks(
@@ -122,16 +113,17 @@ def over_chunks(
     *,
     runs: Array | None = None,
 ) -> tuple[Carry, Any]:
-    """carry, outputs = body(shared, carry, rows) of chunks of rows [N, ...], one after the other.
+    """carry, outputs = body(shared, carry, rows, all_run) of chunks of rows [N, ...], one by one.
 
     The outputs of all chunks become arrays [N, ...]. A chunk takes every n-th row of n chunks, so
     that where devices split the rows, each has some of them.
 
     ``runs``, bool [N], says which rows have to be run, None for all. Chunks without any of them are
-    not run, and outputs are 0 in rows that were in no chunk.
+    not run, and outputs are 0 in rows that were in no chunk. ``all_run`` is True in chunks of which
+    it is known that all rows have to be run, so that the body needs no mask.
     """
     if chunks == 1:
-        return body(*arrays)
+        return body(*arrays, False)
     if runs is not None:
         return _over_chunks_that_run(body, chunks, arrays, runs)
     shared, carry, rows = arrays
@@ -143,7 +135,7 @@ def over_chunks(
             x = x.reshape(-1, chunks, *x.shape[1:])
             return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
-        return body(shared, carry, jax.tree.map(take, rows))
+        return body(shared, carry, jax.tree.map(take, rows), False)
 
     carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
     return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
@@ -156,20 +148,20 @@ def _over_chunks_that_run(
     arrays: tuple[Shared, Carry, Rows],
     runs: Array,
 ) -> tuple[Carry, Any]:
-    """Rows that run are brought to the front, and as many chunks are run as they fill."""
+    """Rows that run are brought to the front. Whole chunks of these are run, and then parts."""
     shared, carry, rows = arrays
     running = jnp.cumsum(runs, dtype=jnp.int32)  # among the rows up to each
     number, index = running[-1], jnp.arange(runs.shape[0], dtype=jnp.int32)
     position = jnp.where(runs, running - 1, number + index - running)
     order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
 
-    def run(first: Array | int, size: int, times: Array, state: Any) -> Any:
+    def run(first: Array | int, size: int, times: Array, state: Any, *, all_run: bool) -> Any:
         """state, after so many steps of so many rows, from that row of the order on."""
 
         def step(i: Array, state: Any) -> Any:
             carry, outputs = state
             start = first + i * size
-            carry, new = body(shared, carry, take(start, size))
+            carry, new = body(shared, carry, take(start, size), all_run)
             put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
             return carry, jax.tree.map(put, outputs, new)
 
@@ -178,15 +170,15 @@ def _over_chunks_that_run(
     def take(start: Array | int, size: int) -> Any:
         return _rows_at(lax.dynamic_slice_in_dim(order, start, size), rows)
 
-    steps = steps_of(runs.shape[0] // chunks)
-    _, some = jax.eval_shape(body, shared, carry, take(0, steps.size))
+    size = runs.shape[0] // chunks
+    part = rows_of_part(size)
+    _, some = jax.eval_shape(lambda rows: body(shared, carry, rows, False), take(0, size))
     outputs = jax.tree.map(lambda y: zeros_like(y, (runs.shape[0], *y.shape[1:]), y.dtype), some)
-    whole = _most(steps.whole(number))
-    state = run(0, steps.size, whole, (carry, outputs))
-    if steps.part:
-        first = whole * steps.size
-        state = run(first, steps.part, _most(steps.parts(number - first)), state)
-    carry, outputs = state
+    full = _least(number // size)
+    state = run(0, size, full, (carry, outputs), all_run=True)
+    left = number - full * size
+    parts = _most((left + (part - 1)) // part)
+    carry, outputs = run(full * size, part, parts, state, all_run=False)
     return carry, _rows_at(position, outputs)
 
 
@@ -208,13 +200,24 @@ def _rows_at(at: Array, rows: T) -> T:
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), rows)
 
 
+# Under a vmap, a loop whose number of steps differs between examples would select between the old
+# and the new carry in each step, and so copy all of it. So all examples take the same number.
+
+
+@custom_vmap
+def _least(steps: Array) -> Array:
+    """steps, and under a vmap those of the example that has least."""
+    return steps
+
+
+@_least.def_vmap
+def _least_of_examples(size: int, mapped: Any, steps: Array) -> tuple[Array, bool]:
+    return _least(jnp.min(steps, axis=0)), False
+
+
 @custom_vmap
 def _most(steps: Array) -> Array:
-    """steps, and under a vmap those of the example that needs most.
-
-    A loop whose number of steps differs between examples would select between the old and the new
-    carry in each step, and so copy all of it.
-    """
+    """steps, and under a vmap those of the example that needs most."""
     return steps
 
 

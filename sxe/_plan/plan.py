@@ -371,7 +371,7 @@ def _plan(
         chunk_size=size,
         chunks=chunks,
         padding=padding,
-        rows_run=work.rows_run,
+        rows_run=work.steps.rows,
         gradient_dtype=str(work.gradient_dtype),
         flops=work.flops,
         terms=terms,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sxe._arrays import wide_dtype
 from sxe._backend import Backend
-from sxe._head.loops import Tiling, rows_run, tiling
+from sxe._head.loops import Steps, Tiling, steps_of, tiling
 from sxe._head.path import AGAIN, FORWARD, GradientPath, gradient_path, skips_rows
 from sxe._rows.gpu_choice import has_gradient_kernel, has_state_kernel
 
@@ -60,12 +60,12 @@ class Work:
         return tiling(*sizes, chunk_size=self.chunk_size, dtype=self.dtype, backend=self.backend)
 
     @property
-    def rows_run(self) -> int:
-        """The rows of the chunks that are run, with padding."""
+    def steps(self) -> Steps:
+        """The chunks that are run, with padding."""
         chunks, size, _ = self.tiling
         if self.counting == 1 or chunks == 1 or not skips_rows(self.rule, self.backend):
-            return chunks * size
-        return rows_run(math.ceil(self.counting * self.rows), size)
+            return Steps(chunks, 0, chunks * size)
+        return steps_of(math.ceil(self.counting * self.rows), size)
 
     @property
     def path(self) -> GradientPath | None:
@@ -126,7 +126,7 @@ class Work:
     def flops(self) -> int:
         """Of the matrix products."""
         products = 1 + len(self.differentiate) + self.computes_logits_again
-        return 2 * products * self.rows_run * self.hidden * self.classes
+        return 2 * products * self.steps.rows * self.hidden * self.classes
 
     @property
     def traffic_bytes(self) -> int:
@@ -134,7 +134,7 @@ class Work:
         again, gradients = self.computes_logits_again, len(self.differentiate)
         wants_hidden, wants_kernel = (name in self.differentiate for name in INPUTS)
         # The kernel is read for each product with it, and its gradient read and written, in each
-        # chunk.
+        # step.
         kernel = (1 + wants_hidden + again) * self.dtype.itemsize
         kernel += wants_kernel * 2 * self.wide_itemsize
         hidden = (1 + again + gradients) * self.dtype.itemsize
@@ -142,9 +142,9 @@ class Work:
         # for each product with it.
         logits = (1 + self.reads_of_logits + again) * self.wide_itemsize
         logits += ((gradients > 0) + gradients) * self.gradient_dtype.itemsize
-        rows = min(self.rows, self.rows_run)
+        rows = min(self.rows, self.steps.rows)
         return (
-            -(-self.rows_run // self.tiling.size) * self.hidden * self.classes * kernel
+            (self.steps.chunks + self.steps.parts) * self.hidden * self.classes * kernel
             + rows * self.hidden * hidden
             + rows * self.classes * logits
         )
