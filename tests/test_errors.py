@@ -120,7 +120,19 @@ SHARED = [
         "labels",
         {"labels": zeros(3, N, dtype=int), "label_weights": zeros(3, N)},
         ValueError,
-        r"expected shape \(6, M\) with label_weights, .*, got \(3, 6\)",
+        r"expected shape \(6, M\) with label_weights, .*, got \(3, 6\); pass "
+        r"jnp.moveaxis\(labels, 0, -1\)",
+    ),
+    (
+        "weights",
+        {
+            "labels": zeros(N, 3, dtype=int),
+            "label_weights": zeros(N, 3),
+            "weights": zeros(N, 3),
+        },
+        ValueError,
+        r"expected shape \(6,\), one for each row, got \(6, 3\); multiply label_weights by a "
+        "weight for each label",
     ),
     (
         "label_weights",
@@ -564,7 +576,8 @@ OF_HEAD = [
         "class_mask",
         {"class_mask": zeros(N, K, dtype=bool)},
         ValueError,
-        r"expected shape \(5,\), one for each class, got \(6, 5\)",
+        r"expected shape \(5,\), one for each class, got \(6, 5\); for classes that cannot occur "
+        "in some of the rows pass logits to sxe.softmax_cross_entropy, with where",
     ),
     # Nothing about axis, which the head does not have:
     ("labels", {"labels": zeros(K, dtype=int)}, ValueError, rf"{INDICES}, got \(5,\) of int32"),

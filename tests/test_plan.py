@@ -223,7 +223,7 @@ def test_the_command_prints_rows_in_chunks_that_are_run(monkeypatch, capsys):
     main(command)
     assert "that are run" not in capsys.readouterr().out
     main([*command, "--counting", "0.25"])
-    assert re.search(r"rows in chunks that are run +512\n", capsys.readouterr().out)
+    assert re.search(r"rows that are run +512\n", capsys.readouterr().out)
 
 
 def bytes_by_kind(collectives):

@@ -156,6 +156,48 @@ def check_rows(
             "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
         )
     within = _within(options)
+    if options.label_weights is None:
+        _check_labels(labels, options, shape, axes, within=within, head=head)
+    else:
+        _check_label_weights(labels, options, rows, within=within)
+    if options.ignore_index is not None and (is_dense(labels) or options.label_weights is not None):
+        kind = "dense targets" if is_dense(labels) else "label_weights"
+        padding = "" if is_dense(labels) else ", and give labels that are padding a weight of 0"
+        raise ArgumentValueError(
+            "ignore_index",
+            f"expected None with {kind}, got {options.ignore_index}; mask rows with where{padding}",
+        )
+    weights, class_weights = options.weights, options.class_weights
+    if options.where is not None:
+        _check_where(options, shape, axes, within=within, head=head)
+    if weights is not None:
+        advice = ""
+        if options.label_weights is not None and weights.shape == options.label_weights.shape:
+            advice = "; multiply label_weights by a weight for each label"
+        elif weights.shape == (classes,) and not within:
+            advice = "; for a weight for each class pass class_weights"
+        advice += _fitting("weights", weights.shape, rows, within)
+        _check_float("weights", weights, rows, each="row", advice=advice)
+    if class_weights is not None:
+        of_rows = class_weights.shape == rows and not within
+        advice = "; for a weight for each row pass weights" if of_rows else ""
+        advice += _fitting("class_weights", class_weights.shape, (classes,), within)
+        _check_float("class_weights", class_weights, (classes,), each="class", advice=advice)
+    if options.class_mask is not None:
+        _check_class_mask(options.class_mask, rows, classes, within=within, head=head)
+
+
+def _check_labels(
+    labels: Array,
+    options: Options,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    *,
+    within: str,
+    head: bool,
+) -> None:
+    """Raises unless they are a label for each row, or dense targets."""
+    rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     dense = is_dense(labels)
     one_hot = "; cast one-hot labels to a float dtype"
     if len(axes) == 1:
@@ -167,9 +209,7 @@ def check_rows(
             "expected class indices of an integer dtype or dense targets of a float dtype, "
             f"got {labels.dtype}{advice}",
         )
-    if options.label_weights is not None:
-        _check_label_weights(labels, options, rows, within=within)
-    elif labels.shape != (shape if dense else rows):
+    if labels.shape != (shape if dense else rows):
         other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
         if labels.shape == shape:
             one_row = "" if rows else f"; logits of shape {shape} are of one row"
@@ -191,28 +231,6 @@ def check_rows(
             f"expected shape {rows} of integers (class indices) or {shape} of floats "
             f"(dense targets), got {labels.shape} of {labels.dtype}{advice}",
         )
-    if options.ignore_index is not None and (dense or options.label_weights is not None):
-        kind = "dense targets" if dense else "label_weights"
-        padding = "" if dense else ", and give labels that are padding a weight of 0"
-        raise ArgumentValueError(
-            "ignore_index",
-            f"expected None with {kind}, got {options.ignore_index}; mask rows with where{padding}",
-        )
-    weights, class_weights = options.weights, options.class_weights
-    if options.where is not None:
-        _check_where(options, shape, axes, within=within, head=head)
-    if weights is not None:
-        of_classes = weights.shape == (classes,) and not within
-        advice = "; for a weight for each class pass class_weights" if of_classes else ""
-        advice += _fitting("weights", weights.shape, rows, within)
-        _check_float("weights", weights, rows, each="row", advice=advice)
-    if class_weights is not None:
-        of_rows = class_weights.shape == rows and not within
-        advice = "; for a weight for each row pass weights" if of_rows else ""
-        advice += _fitting("class_weights", class_weights.shape, (classes,), within)
-        _check_float("class_weights", class_weights, (classes,), each="class", advice=advice)
-    if options.class_mask is not None:
-        _check_class_mask(options.class_mask, rows, classes, within=within, head=head)
 
 
 def _check_class_mask(
@@ -227,8 +245,9 @@ def _check_class_mask(
     advice = _fitting("class_mask", mask.shape, (classes,), within)
     if mask.shape == rows and not within:
         advice = f"; for a mask of rows pass where{advice}"
-    elif mask.ndim > 1 and not head and not within:
-        advice = f"; for classes that cannot occur in some of the rows pass where{advice}"
+    elif mask.ndim > 1 and not within:
+        to = " logits to sxe.softmax_cross_entropy, with" if head else ""
+        advice = f"; for classes that cannot occur in some of the rows pass{to} where{advice}"
     raise ArgumentValueError(
         "class_mask",
         f"expected shape {(classes,)}, one for each class, got {mask.shape}{advice}",
@@ -253,6 +272,8 @@ def _check_label_weights(
         if labels.shape == rows:
             advice = "; for one label in a row pass labels[..., None] and label_weights of that "
             advice += "shape; for a weight for each row pass weights instead"
+        elif labels.shape[1:] == rows and not within:
+            advice = "; pass jnp.moveaxis(labels, 0, -1)"
         raise ArgumentValueError(
             "labels",
             f"expected shape {several} with label_weights, M labels for each row along the last "

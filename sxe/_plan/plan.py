@@ -74,9 +74,10 @@ class Plan(NamedTuple):
       chunk_size: the rows of a chunk.
       chunks: how many there are.
       padding: the rows that are added to make them of one size.
-      rows_run: the rows of the chunks that are run: fewer where only some rows count.
+      rows_run: the rows of the chunks that are run, and of the parts of chunks: fewer where only
+        some rows count.
       gradient_dtype: in which the gradient of the logits is multiplied with hidden and kernel.
-      flops: of the matrix products, of all chunks that are run.
+      flops: of the matrix products, of all rows that are run.
       terms: estimated, what XLA allocates beside arguments and results at the moment when it needs
         most: the bytes of each array, by its name. An array in a result's memory is not named.
       temporary_bytes: the sum of the terms.
@@ -155,7 +156,8 @@ def plan(
     Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
     about 15 % of ``compiled.memory_analysis()``; so they are for a TPU, from libtpu 0.0.51 on, if
     no array fits into a core's vector memory, which is not counted. Elsewhere they are what the
-    parts take that the work is divided into, and XLA may need more.
+    parts take that the work is divided into, and XLA may need more. One thing is left out: JAX 0.10
+    writes out a chunk's dense targets [C, K] on a CPU.
 
     Args:
       rows, hidden, classes: N, D and K, of all devices.
@@ -166,7 +168,8 @@ def plan(
         not serve: "where" (or weights, or ignore_index), "bias", "logit_scale", "softcap",
         "class_mask", "label_smoothing" (or dense targets), "label_weights" (up to 16 in a row).
       counting: the share of the rows that count, on each device, where ``where``, ``ignore_index``
-        or ``weights`` leave the others out. Chunks without any of them are not run by rule "vjp".
+        or ``weights`` leave the others out. Rule "vjp" runs only those that count, in whole chunks
+        and parts of one.
       mesh: the devices along each mesh axis, as ``{"data": 64, "model": 8}``. None: one device.
       axis_name, batch_axis_name, fsdp: the mesh axes that split the classes, the rows, and the rows
         of the kernel: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.

@@ -61,7 +61,7 @@ class Work:
 
     @property
     def steps(self) -> Steps:
-        """The chunks that are run, with padding."""
+        """The chunks and parts of chunks that are run, with padding."""
         chunks, size, _ = self.tiling
         if self.counting == 1 or chunks == 1 or not skips_rows(self.rule, self.backend):
             return Steps(chunks, 0, chunks * size)

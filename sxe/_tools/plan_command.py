@@ -144,7 +144,7 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
     yield "path", plan.path
     yield "chunks", f"{plan.chunks:,} of {plan.chunk_size:,} rows{padding}"
     if plan.rows_run < plan.chunks * plan.chunk_size:
-        yield "rows in chunks that are run", f"{plan.rows_run:,}"
+        yield "rows that are run", f"{plan.rows_run:,}"
     yield "gradient of the logits", f"multiplied in {plan.gradient_dtype}"
     yield "matrix products", f"{plan.flops / 1e9:,.1f} GFLOP"
     yield "memory traffic, at least", _bytes(plan.traffic_bytes)
