@@ -28,7 +28,7 @@ from sxe._call.options import HeadOptions, Implementation, Options, Reduction, R
 from sxe._call.reduction import Metrics
 from sxe._call.rows import any_class, make_rows
 from sxe._errors import ArgumentValueError
-from sxe._head.chunked import Head, Shared
+from sxe._head.chunk import Head, Shared
 from sxe._head.examples import outcome_of_examples
 from sxe._head.path import gradient_path, skips_rows
 from sxe._head.projection import Products, Transform, gather_rows, product_precision

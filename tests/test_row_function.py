@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sxe._arrays import psum, vary, vary_like
 from sxe._backend import Backend
-from sxe._head.chunked import Head, Shared
+from sxe._head.chunk import Head, Shared
 from sxe._head.examples import outcome_of_examples
 from sxe._head.path import AGAIN, FORWARD
 from sxe._head.projection import Products, Transform

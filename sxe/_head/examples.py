@@ -17,7 +17,8 @@ from jax import Array
 from jax.interpreters import batching
 
 from sxe._arrays import sharding
-from sxe._head.chunked import Head, Outcome, Shared, outcome_of
+from sxe._head.chunk import Head, Shared
+from sxe._head.chunked import Outcome, outcome_of
 from sxe._head.path import AGAIN
 from sxe._primitives import TransparentCall
 from sxe._rows.targets import Rows

@@ -60,8 +60,9 @@ def _of_rows(work: Work) -> Terms:
     rows = rows_per_block((chunk, work.classes), work.backend)
     block = _wide(work, rows, work.classes)
     dense, capped = "label_smoothing" in work.options, "softcap" in work.options
-    of_targets = {"label_smoothing", "label_weights"}
-    transformed = work.options - of_targets or work.tiling.padding
+    fused = {"label_smoothing", "label_weights"}
+    masked = {"where"} if work.tiling.padding else set()
+    transformed = (work.options | masked) - fused - ({"where"} if work.skips else set())
     terms = {
         "row block: logits": block * (rows < chunk),
         # All but the largest ones, whose sum is r.

@@ -60,10 +60,16 @@ class Work:
         return tiling(*sizes, chunk_size=self.chunk_size, dtype=self.dtype, backend=self.backend)
 
     @property
+    def skips(self) -> bool:
+        """Whether only rows that count are run, those in whole chunks without a mask."""
+        chunks, _, _ = self.tiling
+        return "where" in self.options and chunks > 1 and skips_rows(self.rule, self.backend)
+
+    @property
     def steps(self) -> Steps:
         """The chunks and parts of chunks that are run, with padding."""
         chunks, size, _ = self.tiling
-        if self.counting == 1 or chunks == 1 or not skips_rows(self.rule, self.backend):
+        if self.counting == 1 or not self.skips:
             return Steps(chunks, 0, chunks * size)
         return steps_of(math.ceil(self.counting * self.rows), size)
 
