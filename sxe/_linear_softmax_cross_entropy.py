@@ -329,7 +329,8 @@ def linear_softmax_cross_entropy(
 
     Rows that do not count contribute nothing to value or gradient, whatever stands in them. By rule
     "vjp", and on one device or inside of ``jax.shard_map``, the rows that count are put together
-    into chunks, and no other chunks are run. Infinite logits and bad labels do what they do in ``softmax_cross_entropy``.
+    into chunks, and no other chunks are run. Infinite logits and bad labels do what they do in
+    ``softmax_cross_entropy``.
 
     ``jax.vmap`` over hidden states and labels makes the examples rows of one call. A gradient of
     the vmap then has one gradient of the kernel, and computes the logits twice, 8 N D K. In a
