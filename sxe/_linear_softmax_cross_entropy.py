@@ -54,7 +54,11 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     backend = backend_of(hidden, kernel)
     backend = choose(options.implementation, backend, dtype=dtype, shape=shape)
     check_rule(options.rule, backend)
-    finite = None if options.weights is None else jnp.all(jnp.isfinite(hidden), axis=-1)
+    finite = None
+    if options.weights is not None:
+        finite = jnp.all(jnp.isfinite(hidden), axis=-1)
+        if options.row_scale is not None:
+            finite &= jnp.isfinite(options.row_scale)
     rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
 
     def flat(x: Array) -> Array:

@@ -105,6 +105,29 @@ def test_a_row_that_counts_without_a_finite_scale(rule, bad):
         np.testing.assert_array_equal(nan.any(axis=1), np.arange(N) == 3)
 
 
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivatives_beside_a_row_of_weight_0_without_a_finite_scale(bad, reduction):
+    """In reverse over reverse, where 0 times a NaN of that row would come into d kernel."""
+    p = head_problem("logit_scale", shape=(N, D, K), seed=2)
+    p["weights"] = np.where(np.arange(N) == 3, 0, 1.5).astype(np.float32)
+    scales = np.resize(p["logit_scale"], N).astype(np.float32)
+    g, v = cotangent(reduction), normal(D, K)
+
+    @jax.jit
+    def second(scales):
+        def gradient(kernel):
+            def loss(kernel):
+                given = p | {"kernel": kernel, "logit_scale": scales}
+                return jnp.sum(g * head(reduction=reduction)(given))
+
+            return jax.grad(loss)(kernel)
+
+        return jax.grad(lambda kernel: jnp.sum(v * gradient(kernel)))(p["kernel"])
+
+    assert_close(second(np.where(np.arange(N) == 3, bad, scales)), second(scales))
+
+
 def test_a_scalar_is_that_of_all_rows():
     p = head_problem("logit_scale", shape=(2, 4, D, K))
     q = p | {"logit_scale": np.full((2, 4), p["logit_scale"])}
