@@ -3,6 +3,9 @@
 Option cases, meshes and transformations of calls with every option are in the tests of the head.
 """
 
+import os
+
+import fresh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +129,42 @@ def test_second_derivatives_beside_a_row_of_weight_0_without_a_finite_scale(bad,
         return jax.grad(lambda kernel: jnp.sum(v * gradient(kernel)))(p["kernel"])
 
     assert_close(second(np.where(np.arange(N) == 3, bad, scales)), second(scales))
+
+
+def check_confident_rows():
+    """Their losses are far below a rounding of the logits, which XLA may round in two ways."""
+    n, k = 242, 40
+    rng = np.random.default_rng(0)
+    first = np.arange(k) == 0
+    counts = rng.random(n) < 0.5
+    plain = {"hidden": rng.normal(size=(n, 6)), "kernel": rng.normal(size=(6, k))}
+    led = {name: a.copy() for name, a in plain.items()}
+    led["hidden"][:, 0], led["kernel"][0] = 10, np.where(first, 2, -2)
+    biased = plain | {"bias": np.where(first, 1, -60)}
+    for p in (led, biased):
+        for scale in (np.float32(1.3), rng.uniform(1, 1.5, n)):
+            q = {name: np.float32(a) for name, a in (p | {"logit_scale": scale}).items()}
+            z = q["hidden"].astype(float) @ q["kernel"] * np.resize(q["logit_scale"], n)[:, None]
+            z = z + q.get("bias", 0)
+            losses = np.log1p(np.exp(z[:, 1:] - z[:, :1]).sum(axis=1))
+            for where in (None, counts):
+                for reduction in ("sum", "none"):
+
+                    def loss(hidden, q=q, where=where, reduction=reduction):
+                        given = q | {"hidden": hidden, "labels": np.zeros(n, int), "where": where}
+                        static = {"reduction": reduction, "chunk_size": 121}
+                        return jnp.sum(sxe.linear_softmax_cross_entropy(**given, **static))
+
+                    value, gradient = jax.jit(jax.value_and_grad(loss))(q["hidden"])
+                    right = np.where(True if where is None else where, losses, 0).sum()
+                    np.testing.assert_allclose(value, right, rtol=1e-4)
+                    assert 0 < np.abs(gradient).max() < 1000 * losses.max()
+
+
+def test_confident_rows_on_one_device():
+    """With XLA's optimizations, in a process of its own."""
+    path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"
+    fresh.run("-c", "import test_row_scale; test_row_scale.check_confident_rows()", PYTHONPATH=path)
 
 
 def test_a_scalar_is_that_of_all_rows():
