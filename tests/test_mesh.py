@@ -443,9 +443,10 @@ def test_collectives(shape, metrics, reduction):
     assert {c.opcode for c in found} <= {"all-reduce"}
     in_loop = [c for c in found if c.in_loop]
     assert {c.size for c in in_loop} <= {2}
-    # The maximum for weights, the maximum, the sums. XLA merges the label's logit with these.
+    # In the loop over whole chunks the maximum and the sums, and in that over parts of a chunk the
+    # maximum for weights besides. XLA merges the label's logit with these.
     ranks = "label_rank" in metrics
-    number = 3 if reduction == "mean" else int(ranks)
+    number = 2 + 3 if reduction == "mean" else 2 * ranks
     assert len(in_loop) == (number if model > 1 else 0)
     if model > 1 and reduction == "mean":
         # The two sums of a state, and what the targets cost.
