@@ -260,3 +260,14 @@ def bits_of(x: Array, backend: Backend) -> Array:
     if backend.widens_arrays_in_loops and x.dtype.itemsize == 2:
         return lax.bitcast_convert_type(x, jnp.uint16)
     return x
+
+
+def rounded(z: Array) -> Array:
+    """z, a product, rounded wherever it is used.
+
+    XLA computes logits again for each use, and makes one operation of a product and a sum, which is
+    rounded once. Where it did so in one use alone, x - m of the largest logit would not be 0, and
+    the loss of a confident row would be that difference. The choice of no effect keeps the product
+    and a sum apart.
+    """
+    return jnp.where(jnp.isnan(z), -z, z)

@@ -88,7 +88,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     shared = Shared(kernel, transform, dense, wide(options.z_loss))
     hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), labels_of_rows)
     head = Head(
-        f=CrossEntropy(options.axis_name, backend),
+        f=CrossEntropy(options.axis_name, backend, with_entropy=options.needs_entropy),
         products=Products(dtype, product_precision(dtype), backend),
         path=gradient_path(options.rule, options.reduction),
         rule=options.rule,
@@ -130,13 +130,15 @@ def _result(inputs: _Inputs) -> Any:
     options = inputs.options
     (head, shared, hidden, flat_rows), rows = _prepare(inputs)
     outcome = outcome_of_examples(head, shared, hidden, flat_rows)
-    loss = outcome.value
-    if loss is None:
-        loss = head.f.weigh(outcome.results, flat_rows.weight, shared.z_loss).value
 
     def rows_of(x: Any) -> Array:
         return x.reshape(rows.weight.shape)
 
+    if options.returns_log_prob:
+        return reduction.log_prob_and_entropy(jax.tree.map(rows_of, outcome.results), rows)
+    loss = outcome.value
+    if loss is None:
+        loss = head.f.weigh(outcome.results, flat_rows.weight, shared.z_loss).value
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
@@ -212,6 +214,14 @@ def loss_of_hidden(
             f"differentiates, because jet can't differentiate a loop, got {inputs.hidden.shape}; "
             "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy",
         ) from error
+
+
+def log_prob_of_hidden(
+    hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, **options: Any
+) -> Any:
+    """``linear_log_prob_and_entropy``, likewise."""
+    options |= {"reduction": "none", "returns_log_prob": True}
+    return loss_of_hidden(hidden, kernel, labels, **options)
 
 
 @overload

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from sxe import _kl_divergence as kl
 from sxe import _linear_softmax_cross_entropy as of_hidden
+from sxe import _log_prob_and_entropy as log_prob
 from sxe import _softmax_cross_entropy as of_logits
 from sxe._arrays import AxisName, axis_names
 from sxe._call.arguments import mesh_axes
@@ -23,6 +25,9 @@ LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
     of_logits.softmax_cross_entropy: of_logits.loss_of_logits,
     of_logits.softmax_cross_entropy_with_gradient: of_logits.loss_and_gradient,
     of_hidden.linear_softmax_cross_entropy: of_hidden.loss_of_hidden,
+    log_prob.log_prob_and_entropy: of_logits.log_prob_of_logits,
+    log_prob.linear_log_prob_and_entropy: of_hidden.log_prob_of_hidden,
+    kl.kl_divergence: kl.divergence_of_logits,
 }
 
 
@@ -193,7 +198,7 @@ def over_mesh(
                     argument, f"expected mesh axes named once, got {name!r} again"
                 )
             seen.add(name)
-    if fsdp is not None and loss is not of_hidden.linear_softmax_cross_entropy:
+    if fsdp is not None and "kernel" not in inspect.signature(loss).parameters:
         raise ArgumentValueError(
             "fsdp", f"expected None for {loss.__name__}, which has no kernel, got {fsdp!r}"
         )

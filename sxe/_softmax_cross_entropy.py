@@ -41,7 +41,7 @@ from sxe._call.options import (
     parse,
 )
 from sxe._call.reduction import Metrics
-from sxe._call.rows import any_class, make_rows
+from sxe._call.rows import make_rows, masked_classes
 from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
@@ -63,19 +63,13 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
     """
     logits, labels, options = inputs
     class_axes = axes.class_axes(options.axis, logits.ndim)
-    where, class_mask = options.where, None
-    if options.class_mask is not None:
-        class_mask = options.class_mask.reshape((1,) * (logits.ndim - len(class_axes)) + (-1,))
+    options, class_mask = masked_classes(logits, options, class_axes)
     if is_dense(labels):
         labels = axes.classes_last(labels, class_axes)
-    if where is not None and where.shape == logits.shape:
-        of_rows = axes.classes_last(where, class_axes)
-        class_mask = of_rows if class_mask is None else of_rows & class_mask
-        where = any_class(class_mask, options.axis_name)
     logits = axes.classes_last(logits, class_axes)
     if class_mask is not None:
         logits = jnp.where(class_mask, logits, -jnp.inf)
-    return _Inputs(logits, labels, options.replace(where=where)), class_mask
+    return _Inputs(logits, labels, options), class_mask
 
 
 def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
@@ -154,7 +148,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     inputs, class_mask = _masked(inputs)
     shape = inputs.logits.shape
     backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
-    f = CrossEntropy(options.axis_name, backend)
+    f = CrossEntropy(options.axis_name, backend, with_entropy=options.needs_entropy)
     by_kernel = class_mask is None and _has_gradient_kernel(f, inputs, with_gradient=with_gradient)
     x, rows = _prepare(inputs, backend, by_kernel=by_kernel)
     if by_kernel:
@@ -165,6 +159,8 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     else:
         results = RULES[options.rule](f, x, targets)
     results = jax.tree.map(functools.partial(keep, mask), results)
+    if options.returns_log_prob:
+        return reduction.log_prob_and_entropy(results, rows)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
     loss = f.weigh(results, rows.weight, z).value
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
@@ -247,7 +243,7 @@ def _result_of_kernel(
 @functools.partial(jax.jit, static_argnames=("with_gradient",), inline=True)
 def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
     logits, labels, options = inputs
-    checks.check_logits("logits", logits)
+    checks.check_logits("logits", logits, "logits, labels")
     class_axes = axes.class_axes(options.axis, logits.ndim)
     checks.check_rows(labels, options, logits.shape, class_axes)
     if options.layout is not None:
@@ -298,6 +294,11 @@ def loss_of_logits(
     """``softmax_cross_entropy``, of global arrays on a mesh where there is a layout."""
     inputs = _inputs(logits, labels, parse(layout=layout, **options))
     return _call(inputs, with_gradient=False)
+
+
+def log_prob_of_logits(logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
+    """``log_prob_and_entropy``, likewise."""
+    return loss_of_logits(logits, labels, reduction="none", returns_log_prob=True, **options)
 
 
 def loss_and_gradient(

@@ -154,6 +154,9 @@ def check_rows_metrics(metrics, x, counts, labels=None):
     lse = x.max(-1) + np.log(e.sum(-1))
     assert_close(metrics.lse, np.where(counts, lse, 0))
     assert_close(metrics.max_probability, np.where(counts, 1 / e.sum(-1), 0))
+    q = e / e.sum(-1, keepdims=True)
+    log_q = np.where(q > 0, x - lse[..., None], 0)  # 0 log 0 = 0
+    assert_close(metrics.entropy, np.where(counts, -(q * log_q).sum(-1), 0))
     np.testing.assert_array_equal(metrics.predictions, np.where(counts, x.argmax(-1), -1))
     assert metrics.predictions.dtype == np.int32
     if labels is None:

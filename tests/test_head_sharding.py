@@ -242,7 +242,7 @@ def test_metrics(kind):
     mesh, context = use_mesh(kind)
     call = head(static)
     if kind == "shard_map":
-        out = P(), sxe.Metrics(P(), P(), *[P("data")] * 4)
+        out = P(), sxe.Metrics(P(), P(), *[P("data")] * 5)
         call = head(static | {"axis_name": "model", "batch_axis_name": "data"})
         call = jax.shard_map(call, mesh=mesh, in_specs=(layout,), out_specs=out)
     with context:

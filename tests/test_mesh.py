@@ -167,7 +167,7 @@ def test_axes(batch, classes, fsdp, kind):
         assert gradients[name].sharding.is_equivalent_to(
             NamedSharding(mesh, spec), gradients[name].ndim
         ), name
-    for name in ("lse", "predictions", "max_probability", "label_rank"):
+    for name in ("lse", "predictions", "max_probability", "label_rank", "entropy"):
         assert getattr(metrics, name).sharding.is_equivalent_to(NamedSharding(mesh, rows), 2)
     assert value.sharding.is_fully_replicated
 
@@ -385,6 +385,7 @@ def test_labels_are_checked():
 # What the compiled program moves
 
 ALL_METRICS = sxe.Metrics._fields
+WITHOUT_RANKS = tuple(name for name in ALL_METRICS if name != "label_rank")
 ROWS, WIDTH, CLASSES = 64, 24, 512  # of all shards; no two products of parts of them are the same
 
 
@@ -423,7 +424,7 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("metrics", [ALL_METRICS[:-1], ALL_METRICS], ids=["sums", "ranks"])
+@pytest.mark.parametrize("metrics", [WITHOUT_RANKS, ALL_METRICS], ids=["sums", "ranks"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_collectives(shape, metrics, reduction):
     """d hidden and d kernel once a call, and else a number a row or less.
@@ -449,8 +450,8 @@ def test_collectives(shape, metrics, reduction):
     number = 2 + 3 if reduction == "mean" else 2 * ranks
     assert len(in_loop) == (number if model > 1 else 0)
     if model > 1 and reduction == "mean":
-        # The two sums of a state, and what the targets cost.
-        assert max(c.bytes for c in in_loop) == 2 * 4 * (3 + ranks)
+        # The two sums of a state, what the targets cost, and the sum for the entropy.
+        assert max(c.bytes for c in in_loop) == 2 * 4 * (4 + ranks)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -478,7 +479,7 @@ def test_a_frozen_input_moves_nothing(frozen):
 
 def test_collectives_of_a_value():
     """Statistics once a call, whatever the number of chunks, with all metrics but label_rank."""
-    static = {"chunk_size": 2, "return_metrics": ALL_METRICS[:-1]}
+    static = {"chunk_size": 2, "return_metrics": WITHOUT_RANKS}
     found = moved(
         make_mesh(2, 4), static, EVERY_OF_HEAD, differentiate=(), batch="data", classes="model"
     )

@@ -209,7 +209,7 @@ def test_no_rank_of_dense_targets_on_a_mesh(loss, kind):
     f = functools.partial(f, return_metrics=True)
     if kind == "shard_map":
         rows = P("data")
-        out = P(), sxe.Metrics(P(), P(), rows, rows, rows, None)
+        out = P(), sxe.Metrics(P(), P(), rows, rows, rows, None, rows)
         split = P("data", "model")
         specs = (split, split) if loss == "logits" else (rows, P(None, "model"), split)
         f = functools.partial(f, axis_name="model", batch_axis_name="data")

@@ -20,7 +20,7 @@ from sxe._head.examples import outcome_of_examples
 from sxe._head.path import AGAIN, FORWARD
 from sxe._head.projection import Products, Transform
 from sxe._rows.normalizer import Normalizer, exp_difference, merge_over
-from sxe._rows.rules import RULES, Weighed
+from sxe._rows.rules import RULES, Weighed, move_confident
 from sxe._rows.targets import Rows, Targets
 from sxe._rows.twins import normalize
 
@@ -67,7 +67,8 @@ class Entropy:
     def target_tangent(self, x, targets, state, t_dot):
         return Entropies(jnp.zeros_like(state.m))
 
-    def primal(self, x, origin, targets, state):
+    def primal(self, x, targets):
+        x, _, state = move_confident(x, self.axis_name, self.backend)
         q = jnp.exp(x - vary_like(state.lse, x)[..., None])
         return Entropies(state.lse - psum(jnp.sum(q * x, axis=-1), self.axis_name))
 

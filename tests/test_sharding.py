@@ -501,7 +501,7 @@ def test_equal_logits():
         np.testing.assert_allclose(np.sum(gradient, axis=-1), 0, atol=ZERO)
 
 
-METRICS = sxe.Metrics(P(), P(), *[P("data")] * 4)
+METRICS = sxe.Metrics(P(), P(), *[P("data")] * 5)
 
 
 def check_metrics(call, loss, metrics):

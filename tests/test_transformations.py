@@ -176,7 +176,7 @@ def test_eval_shape(rule, dtype):
     values, metrics = jax.eval_shape(losses, p)
     assert values == of(((), wide), ((), wide), ((N,), wide))
     rows = of(((N,), wide), ((N,), jnp.int32), ((N,), wide))
-    assert list(metrics) == [*of(((), wide), ((), wide)), *rows, None]
+    assert list(metrics) == [*of(((), wide), ((), wide)), *rows, None, rows[0]]
     gradients = jax.eval_shape(jax.grad(lambda q: losses(p | q)[0][0]), floats(p))
     assert gradients == jax.eval_shape(lambda q: q, floats(p))
 

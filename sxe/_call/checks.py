@@ -119,16 +119,37 @@ def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
             )
         advice = _fitting("bias", bias.shape, expected)
         _check_float("bias", bias, expected, each="class", advice=advice)
-    if options.row_scale is not None:
-        scale, rows = options.row_scale, hidden.shape[:-1]
-        advice = as_scalar("logit_scale", scale.shape)
-        advice = advice or _fitting("logit_scale", scale.shape, rows, _within(options))
-        _check_float("logit_scale", scale, rows, each="row, or a scalar", advice=advice)
+    check_row_scale("logit_scale", options.row_scale, hidden.shape[:-1], options)
 
 
-def check_logits(name: str, x: Array) -> None:
-    """Raises unless x has one of the dtypes that the losses compute with, and an axis."""
-    order = "logits, labels" if name == "logits" else HEAD_ORDER
+def check_row_scale(
+    name: str, scale: Array | None, rows: tuple[int, ...], options: Options
+) -> None:
+    """Raises unless it has one element for each row."""
+    if scale is not None:
+        advice = as_scalar(name, scale.shape)
+        advice = advice or _fitting(name, scale.shape, rows, _within(options))
+        _check_float(name, scale, rows, each="row, or a scalar", advice=advice)
+
+
+def check_target_logits(logits: Array, target_logits: Array, options: Options) -> None:
+    """Raises unless they are logits of the same rows and classes, as far as types say."""
+    order = "logits, target_logits"
+    check_logits("logits", logits, order)
+    check_logits("target_logits", target_logits, order)
+    if logits.shape != target_logits.shape:
+        advice = _fitting("target_logits", target_logits.shape, logits.shape, _within(options))
+        raise ArgumentValueError(
+            "target_logits",
+            f"expected shape {logits.shape}, that of logits, got {target_logits.shape}{advice}",
+        )
+
+
+def check_logits(name: str, x: Array, order: str = HEAD_ORDER) -> None:
+    """Raises unless x has one of the dtypes that the losses compute with, and an axis.
+
+    ``order`` is that of the arguments.
+    """
     advice = "; cast it to one of these"
     if jnp.issubdtype(x.dtype, jnp.integer):
         advice = f"; the order of arguments is {order}"
@@ -150,12 +171,14 @@ def check_rows(
     ``head``: whether the logits come from hidden states and a kernel.
     """
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
-    classes = math.prod(shape[a] for a in axes)
-    if classes == 0:
-        raise ArgumentValueError(
-            "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
-        )
+    check_classes(options, shape, axes)
     within = _within(options)
+    if options.returns_log_prob and is_dense(labels):
+        raise ArgumentTypeError(
+            "labels",
+            f"expected class indices of an integer dtype, got {labels.dtype}; for the expectation "
+            "of log-probabilities over dense targets call the loss",
+        )
     if options.label_weights is None:
         _check_labels(labels, options, shape, axes, within=within, head=head)
     else:
@@ -167,6 +190,23 @@ def check_rows(
             "ignore_index",
             f"expected None with {kind}, got {options.ignore_index}; mask rows with where{padding}",
         )
+    check_masks_and_weights(options, shape, axes, head=head)
+
+
+def check_classes(options: Options, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """Raises unless there is one."""
+    if math.prod(shape[a] for a in axes) == 0:
+        raise ArgumentValueError(
+            "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
+        )
+
+
+def check_masks_and_weights(
+    options: Options, shape: tuple[int, ...], axes: tuple[int, ...], *, head: bool = False
+) -> None:
+    """Raises unless they fit logits of that shape with those class axes."""
+    rows = tuple(n for i, n in enumerate(shape) if i not in axes)
+    classes, within = math.prod(shape[a] for a in axes), _within(options)
     weights, class_weights = options.weights, options.class_weights
     if options.where is not None:
         _check_where(options, shape, axes, within=within, head=head)

@@ -69,6 +69,7 @@ class Layout(NamedTuple):
         of_logits = self.of_logits(ndim, class_axes)
         by_name = {
             "logits": of_logits,
+            "target_logits": of_logits,
             "hidden": self.of_rows(),
             "kernel": PartitionSpec(self.fsdp, self.classes),
             "bias": PartitionSpec(self.classes),
@@ -77,6 +78,7 @@ class Layout(NamedTuple):
             "weights": self.of_rows(),
             "label_weights": self.of_rows(),
             "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
+            "target_logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
             # As either logits or rows. Class indices with as many axes have several in each row.
             "labels": of_logits if x.ndim == ndim and is_dense(x) else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from sxe._arrays import AxisName, axis_names
 from sxe._call import arguments
 from sxe._call.layout import Layout
-from sxe._errors import ArgumentValueError
+from sxe._errors import ArgumentTypeError, ArgumentValueError
+from sxe._rows.kl_divergence import MODES, Mode
 from sxe._rows.rules import RULES
 
 Reduction = Literal["mean", "sum", "none"]
@@ -92,6 +93,23 @@ def _softcap(name: str, value: ArrayLike | None) -> Array | float | None:
     return arguments.number(name, value, expected, fits=lambda c: c > 0, off=math.inf)
 
 
+def _beta(name: str, value: Any) -> float:
+    beta = arguments.number(name, value, "a number above 0 and below 1", fits=_is_share, off=0)
+    if not isinstance(beta, float):
+        raise ArgumentTypeError(
+            name, f"expected a Python number, got {value!r}; it is static under jax.jit"
+        )
+    return beta
+
+
+def _is_share(a: float) -> bool:
+    return 0 < a < 1
+
+
+def _mode(name: str, value: str) -> str:
+    return arguments.one_of(name, value, MODES)
+
+
 def _reduction(name: str, value: str) -> str:
     return arguments.one_of(name, value, REDUCTIONS)
 
@@ -111,14 +129,19 @@ def chunk_size(name: str, value: Any) -> int | None:
     return size
 
 
+def _of_each_row(scale: Array | float | None) -> Array | None:
+    return scale if isinstance(scale, Array) and scale.ndim else None
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a caller chose. An option of None is off.
 
     Arrays, and numbers that may be traced, come first. The others are static: they choose a
-    program. Each field has the name of the argument that it comes from, but for ``layout``, which
-    says how a mesh splits global arrays.
+    program. Each field has the name of the argument that it comes from, but for two: ``layout``
+    says how a mesh splits global arrays, and ``returns_log_prob`` whether the result is the
+    log-probability of the label and the entropy, in place of the loss.
     """
 
     label_weights: Array | None = _option(_array)
@@ -131,6 +154,7 @@ class Options:
     bias: Array | None = _option(_array)
     logit_scale: Array | float | None = _option(_logit_scale)
     softcap: Array | float | None = _option(_softcap)
+    target_logit_scale: Array | float | None = _option(_logit_scale)
 
     ignore_index: int | None = _option(arguments.integer_or_none, static=True)
     axis: int | tuple[int, ...] = _option(arguments.axis, -1, static=True)
@@ -139,25 +163,37 @@ class Options:
     axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     batch_axis_name: AxisName = _option(arguments.mesh_axes, static=True)
     rule: Rule = _option(_rule, "vjp", static=True)
+    mode: Mode = _option(_mode, "forward", static=True)
+    beta: float = _option(_beta, 0.5, static=True)
     implementation: Implementation = _option(implementation, static=True)
     chunk_size: int | None = _option(chunk_size, static=True)
     layout: Layout | None = _option(lambda name, value: value, static=True)
+    returns_log_prob: bool = _option(arguments.boolean, False, static=True)
 
     @property
     def row_scale(self) -> Array | None:
         """The logit_scale if each row has one of its own, [...]."""
-        scale = self.logit_scale
-        return scale if isinstance(scale, Array) and scale.ndim else None
+        return _of_each_row(self.logit_scale)
+
+    @property
+    def target_row_scale(self) -> Array | None:
+        """The target_logit_scale, likewise."""
+        return _of_each_row(self.target_logit_scale)
 
     @property
     def leaves_rows_out(self) -> bool:
         """Whether some rows may count where others do not. A class mask leaves out all or none."""
         return any(a is not None for a in (self.where, self.weights, self.ignore_index))
 
+    @property
+    def needs_entropy(self) -> bool:
+        return self.returns_log_prob or self.return_metrics
+
     def of_rows(self) -> dict[str, Array | None]:
         """The arrays among them that a mesh splits as it splits logits, by their names."""
         names = ("label_weights", "where", "weights", "class_weights", "class_mask")
-        return {name: getattr(self, name) for name in names} | {"logit_scale": self.row_scale}
+        scales = {"logit_scale": self.row_scale, "target_logit_scale": self.target_row_scale}
+        return {name: getattr(self, name) for name in names} | scales
 
     def replace(self, **changes: Any) -> "Options":
         return dataclasses.replace(self, **changes)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, export, lax
 from jax.sharding import PartitionSpec
 
-from sxe._arrays import is_dense, psum
+from sxe._arrays import is_dense, keep, psum
 from sxe._call.axes import sum_over
 from sxe._call.options import Options
 from sxe._rows.cross_entropy import Results
@@ -34,6 +34,8 @@ class Metrics(NamedTuple):
         and below k is right among the top k. Equal logits are not larger. It is the number of all
         classes, masked ones too, where the row does not count, has no distribution, or has a label
         that is no class. None with dense targets or label_weights: rows then have not one label.
+      entropy: -sum_k q_k log q_k of each row, with q = softmax(logits), [...], 0 where the row does
+        not count, and NaN where it has no distribution.
     """
 
     loss_sum: Array
@@ -42,9 +44,23 @@ class Metrics(NamedTuple):
     predictions: Array
     max_probability: Array
     label_rank: Array | None
+    entropy: Array
+
+
+class LogProbAndEntropy(NamedTuple):
+    """What ``sxe.log_prob_and_entropy`` returns, both differentiable.
+
+    Attributes:
+      log_prob: log q_y of each row's label y, [...], and 0 where the row does not count.
+      entropy: -sum_k q_k log q_k of each row, [...], and 0 where the row does not count.
+    """
+
+    log_prob: Array
+    entropy: Array
 
 
 export.register_namedtuple_serialization(Metrics, serialized_name="sxe.Metrics")
+export.register_namedtuple_serialization(LogProbAndEntropy, serialized_name="sxe.LogProbAndEntropy")
 
 
 class Sums(NamedTuple):
@@ -109,9 +125,10 @@ def metrics(
     """Where a mesh axis splits the classes, ``classes`` is the number of this device's."""
     (results, ranking), axis_name = results_and_ranking, options.axis_name
     counts = rows.weight != 0
-    lse, p = lax.stop_gradient((results.lse, results.max_probability))
+    _, lse, p, entropy = lax.stop_gradient(results)
     assert lse is not None
     assert p is not None
+    assert entropy is not None
     predictions = best_of_shards(ranking, classes, axis_name, options.class_mask)
     label_rank = None
     if ranking.larger is not None:
@@ -125,13 +142,24 @@ def metrics(
         predictions=jnp.where(counts, predictions, -1),
         max_probability=jnp.where(counts, p, 0),
         label_rank=label_rank,
+        entropy=jnp.where(counts, entropy, 0),
     )
+
+
+def log_prob_and_entropy(results: Results, rows: Rows) -> LogProbAndEntropy:
+    """Of rows that each have one label of target 1."""
+    assert results.entropy is not None
+    # The total is NaN where the label is no class. Both results say so.
+    entropy = results.entropy + 0 * rows.targets.total
+    return LogProbAndEntropy(keep(rows.mask, 0 - results.loss), keep(rows.mask, entropy))
 
 
 def result_specs(labels: Array, options: Options, rows: PartitionSpec) -> Any:
     """How a result is split over a mesh that splits the rows so: sums are on every device."""
+    if options.returns_log_prob:
+        return LogProbAndEntropy(rows, rows)  # type: ignore[arg-type]
     one = PartitionSpec()
     value = rows if options.reduction == "none" else one
     label_rank = rows if ranks_labels(labels, options) else None
-    of_metrics: Any = Metrics(one, one, rows, rows, rows, label_rank)  # type: ignore[arg-type]
+    of_metrics: Any = Metrics(*(one, one, rows, rows, rows, label_rank, rows))  # type: ignore[arg-type]
     return (value, of_metrics) if options.return_metrics else value

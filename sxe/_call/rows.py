@@ -20,7 +20,7 @@ from sxe._arrays import (
     wide_dtype,
 )
 from sxe._backend import Backend
-from sxe._call.axes import is_mapped_split
+from sxe._call.axes import classes_last, is_mapped_split
 from sxe._call.label_check import checked
 from sxe._call.options import Options
 from sxe._rows.targets import Dense, Rows, Sparse, Targets, is_label
@@ -116,12 +116,8 @@ def make_rows(
             wrong = ~is_class & (w != 0)  # of weight 0, a label is padding
             good = (jnp.sum(wrong, axis=-1) == 0) & _has_finite_sum(w, dtype, None)
 
-    weight = jnp.ones(shape[:-1], dtype)
-    if options.weights is not None:
-        weight = options.weights.astype(dtype)
-        # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
-        mask = _both(mask, (weight != 0) | _both(finite, good))
-    weight = norm = keep(mask, weight)
+    weight, mask = weight_and_mask(options, mask, _both(finite, good), dtype)
+    norm = weight
     if dense:
         labels = labels if as_given else keep(mask, labels)
         return Rows(_of_dense(labels, a, c, classes), weight, norm, mask)
@@ -141,6 +137,34 @@ def make_rows(
     # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(weight))
     return Rows(targets._replace(total=total), weight, norm, mask)
+
+
+def weight_and_mask(
+    options: Options, mask: Array | None, has_loss: Array, dtype: DTypeLike
+) -> tuple[Array, Array | None]:
+    """What each row weighs, [...], and which of those in the mask count."""
+    weight = jnp.ones(has_loss.shape, dtype)
+    if options.weights is not None:
+        weight = options.weights.astype(dtype)
+        # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
+        mask = _both(mask, (weight != 0) | has_loss)
+    return keep(mask, weight), mask
+
+
+def masked_classes(
+    logits: Array, options: Options, class_axes: tuple[int, ...]
+) -> tuple[Options, Array | None]:
+    """The options with a ``where`` of rows alone; and which classes can occur, by both masks.
+
+    That is bool [..., K], or [1, ..., K] if all rows have the same, or None.
+    """
+    class_mask, where = None, options.where
+    if options.class_mask is not None:
+        class_mask = options.class_mask.reshape((1,) * (logits.ndim - len(class_axes)) + (-1,))
+    if where is not None and where.shape == logits.shape:
+        class_mask = _both(class_mask, classes_last(where, class_axes))
+        where = any_class(class_mask, options.axis_name)
+    return options.replace(where=where), class_mask
 
 
 def _advice(options: Options) -> str:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import are_known, equal_shares, sum_of_shares, vary_like, zeros_like
 from sxe._head.chunk import (
@@ -44,7 +43,7 @@ from sxe._head.path import FORWARD
 from sxe._head.projection import keep_classes
 from sxe._primitives import undivided
 from sxe._rows.predictions import Ranking
-from sxe._rows.rules import RULES, instantiate, values_and_wanted
+from sxe._rows.rules import RULES, cotangents, instantiate, values_and_wanted
 from sxe._rows.targets import Rows
 
 T = TypeVar("T")
@@ -241,9 +240,7 @@ def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | 
     # The mask says already which rows have a loss.
     wanted = jax.tree.map(lambda w: w.size > 0, flags)
     head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
-    first, *others = g.results
-    others = [None if isinstance(a, SymbolicZero) else a for a in others]
-    g_results = sum_of_shares(type(g.results)(instantiate(first), *others), head.f.axis_name)
+    g_results = sum_of_shares(cotangents(g.results), head.f.axis_name)
     chunk = functools.partial(chunk_bwd, head)
     arrays = shared, _zero_sums(head, shared, rows), ((hidden, rows), (state, g_results))
     sums, outputs = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 from sxe._arrays import AxisName, vary, wide_dtype, zeros_like
-from sxe._backend import Backend
+from sxe._backend import Backend, rounded
 from sxe._head.loops import Columns, over_class_blocks
 
 Gradients = tuple[Array | None, Array | None]  # of hidden states and kernel
@@ -83,19 +83,8 @@ def _of_possible(u: Array, by: Transform) -> tuple[Array, Transform]:
 
 def _scaled(u: Array, by: Transform) -> Array:
     """H1."""
-    z = u if by.logit_scale is None else _rounded(_for_rows(by.logit_scale) * u)
+    z = u if by.logit_scale is None else rounded(_for_rows(by.logit_scale) * u)
     return z if by.bias is None else z + by.bias[None, :]
-
-
-def _rounded(z: Array) -> Array:
-    """z, a product, rounded wherever it is used.
-
-    XLA computes logits again for each use, and makes one operation of a product and a sum, which is
-    rounded once. Where it did so in one use alone, x - m of the largest logit would not be 0, and
-    the loss of a confident row would be that difference. The choice of no effect keeps the product
-    and a sum apart.
-    """
-    return jnp.where(jnp.isnan(z), -z, z)
 
 
 def _for_rows(scale: Array) -> Array:

@@ -5,7 +5,8 @@ With the state (m, r) of a row's logits, e_k = exp(x_k - m), and targets t_k wit
     D0  loss        = sum_k t_k (m - x_k) + T log1p(r)
     D7  d loss/dx_l = (e_l (T - t_l) - t_l ((1 - e_l) + r)) / (1 + r)         = T q_l - t_l
 
-No term of D0 is negative, and neither of the two terms of D7 cancels.
+No term of D0 is negative, and neither of the two terms of D7 cancels. The log-probability of a
+label is -D0. Where it is asked for, the entropy of ``entropy`` is another result of the row.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from jax.custom_derivatives import SymbolicZero
 from sxe._arrays import AxisName, psum, vary_like, wide
 from sxe._backend import Backend, apart
 from sxe._rows import twins
+from sxe._rows.entropy import entropy, gap_sum, mean_gap, slope
 from sxe._rows.normalizer import Normalizer, merge_over
-from sxe._rows.rules import Weighed
+from sxe._rows.rules import Weighed, move_confident
 from sxe._rows.targets import (
     Dense,
     Sparse,
@@ -44,11 +46,13 @@ class Results(NamedTuple):
       lse: log sum_k exp(x_k). As a cotangent, None is 0.
       max_probability: the largest of all q_k. It has no derivative: as a tangent it is None, and
         as a cotangent it is not looked at.
+      entropy: -sum_k q_k log q_k, or None where nobody asks. As a cotangent, None is 0.
     """
 
     loss: Array
     lse: Array | None
     max_probability: Array | None = None
+    entropy: Array | None = None
 
 
 class Part(NamedTuple):
@@ -58,11 +62,29 @@ class Part(NamedTuple):
       state: of their logits.
       cost: sum_k t_k (m - x_k).
       target: sum_k t_k, which only a shard needs, or None.
+      gap_sum: sum_k e_k (m - x_k), or None where nobody asks for the entropy.
     """
 
     state: Normalizer
     cost: Array
     target: Array | None
+    gap_sum: Array | None = None
+
+
+class State(NamedTuple):
+    """What gradients start from, of whole rows, [...].
+
+    Attributes:
+      normalizer: of their logits.
+      mean_gap: sum_k q_k (m - x_k), or None where nobody asks for the entropy.
+    """
+
+    normalizer: Normalizer
+    mean_gap: Array | None = None
+
+    @property
+    def has_loss(self) -> Array:
+        return self.normalizer.has_loss
 
 
 def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> Array:
@@ -72,21 +94,31 @@ def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> 
 
 
 def row_gradient(
-    x: Array, t: tuple[Array | None, Array], state: Normalizer, g: Results, backend: Backend
+    x: Array, t: tuple[Array | None, Array], state: State, g: Results, backend: Backend
 ) -> Array:
-    """D7: the gradient for a tile of logits x [..., K], from the cotangents g [...] of the results.
+    """D7 and E1: the gradient for a tile of logits x [..., K], from the results' cotangents [...].
 
     ``t`` is t and T - t, each [..., K] or broadcastable to it. A t of None is 0.
     """
     t_here, t_elsewhere = t
-    r = state.r[..., None]
-    e = jnp.exp(wide(x) - apart(state.m, state.r, backend)[..., None])
-    g_loss, g_lse = g.loss[..., None], None if g.lse is None else g.lse[..., None]
+    m, r = apart(state.normalizer.m, state.normalizer.r, backend), state.normalizer.r[..., None]
+    e = jnp.exp(wide(x) - m[..., None])
+    g_loss, by_e = g.loss[..., None], _cotangent_of_e(x, m, state, g)
     if t_here is None:
         d = t_elsewhere * g_loss
-        return e * ((d if g_lse is None else d + g_lse) / (1 + r))
+        return e * ((d if by_e is None else d + by_e) / (1 + r))
     d = scaled_difference(e, (t_here, t_elsewhere), r) * g_loss
-    return (d if g_lse is None else d + e * g_lse) / (1 + r)
+    return (d if by_e is None else d + e * by_e) / (1 + r)
+
+
+def _cotangent_of_e(x: Array, m: Array, state: State, g: Results) -> Array | None:
+    """What multiplies q in the gradients of lse and of the entropy, or None for 0."""
+    by_lse = None if g.lse is None else g.lse[..., None]
+    if g.entropy is None:
+        return by_lse
+    assert state.mean_gap is not None
+    by_entropy = slope(wide(x), m, state.mean_gap) * g.entropy[..., None]
+    return by_entropy if by_lse is None else by_lse + by_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,21 +128,28 @@ class CrossEntropy:
     Attributes:
       axis_name: the mesh axes that split the classes.
       backend: where it runs.
+      with_entropy: whether the entropy is a result.
     """
 
     axis_name: AxisName
     backend: Backend
+    with_entropy: bool = False
 
     def tile(self, x: Array, targets: Targets) -> Part:
         state = twins.normalize(x, self.backend)
+        gaps = self.gap_sum(x, state.m)
         if self.axis_name is None:
-            return Part(state, self._cost(x, targets, state.m, state.log1p_r), None)
+            return Part(state, self._cost(x, targets, state.m, state.log1p_r), None, gaps)
         # Other shards may hold finite logits where all of this one's are -inf.
         empty = state.m == -jnp.inf
         m, log1p_r = (jnp.where(empty, 0, a) for a in (state.m, state.log1p_r))
-        return Part(state, self._cost(x, targets, m, log1p_r), target_sum(targets, x))
+        return Part(state, self._cost(x, targets, m, log1p_r), target_sum(targets, x), gaps)
 
-    def merge(self, part: Part, targets: Targets) -> tuple[Results, Normalizer]:
+    def gap_sum(self, x: Array, m: Array) -> Array | None:
+        """What the entropy needs of a tile, where it is asked for."""
+        return twins.gap_sum(x, m, self.backend) if self.with_entropy else None
+
+    def merge(self, part: Part, targets: Targets) -> tuple[Results, State]:
         state = merge_over(part.state, self.axis_name)
         cost = part.cost
         if part.target is not None:
@@ -120,10 +159,15 @@ class CrossEntropy:
         loss = cost + targets.total * state.log1p_r  # D0
         # All results of a custom rule have to be batched alike. Where jax.vmap maps the targets
         # alone, it would not batch lse, and would count lse's cotangent once for each example.
-        of_logits = (jnp.where(loss == 0, a, a) for a in (state.lse, state.max_probability))
-        return Results(loss, *of_logits), state
+        of_logits = [state.lse, state.max_probability]
+        gaps = None
+        if part.gap_sum is not None:
+            gaps = mean_gap(part.gap_sum, part.state, state, self.axis_name)
+            of_logits.append(entropy(state, gaps))  # E0
+        of_logits = [jnp.where(loss == 0, a, a) for a in of_logits]
+        return Results(loss, *of_logits), State(state, gaps)
 
-    def gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Array:
+    def gradient(self, x: Array, targets: Targets, state: State, g: Results) -> Array:
         targets, state, g = vary_like((targets, state, g), x)
         d = row_gradient(x, class_tile(targets), state, g, self.backend)
         if (labels := targets.labels) is None:
@@ -131,11 +175,11 @@ class CrossEntropy:
         # The labels' classes are apart, so that all others have less to compute.
         found, inside = take_labels(x, labels.label)
         # Elsewhere it is of no use, but finite.
-        found = jnp.where(inside, wide(found), state.m[..., None])
+        found = jnp.where(inside, wide(found), state.normalizer.m[..., None])
         at_label = row_gradient(found, label_tile(targets, labels), state, g, self.backend)
         return put_labels(d, labels.label, at_label, self.backend)
 
-    def target_gradient(self, x: Array, targets: Targets, state: Normalizer, g: Results) -> Targets:
+    def target_gradient(self, x: Array, targets: Targets, state: State, g: Results) -> Targets:
         zeros = jax.tree.map(lambda a: vary_like(jnp.zeros_like(a), a), targets)
         d = Targets(None, None, zeros.dense, zeros.total)
         if (labels := targets.labels) is not None:
@@ -151,8 +195,8 @@ class CrossEntropy:
             d = d._replace(dense=zeros.dense._replace(t=d_t))
         return d
 
-    def target_tangent(self, x: Array, targets: Targets, state: Normalizer, t_dot: Any) -> Results:
-        loss_dot = jnp.zeros_like(state.r)
+    def target_tangent(self, x: Array, targets: Targets, state: State, t_dot: Any) -> Results:
+        loss_dot = jnp.zeros_like(state.normalizer.r)
         # A tangent of zero must not meet an infinite derivative.
         if (labels := targets.labels) is not None:
             one = targets.sparse is None
@@ -163,9 +207,11 @@ class CrossEntropy:
         if targets.dense is not None and not isinstance(t_dot.dense.t, SymbolicZero):
             by_class = t_dot.dense.t * self._cost_of_classes(x, targets.dense, state)
             loss_dot = loss_dot + psum(jnp.sum(by_class, axis=-1), self.axis_name)
-        return Results(loss_dot, jnp.zeros_like(loss_dot))
+        none = jnp.zeros_like(loss_dot)
+        return Results(loss_dot, none, None, none if self.with_entropy else None)
 
-    def primal(self, x: Array, origin: Array, targets: Targets, state: Normalizer) -> Results:
+    def primal(self, x: Array, targets: Targets) -> Results:
+        x, origin, state = move_confident(x, self.axis_name, self.backend)
         # D0 is sum_k t_k (lse - x_k) here. With T log1p(r) apart, the two parts of 0 log 0 would
         # each meet a cotangent and be rounded before they cancel.
         lse, zero = state.lse, jnp.zeros_like(state.r)
@@ -177,11 +223,15 @@ class CrossEntropy:
         if targets.dense is not None:
             cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # the plain twin
             loss = loss + psum(cost, self.axis_name)
-        return Results(loss, origin + lse, lax.stop_gradient(state.max_probability))
+        of_row = origin + lse, lax.stop_gradient(state.max_probability)
+        if not self.with_entropy:
+            return Results(loss, *of_row)
+        gaps = psum(gap_sum(x, vary_like(state.m, x), scale=1), self.axis_name) / (1 + state.r)
+        return Results(loss, *of_row, entropy(state, gaps))
 
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
         """w_i (loss_i + z lse_i^2)."""
-        loss, lse, _ = results
+        loss, lse = results.loss, results.lse
         assert lse is not None
         g_lse = d_z = None
         if z_loss is not None:
@@ -205,14 +255,15 @@ class CrossEntropy:
     # -log q, D0 differentiated in t_k. It counts what t_k adds to T, so that T itself has the
     # derivative 0.
 
-    def _cost_of_labels(self, x: Array, labels: Sparse, state: Normalizer) -> Array:
+    def _cost_of_labels(self, x: Array, labels: Sparse, state: State) -> Array:
         """-log q at each label, [..., M]."""
+        m, log1p_r = state.normalizer.m, state.normalizer.log1p_r
         # What is 0 log 0 depends on all of the class's target.
         t, _ = labels.of_classes()
-        gaps = label_gap(labels._replace(target=t), x, state.m, state.log1p_r)
-        return psum(gaps, self.axis_name) + state.log1p_r[..., None]
+        gaps = label_gap(labels._replace(target=t), x, m, log1p_r)
+        return psum(gaps, self.axis_name) + log1p_r[..., None]
 
-    def _cost_of_classes(self, x: Array, dense: Dense, state: Normalizer) -> Array:
+    def _cost_of_classes(self, x: Array, dense: Dense, state: State) -> Array:
         """-log q of each class of the tile, [..., K]."""
-        m, log1p_r = vary_like((state.m, state.log1p_r), x)
+        m, log1p_r = vary_like((state.normalizer.m, state.normalizer.log1p_r), x)
         return gap(dense.t, x, m[..., None], log1p_r[..., None]) + log1p_r[..., None]

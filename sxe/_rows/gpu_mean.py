@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from sxe._arrays import keep, wide
 from sxe._rows import twins
-from sxe._rows.cross_entropy import CrossEntropy, Part, Results
+from sxe._rows.cross_entropy import CrossEntropy, Part, Results, State
 from sxe._rows.gpu_gradient import state_and_gradient
 from sxe._rows.gpu_terms import Found, RowTerms, spread
 from sxe._rows.normalizer import has_loss
@@ -108,7 +108,7 @@ def _by_xla(f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: 
         gaps = dense_cost(t, kept, state.m, state.log1p_r)
         total = jnp.broadcast_to(dense.largest + dense.rest, label.shape)
     g = Results(weight, lse_weight * state.lse)
-    d = keep(with_loss, f.gradient(kept, targets, state, g)).astype(d_dtype)
+    d = keep(with_loss, f.gradient(kept, targets, State(state), g)).astype(d_dtype)
     x_label, inside = (a[..., 0] for a in take_labels(kept, label[..., None]))
     return Found(state, jnp.where(inside, wide(x_label), 0), d, gaps, total)
 
@@ -184,8 +184,10 @@ def forward(
     targets = rows.targets
     if targets.label is None:
         targets = targets._replace(total=masked.total + 0 * masked.total)  # NaN if not finite
-    cost, d_targets = _of_targets(f, keep(with_loss, x), targets, (terms, masked, g))
-    results, _ = f.merge(Part(masked.state, cost, None), targets)  # D0
+    kept = keep(with_loss, x)
+    cost, d_targets = _of_targets(f, kept, targets, (terms, masked, g))
+    part = Part(masked.state, cost, None, f.gap_sum(kept, masked.state.m))
+    results, _ = f.merge(part, targets)  # D0
     return Forward(results, found.d, d_targets)
 
 
@@ -207,7 +209,7 @@ def _of_targets(
     if targets.dense is None:
         return cost, d_targets
     if terms.dense is not None:
-        of_dense = f.target_gradient(x, targets, state, Results(g, None)).dense
+        of_dense = f.target_gradient(x, targets, State(state), Results(g, None)).dense
         return cost + gaps, d_targets._replace(dense=of_dense)
     # Where nothing is spread, no class costs anything, not even one that cannot occur.
     uniform = terms.rows.uniform

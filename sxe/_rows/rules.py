@@ -55,7 +55,10 @@ class RowFunction(Protocol):
         """From the parts of all shards, the results, and the state that a gradient starts from."""
 
     def gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Array:
-        """The gradient for a tile from the cotangents g of the results, float32 or float64."""
+        """The gradient for a tile from the cotangents g of the results, float32 or float64.
+
+        The first one is an array. Others may be None, for 0.
+        """
 
     def target_gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Any:
         """The gradients for the targets, likewise."""
@@ -63,11 +66,11 @@ class RowFunction(Protocol):
     def target_tangent(self, x: Array, targets: Any, state: Any, t_dot: Any, /) -> Any:
         """The tangents of the results, from those of the targets, some of which are symbolic.
 
-        None is that of a result which has no derivative.
+        None is that of a result that has no derivative, or that nobody asks for.
         """
 
-    def primal(self, x: Array, origin: Array, targets: Any, state: Normalizer, /) -> Any:
-        """The results of whole rows, for JAX to differentiate, from what ``move_confident`` gives.
+    def primal(self, x: Array, targets: Any, /) -> Any:
+        """The results of whole rows, arranged so that JAX's own derivative keeps its digits.
 
         They may not use a function that has a custom rule.
         """
@@ -96,20 +99,28 @@ def instantiate(g: Any) -> Array:
     return jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
 
 
+def cotangents(g: Any) -> Any:
+    """The results' cotangents as ``RowFunction.gradient`` takes them: the first one as an array."""
+    first, *others = g
+    others = [None if isinstance(a, SymbolicZero) else a for a in others]
+    return type(g)(instantiate(first), *others)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rows_vjp(f: RowFunction, x: Array, targets: Any) -> Any:
     """The results of rows, with their gradient in closed form. For reverse mode."""
     return results_and_state(f, x, targets)[0]
 
 
-def _rows_fwd(f: RowFunction, x: Array, targets: Any) -> tuple[Any, tuple[Array, Any, Any]]:
+def _rows_fwd(f: RowFunction, x: Any, targets: Any) -> tuple[Any, tuple[Array, Any, Any]]:
+    (x, targets), _ = values_and_wanted(x, targets)
     results, state = results_and_state(f, x, targets)
     return results, (x, targets, state)
 
 
 def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Array, Any]:
     x, targets, state = res
-    g = sum_of_shares(g, f.axis_name)
+    g = sum_of_shares(cotangents(g), f.axis_name)
     d_x = f.gradient(x, targets, state, g).astype(x.dtype)
     d_targets = f.target_gradient(x, targets, state, g)
     return d_x, own_targets(d_targets, x, f.axis_name)
@@ -129,7 +140,7 @@ def own_targets(d_targets: Any, x: Array, axis_name: AxisName) -> Any:
     return jax.tree.map(own, d_targets, is_leaf=lambda d: isinstance(d, Sparse))
 
 
-rows_vjp.defvjp(_rows_fwd, _rows_bwd)
+rows_vjp.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -148,10 +159,13 @@ def _rows_jvp_rule(
     x_dot = wide(x_dot) if moves else x_dot  # once, so that its transpose rounds once
     dots = []
     for i, dot in enumerate(results_dot):
-        if dot is None:
+        if results[i] is None:
+            pass
+        elif dot is None:
             dot = jnp.zeros_like(results[i])
         elif moves:
-            one = (jnp.ones_like(r) if k == i else jnp.zeros_like(r) for k, r in enumerate(results))
+            one: list[Array | None] = [jnp.zeros_like(results[0]), *(None for _ in results[1:])]
+            one[i] = jnp.ones_like(results[i])
             d = f.gradient(x, targets, state, type(results)(*one))
             dot = dot + psum(jnp.sum(d * x_dot, axis=-1), f.axis_name)
         dots.append(dot)
@@ -162,9 +176,8 @@ rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
 
 
 def rows_autodiff(f: RowFunction, x: Array, targets: Any) -> Any:
-    """The results of rows, arranged so that JAX's own derivative keeps its digits."""
-    x, origin, state = move_confident(x, f.axis_name, f.backend)
-    return f.primal(x, origin, targets, state)
+    """The results of rows, which JAX differentiates itself."""
+    return f.primal(x, targets)
 
 
 def move_confident(

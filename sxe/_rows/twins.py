@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from sxe._arrays import AxisName, jvp_of_moved, psum, wide
 from sxe._backend import Backend, apart
-from sxe._rows import cpu, normalizer, targets
+from sxe._rows import cpu, entropy, normalizer, targets
 from sxe._rows.normalizer import Normalizer, finite_shift
 from sxe._rows.targets import Dense
 
@@ -43,6 +43,23 @@ def _normalize_jvp(
     e = jnp.exp(wide(x) - shift[..., None])
     r_dot = jnp.sum(e * wide(x_dot), axis=-1)  # dr/dx_k = e_k, and m is a constant
     return state, Normalizer(jnp.zeros_like(state.m), r_dot)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def gap_sum(x: Array, m: Array, backend: Backend) -> Array:
+    """sum_k e_k (m - x_k) of a tile of logits, [..., K] to [...], with m as a constant."""
+    return entropy.gap_sum(x, m)
+
+
+@gap_sum.defjvp
+def _gap_sum_jvp(
+    backend: Backend, primals: tuple[Array, Array], tangents: tuple[Array, Any]
+) -> tuple[Array, Array]:
+    (x, m), (x_dot, _) = primals, tangents
+    found = gap_sum(x, m, backend)
+    shift = apart(finite_shift(m), found, backend)[..., None]
+    e, gap = jnp.exp(wide(x) - shift), entropy.bounded_gap(wide(x), shift)
+    return found, jnp.sum(e * (gap - 1) * wide(x_dot), axis=-1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))

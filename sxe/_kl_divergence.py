@@ -1,0 +1,205 @@
+"""The divergence between a model's softmax and a target's, of logits on both sides.
+
+KL(p || q) = sum_k p_k (log p_k - log q_k)          lines K0 to K5 of the derivation
+"""
+
+from __future__ import annotations  # so that help() names types shortly
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from sxe._arrays import AxisName, keep, reshard, sharding, vary, varying, wide
+from sxe._backend import backend_of, rounded
+from sxe._call import arguments, axes, checks, reduction
+from sxe._call.layout import Layout, join_shards
+from sxe._call.options import Options, Reduction, Rule, parse
+from sxe._call.rows import any_class, masked_classes, weight_and_mask
+from sxe._rows.kl_divergence import KLDivergence, Mode
+from sxe._rows.normalizer import has_loss
+from sxe._rows.rules import RULES
+from sxe._rows.targets import Rows, Targets
+
+
+class _Inputs(NamedTuple):
+    logits: Array
+    target_logits: Array
+    options: Options
+
+
+def _scaled(x: Array, scale: Array | float | None) -> Array:
+    """The logits [..., K] times a scalar or, for each row, [...]."""
+    if scale is None:
+        return x
+    factor = jnp.asarray(scale, x.dtype)
+    return rounded(factor[..., None] * x if factor.ndim else factor * x)
+
+
+def _alike(x: Array, z: Array) -> tuple[Array, Array]:
+    """Both, typed as varying along the same mesh axes and as split in the same way."""
+    every = varying(x) | varying(z)
+    spec = [next(filter(None, at), None) for at in itertools.zip_longest(sharding(x), sharding(z))]
+    x, z = (vary(reshard(a, spec), every) for a in (x, z))
+    return x, z
+
+
+def _result(inputs: _Inputs) -> Array:
+    given, options = inputs.logits, inputs.options
+    class_axes = axes.class_axes(options.axis, given.ndim)
+    backend = backend_of(given, inputs.target_logits)
+    options, class_mask = masked_classes(given, options, class_axes)
+    mask = options.where
+    dtype = wide(jnp.zeros((), jnp.result_type(given, inputs.target_logits))).dtype
+    x, z = (axes.classes_last(a, class_axes).astype(dtype) for a in (given, inputs.target_logits))
+    x, z = _scaled(x, options.logit_scale), _scaled(z, options.target_logit_scale)
+    if class_mask is not None:
+        x, z = (jnp.where(class_mask, a, -jnp.inf) for a in (x, z))
+        possible = jnp.broadcast_to(any_class(class_mask, options.axis_name), x.shape[:-1])
+        mask = possible if mask is None else mask & possible
+    x, z = _alike(x, z)
+    are_finite = [has_loss(a, options.axis_name, backend) for a in (x, z)]
+    weight, mask = weight_and_mask(options, mask, are_finite[0] & are_finite[1], dtype)
+    x, z = keep(mask, x), keep(mask, z)
+    f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
+    weighed = f.weigh(RULES[options.rule](f, x, z), weight, None).value
+    rows = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, mask)
+    if options.reduction == "none":
+        return weighed
+    sums = reduction.sum_rows(jnp.sum(weighed), rows, options)
+    return sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
+
+
+@functools.partial(jax.jit, inline=True)
+def _call(inputs: _Inputs) -> Array:
+    logits, target_logits, options = inputs
+    checks.check_target_logits(logits, target_logits, options)
+    class_axes = axes.class_axes(options.axis, logits.ndim)
+    checks.check_classes(options, logits.shape, class_axes)
+    checks.check_masks_and_weights(options, logits.shape, class_axes)
+    rows = tuple(n for i, n in enumerate(logits.shape) if i not in class_axes)
+    checks.check_row_scale("logit_scale", options.row_scale, rows, options)
+    checks.check_row_scale("target_logit_scale", options.target_row_scale, rows, options)
+    if options.layout is not None:
+        layout, ndim = options.layout, logits.ndim
+        out = layout.of_rows() if options.reduction == "none" else jax.sharding.PartitionSpec()
+        return layout.run(_result, inputs, class_axes, ndim=ndim, out=out)
+    axes.check_axis_name("axis_name", options.axis_name, "the logits", logits)
+    axes.check_axis_name("axis_name", options.axis_name, "the target logits", target_logits)
+    axes.check_axis_name("batch_axis_name", options.batch_axis_name, "the logits", logits)
+    inputs = join_shards(inputs, class_axes, ndim=logits.ndim)
+    others = {"target_logits": inputs.target_logits, **inputs.options.of_rows()}
+    axes.check_mapped(logits=inputs.logits, **others)
+    axes.check_splits("logits", sharding(inputs.logits), class_axes, **others)
+    return _result(inputs)
+
+
+def divergence_of_logits(
+    logits: ArrayLike, target_logits: ArrayLike, *, layout: Layout | None = None, **options: Any
+) -> Array:
+    """``kl_divergence``, of global arrays on a mesh where there is a layout."""
+    parsed = parse(layout=layout, **options)
+    inputs = _Inputs(
+        arguments.array("logits", logits), arguments.array("target_logits", target_logits), parsed
+    )
+    checks.check_jet(inputs, parsed)
+    return _call(inputs)
+
+
+def kl_divergence(
+    logits: ArrayLike,
+    target_logits: ArrayLike,
+    *,
+    mode: Mode = "forward",
+    beta: float = 0.5,
+    logit_scale: ArrayLike = 1.0,
+    target_logit_scale: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
+    axis: int | tuple[int, ...] = -1,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+    rule: Rule = "vjp",
+) -> Array:
+    """The Kullback-Leibler or Jensen-Shannon divergence between the softmax of two rows of logits.
+
+    With q_i = softmax(logit_scale logits_i), p_i = softmax(target_logit_scale target_logits_i):
+
+        "forward"           KL(p_i || q_i) = sum_k p_ik (log p_ik - log q_ik)
+        "reverse"           KL(q_i || p_i)
+        "jensen_shannon"    beta KL(p_i || M_i) + (1 - beta) KL(q_i || M_i)
+                            with M_i = beta p_i + (1 - beta) q_i
+
+    It keeps its digits where the two nearly agree, as a policy and its reference do, and where the
+    textbook form is rounding noise of either sign. It is never negative, and exactly 0 for equal
+    logits and for logits that differ by a constant.
+
+    Args:
+      logits: [..., K], bfloat16, float16, float32 or float64: of the model.
+      target_logits: [..., K], likewise: of a teacher, or of a reference policy.
+      mode: "forward", what distillation minimizes: q covers all of p. "reverse", what policies are
+        held to: q stays where p is. "jensen_shannon", between the two.
+      beta: above 0 and below 1, for "jensen_shannon".
+      logit_scale, target_logit_scale: what each side's logits are multiplied by, such as
+        1 / temperature: a number, a scalar array, or float [...], one for each row.
+      where: bool [...], the rows that count; or bool [..., K], the classes that can occur in each
+        row, on both sides: a row with none left does not count.
+      weights: float [...], a weight for each row.
+      class_mask: bool [K], the classes that can occur in any row, on both sides.
+      axis: the class axis of both, or a tuple of axes.
+      reduction: "mean", sum_i w_i KL_i / sum_i w_i over the rows that count, and 0 where none does;
+        "sum", sum_i w_i KL_i; "none", w_i KL_i [...], and 0 in rows that do not count.
+      axis_name, batch_axis_name, rule: as for ``softmax_cross_entropy``. Both sides are split along
+        ``axis_name``.
+
+    ``mode``, ``beta``, ``axis``, ``reduction``, the axis names and ``rule`` are Python values,
+    static under ``jax.jit``.
+
+    Returns:
+      The divergence, float32 (float64 if a side is). Gradients exist for both sides, their scales
+      and the weights. One that is not asked for is not computed: for a teacher that is not trained
+      nothing has to be stopped.
+
+    Rows that do not count contribute nothing, whatever stands in them. A class whose logit is -inf
+    on both sides adds nothing. One that p has and q has not makes a forward divergence +inf, and
+    one that q has and p has not a reverse one. Jensen-Shannon's is always finite. A row of -inf
+    alone, a +inf or a NaN on either side gives NaN in that row, value and gradient, and in no other
+    row.
+
+    Raises:
+      TypeError: for a dtype that is none of the above, or an option of a wrong type.
+      ValueError: for shapes that differ, an unknown mode, a beta that is not between 0 and 1, and
+        as for ``softmax_cross_entropy``.
+
+    Source: lines K0 to K5 of ``sxe.derivation``; the arithmetic is in ``sxe._rows.kl_divergence``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sxe
+      >>> policy, reference = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 2.0, 3.001]])
+      >>> sxe.kl_divergence(policy, reference)
+      Array(1.1130705e-07, dtype=float32)
+      >>> jax.grad(sxe.kl_divergence)(policy, reference, mode="reverse")
+      Array([[ 5.9887687e-05,  1.6279161e-04, -2.2267929e-04]], dtype=float32)
+    """
+    return divergence_of_logits(
+        logits,
+        target_logits,
+        mode=mode,
+        beta=beta,
+        logit_scale=logit_scale,
+        target_logit_scale=target_logit_scale,
+        where=where,
+        weights=weights,
+        class_mask=class_mask,
+        axis=axis,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        rule=rule,
+    )

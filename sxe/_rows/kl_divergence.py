@@ -1,0 +1,303 @@
+"""Divergences between the softmax of two rows: lines K0 to K5 of the derivation.
+
+q is the softmax of the model's logits x, p that of the target logits z, and (m_x, r_x), (m_z, r_z)
+are their states. The log-ratio of the two is no difference of two log-probabilities:
+
+    u_k = log q_k - log p_k = ((x_k - z_k) - (m_x - m_z)) - (log1p(r_x) - log1p(r_z))
+
+A divergence is KL(p || M), KL(q || M), or both, weighed. M is the other of the two or, for "Jensen-
+Shannon", beta p + (1 - beta) q. With v_k = log M_k - log p_k and phi(v) = exp(v) - 1 - v:
+
+    K0, K2, K4  KL(p || M)          = sum_k p_k phi(v_k)
+    K1          d KL(p || q)/d x_l  = p_l expm1(v_l)                = q_l - p_l
+    K3, K5      d KL(p || M)/d z_l  = p_l (sum_k p_k v_k - v_l)     = p_l (-v_l - KL(p || M))
+
+For KL(q || M), p and q change places, and so do x and z. No phi is negative. Where p and M nearly
+agree, an error e of the states is one of all v_k alike. As sum_k M_k = sum_k p_k, it adds e^2 / 2
+to the divergence. So that keeps its digits where sum_k p_k (log p_k - log q_k) has none. In K3 and
+K5 such an error cancels. In K1 it would not: sum_k p_k expm1(v_k) is 0, and what it is instead
+tells the error.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from sxe._arrays import AxisName, psum, vary_like, wide
+from sxe._backend import Backend, apart
+from sxe._rows import twins
+from sxe._rows.normalizer import (
+    Normalizer,
+    exp_difference,
+    finite_shift,
+    merge_over,
+    normalize_tile,
+)
+from sxe._rows.rules import Weighed
+
+Mode = Literal["forward", "reverse", "jensen_shannon"]
+MODES = ("forward", "reverse", "jensen_shannon")
+
+
+class Results(NamedTuple):
+    """Of each row, [...]."""
+
+    divergence: Array
+
+
+class Sums(NamedTuple):
+    """Of one of two distributions, p, beside M: sums over the classes of a row or a tile, [...].
+
+    Attributes:
+      divergence: KL(p || M), sum_k p_k phi(v_k).
+      error: sum_k p_k expm1(v_k), which is 0 but for rounding.
+      mean: sum_k p_k w_k.
+      origin: v where p has over four sevenths of the probability, of all classes, and else 0. w is
+        v - origin, and 0 there: sum_k p_k v_k less that v_k would be what rounding leaves of them.
+    """
+
+    divergence: Array
+    error: Array
+    mean: Array
+    origin: Array
+
+
+class State(NamedTuple):
+    """What gradients start from, of rows.
+
+    Attributes:
+      of_x, of_z: the states of both rows of logits.
+      of_p, of_q: the sums of p beside M and of q beside M, or None for the one that has no part.
+    """
+
+    of_x: Normalizer
+    of_z: Normalizer
+    of_p: Sums | None
+    of_q: Sums | None
+
+
+class Side(NamedTuple):
+    """One of two distributions over the classes of a tile, [..., K], beside M.
+
+    Attributes:
+      p: its probabilities.
+      v: log M - log p. It may be infinite where p is 0 or M is.
+      excess: M - p.
+      top: bool, the class that has over four sevenths of the probability.
+    """
+
+    p: Array
+    v: Array
+    excess: Array
+    top: Array
+
+
+def phi(v: Array) -> Array:
+    """exp(v) - 1 - v, for v from -1 to 1, from its series."""
+    terms = 11 if v.dtype == jnp.float32 else 19
+    total = jnp.zeros_like(v)
+    for n in range(terms, 1, -1):
+        total = total * v + 1 / math.factorial(n)
+    return total * v * v
+
+
+def _near(v: Array) -> tuple[Array, Array]:
+    """Whether v is from -1 to 1, and v there, else 0."""
+    near = jnp.abs(v) < 1
+    return near, jnp.where(near, v, 0)
+
+
+def _finite(v: Array) -> Array:
+    """v, and 0 where it is infinite. Where p is 0, p v is 0."""
+    return jnp.where(jnp.isinf(v), 0, v)
+
+
+def divergence_terms(side: Side) -> Array:
+    """p phi(v): +inf where M is 0 and p is not."""
+    near, small = _near(side.v)
+    far = jnp.where(side.v == -jnp.inf, jnp.inf, side.excess - side.p * _finite(side.v))
+    return jnp.where(near, side.p * phi(small), far)
+
+
+def difference(side: Side) -> Array:
+    """p expm1(v), which is M - p."""
+    near, small = _near(side.v)
+    return jnp.where(near, side.p * (small + phi(small)), side.excess)
+
+
+def from_origin(side: Side, origin: Array) -> Array:
+    """w, [..., K]."""
+    most = jnp.finfo(origin.dtype).max
+    w = jnp.clip(_finite(side.v) - origin[..., None], -most, most)  # p may be 0 where it overflows
+    return jnp.where(side.top, 0, w)
+
+
+def sums_of(side: Side, axis_name: AxisName) -> Sums:
+    """The sums of a tile. The origin is that of the row."""
+    origin = psum(jnp.sum(jnp.where(side.top, _finite(side.v), 0), axis=-1), axis_name)
+    means = side.p * from_origin(side, vary_like(origin, side.p))
+    means = jnp.where(side.v == -jnp.inf, -jnp.inf, means)
+    return Sums(
+        divergence=jnp.sum(divergence_terms(side), axis=-1),
+        error=jnp.sum(difference(side), axis=-1),
+        mean=jnp.sum(means, axis=-1),
+        origin=origin,
+    )
+
+
+def gradient_of_other(side: Side, sums: Sums) -> Array:
+    """K1: the derivative of KL(p || M) by the logits of M, where M is the other distribution."""
+    return difference(side) - sums.error[..., None] * (side.p + side.excess)
+
+
+def gradient_of_own(side: Side, sums: Sums) -> Array:
+    """K3 and K5: the derivative of KL(p || M) by the logits of p, divided by what it weighs."""
+    slope = sums.mean[..., None] - from_origin(side, sums.origin)
+    slope = jnp.where(side.v == -jnp.inf, jnp.inf, slope)
+    none = side.p == 0
+    return jnp.where(none, 0, side.p * jnp.where(none, 0, slope))
+
+
+def _log_mixture(v: Array, own: float, other: float) -> Array:
+    """log(own + other exp(v)) for own + other = 1."""
+    bounded = jnp.minimum(v, 80)  # from there on, own is nothing beside the rest
+    more = other * jnp.expm1(bounded)
+    much_less = more < -0.5
+    less = jnp.log(own + other * jnp.exp(bounded))
+    return jnp.where(much_less, less, jnp.log1p(jnp.where(much_less, 0, more))) + jnp.maximum(
+        v - 80, 0
+    )
+
+
+def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
+    """u, [..., K]: 0 where both logits are -inf."""
+    # Quarters, because the differences may overflow.
+    quarter = (x / 4 - z / 4) - (of_x.m / 4 - of_z.m / 4)[..., None]
+    u = 4 * quarter - (of_x.log1p_r - of_z.log1p_r)[..., None]
+    return jnp.where((x == -jnp.inf) & (z == -jnp.inf), 0, u)
+
+
+def _probabilities(x: Array, state: Normalizer) -> Array:
+    return exp_difference(x, finite_shift(state.m)[..., None]) / (1 + state.r)[..., None]
+
+
+def _top(x: Array, state: Normalizer) -> Array:
+    """``Side.top``. With r below 3/4 all other logits are smaller by log(4/3) or more."""
+    return (x >= state.m[..., None] - 0.25) & (state.r < 0.75)[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class KLDivergence:
+    """The row function: see ``RowFunction`` for its methods. Its targets are the logits z.
+
+    Attributes:
+      axis_name: the mesh axes that split the classes.
+      backend: where it runs.
+      mode: which divergence it is.
+      beta: the share of p in M, for "jensen_shannon".
+    """
+
+    axis_name: AxisName
+    backend: Backend
+    mode: Mode
+    beta: float
+
+    def tile(self, x: Array, z: Array) -> State:
+        # What a class adds depends on the states of whole rows, so that shards meet here.
+        of_x, of_z = (merge_over(twins.normalize(a, self.backend), self.axis_name) for a in (x, z))
+        return State(of_x, of_z, *self._sums(x, z, of_x, of_z))
+
+    def merge(self, part: State, z: Array) -> tuple[Results, State]:
+        of_p, of_q = (self._of_row(sums) for sums in (part.of_p, part.of_q))
+        state = part._replace(of_p=of_p, of_q=of_q)
+        return Results(self._weighed(of_p, of_q)), state
+
+    def gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
+        state, g = vary_like((state, g), x)
+        of_p, of_q = self._sides(x, z, state.of_x, state.of_z)
+        if state.of_q is None:
+            assert state.of_p is not None
+            d = gradient_of_other(of_p, state.of_p)
+        else:
+            d = self._weights[1] * gradient_of_own(of_q, state.of_q)
+        return g.divergence[..., None] * d
+
+    def target_gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
+        state, g = vary_like((state, g), x)
+        of_p, of_q = self._sides(x, z, state.of_x, state.of_z)
+        if state.of_p is None:
+            assert state.of_q is not None
+            d = gradient_of_other(of_q, state.of_q)
+        else:
+            d = self._weights[0] * gradient_of_own(of_p, state.of_p)
+        return g.divergence[..., None] * d
+
+    def target_tangent(self, x: Array, z: Array, state: State, z_dot: Any) -> Results:
+        zeros = jnp.zeros_like(state.of_x.r)
+        if isinstance(z_dot, SymbolicZero):
+            return Results(zeros)
+        d = self.target_gradient(x, z, state, Results(zeros + 1))
+        return Results(psum(jnp.sum(d * z_dot, axis=-1), self.axis_name))
+
+    def primal(self, x: Array, z: Array) -> Results:
+        plain = (normalize_tile(a, self.backend, scale=1) for a in (x, z))
+        of_x, of_z = (merge_over(state, self.axis_name) for state in plain)
+        sums = (self._of_row(sums) for sums in self._sums(x, z, of_x, of_z))
+        return Results(self._weighed(*sums))
+
+    def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
+        """w_i divergence_i."""
+        value = results.divergence
+        # A weight of 0 times an infinite divergence is 0.
+        value = jnp.where((weight == 0) & jnp.isinf(value), 0, value)
+        return Weighed(weight * value, Results(weight), value, None)
+
+    @property
+    def _weights(self) -> tuple[float, float]:
+        """What KL(p || M) and KL(q || M) weigh."""
+        by_mode = {
+            "forward": (1.0, 0.0),
+            "reverse": (0.0, 1.0),
+            "jensen_shannon": (self.beta, 1 - self.beta),
+        }
+        return by_mode[self.mode]
+
+    def _weighed(self, of_p: Sums | None, of_q: Sums | None) -> Array:
+        by_weight = zip(self._weights, (of_p, of_q), strict=True)
+        first, *second = (weight * sums.divergence for weight, sums in by_weight if sums)
+        return first + second[0] if second else first
+
+    def _of_row(self, sums: Sums | None) -> Sums | None:
+        """The sums of whole rows, from those of tiles."""
+        if sums is None:
+            return None
+        return Sums(*psum(sums[:-1], self.axis_name), sums.origin)
+
+    def _sums(self, x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> list[Sums | None]:
+        """The sums of p and of q over the classes of a tile."""
+        of_x, of_z = vary_like((of_x, of_z), x)
+        # 0, or NaN in a row of which one side has no distribution.
+        nothing = sum(a - a for a in (*of_x, *of_z))
+        found: list[Sums | None] = []
+        for side, weight in zip(self._sides(x, z, of_x, of_z), self._weights, strict=True):
+            sums = sums_of(side, self.axis_name) if weight else None
+            found.append(sums and sums._replace(divergence=sums.divergence + nothing))
+        return found
+
+    def _sides(self, x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> tuple[Side, Side]:
+        """p and q beside M, [..., K] each."""
+        x, z = wide(x), wide(z)
+        of_x, of_z = (s._replace(m=apart(s.m, s.r, self.backend)) for s in (of_x, of_z))
+        p, q = _probabilities(z, of_z), _probabilities(x, of_x)
+        u, tops = _log_ratio(x, z, of_x, of_z), (_top(z, of_z), _top(x, of_x))
+        if self.mode != "jensen_shannon":
+            return Side(p, u, q - p, tops[0]), Side(q, -u, p - q, tops[1])
+        of_p, of_q = self.beta, 1 - self.beta
+        return (
+            Side(p, _log_mixture(u, of_p, of_q), of_q * (q - p), tops[0]),
+            Side(q, _log_mixture(-u, of_q, of_p), of_p * (p - q), tops[1]),
+        )
