@@ -3,6 +3,7 @@
 from sxe import derivation
 from sxe._call.reduction import LogProbAndEntropy, Metrics
 from sxe._kl_divergence import kl_divergence
+from sxe._linear_kl_divergence import linear_kl_divergence
 from sxe._linear_softmax_cross_entropy import linear_softmax_cross_entropy
 from sxe._log_prob_and_entropy import linear_log_prob_and_entropy, log_prob_and_entropy
 from sxe._mesh import over_mesh
@@ -15,6 +16,7 @@ __all__ = [  # what python -m pydoc sxe documents
     "Plan",
     "derivation",
     "kl_divergence",
+    "linear_kl_divergence",
     "linear_log_prob_and_entropy",
     "linear_softmax_cross_entropy",
     "log_prob_and_entropy",

@@ -77,7 +77,8 @@ def _result(inputs: _Inputs) -> Array:
 @functools.partial(jax.jit, inline=True)
 def _call(inputs: _Inputs) -> Array:
     logits, target_logits, options = inputs
-    checks.check_target_logits(logits, target_logits, options)
+    checks.check_logits("logits", logits, "logits, target_logits")
+    checks.check_target_logits(logits.shape, target_logits, options)
     class_axes = axes.class_axes(options.axis, logits.ndim)
     checks.check_classes(options, logits.shape, class_axes)
     checks.check_masks_and_weights(options, logits.shape, class_axes)

@@ -11,32 +11,30 @@ The loss and the gradient of the logits x are those of ``_softmax_cross_entropy`
 from __future__ import annotations  # so that help() names types shortly
 
 import functools
-import math
-from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from sxe._arrays import AxisName, axis_names, sharding, vary, varying, wide_dtype
+from sxe._arrays import AxisName, sharding, wide_dtype
 from sxe._backend import backend_of
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.implementation import check_rule, choose
 from sxe._call.layout import Layout, join_shards, layout_of
+from sxe._call.linear import Linear, flat_rows, head_of, projections_of, typed_alike
 from sxe._call.options import HeadOptions, Implementation, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics
-from sxe._call.rows import any_class, make_rows
+from sxe._call.rows import make_rows
 from sxe._errors import ArgumentValueError
 from sxe._head.chunk import Head, Shared
+from sxe._head.chunked import HiddenRows
 from sxe._head.examples import outcome_of_examples
-from sxe._head.path import gradient_path, skips_rows
-from sxe._head.projection import Products, Transform, gather_rows, product_precision
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.targets import Rows
 
-T = TypeVar("T")
-Prepared = tuple[Head, Shared, Array, Rows]  # what the head takes; hidden [N, D]
+Prepared = tuple[Head, Shared, HiddenRows, Rows]  # what the head takes, of rows [N, ...]
 
 
 class _Inputs(NamedTuple):
@@ -50,86 +48,34 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     """A call as what the head takes; and its rows as they came."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
-    dtype, shape = jnp.result_type(hidden, kernel), (*rows_shape, classes)
+    side = Linear(hidden, kernel, options.bias, options.logit_scale, options.softcap)
+    dtype, shape = side.dtype, (*rows_shape, classes)
     backend = backend_of(hidden, kernel)
     backend = choose(options.implementation, backend, dtype=dtype, shape=shape)
     check_rule(options.rule, backend)
     finite = None
     if options.weights is not None:
-        finite = jnp.all(jnp.isfinite(hidden), axis=-1)
-        if options.row_scale is not None:
-            finite &= jnp.isfinite(options.row_scale)
+        finite = side.has_loss(options.axis_name, backend)
     rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
-
-    def flat(x: Array) -> Array:
-        return x.reshape(math.prod(rows_shape), *x.shape[len(rows_shape) :])
-
-    def wide(x: Array | float | None) -> Array | None:
-        return None if x is None else jnp.asarray(x, wide_dtype(dtype))
-
     targets, dense = rows.targets, None
     labels_of_rows = None if targets.labels is None else targets.labels.label
     if labels_of_rows is not None and targets.dense is not None:  # label smoothing
         dense = jax.tree.map(lambda a: a.reshape(1, *a.shape[len(rows_shape) :]), targets.dense)
         targets = targets._replace(dense=None)
-    # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
-    fsdp = None if options.layout is None else options.layout.fsdp
-    if fsdp is None:
-        kernel = kernel.astype(wide_dtype(dtype))
-    else:
-        kernel = gather_rows(kernel, fsdp, varying(hidden), wide_dtype(dtype))
-    row_scale = wide(options.row_scale)
-    scale = None if row_scale is not None else wide(options.logit_scale)
-    class_mask = options.class_mask
-    if class_mask is not None:
-        # Without a class no row counts, and none is masked, so that the rows' logits are finite.
-        class_mask = class_mask | ~any_class(class_mask, options.axis_name)
-    transform = Transform(wide(options.bias), scale, wide(options.softcap), class_mask)
-    shared = Shared(kernel, transform, dense, wide(options.z_loss))
-    hidden = axes.mapped_as(hidden.astype(wide_dtype(dtype)), labels_of_rows)
-    head = Head(
-        f=CrossEntropy(options.axis_name, backend, with_entropy=options.needs_entropy),
-        products=Products(dtype, product_precision(dtype), backend),
-        path=gradient_path(options.rule, options.reduction),
-        rule=options.rule,
-        chunk_size=options.chunk_size,
-        skips=options.leaves_rows_out and skips_rows(options.rule, backend),
-        has_weights=options.weights is not None,
-        predicts=options.return_metrics,
-        ranks=reduction.ranks_labels(labels, options),
-    )
-    flat_rows = jax.tree.map(flat, Rows(targets, rows.weight, None, rows.mask, row_scale))
-    return (head, *_typed_alike(shared, flat(hidden), flat_rows, options.axis_name)), rows
-
-
-def _typed_alike(
-    shared: Shared, hidden: Array, rows: Rows, axis_name: AxisName
-) -> tuple[Shared, Array, Rows]:
-    """The same, typed as varying along the same mesh axes; what has no classes, not along theirs.
-
-    shard_map wants a cotangent in the type of its input. The transpose of this cast is where the
-    gradients of hidden states, once, and of the kernel are summed over devices.
-    """
-    every = frozenset().union(*(varying(a) for a in jax.tree.leaves((shared, hidden, rows))))
-
-    def tile(x: T) -> T:
-        return jax.tree.map(lambda a: vary(a, every), x)
-
-    def row(x: T) -> T:
-        return jax.tree.map(lambda a: vary(a, every - set(axis_names(axis_name))), x)
-
-    targets = row(rows.targets)
-    if targets.dense is not None:
-        targets = targets._replace(dense=targets.dense._replace(t=tile(targets.dense.t)))
-    shared = tile(shared)._replace(z_loss=row(shared.z_loss))
-    rows = row(rows)._replace(targets=targets, logit_scale=tile(rows.logit_scale))
-    return shared, tile(hidden), rows
+    side = side._replace(hidden=axes.mapped_as(hidden, labels_of_rows))
+    projections, flat_hidden = projections_of([side], options)
+    z = None if options.z_loss is None else jnp.asarray(options.z_loss, wide_dtype(dtype))
+    f = CrossEntropy(options.axis_name, backend, with_entropy=options.needs_entropy)
+    head = head_of(f, [side], options, ranks=reduction.ranks_labels(labels, options))
+    flat = flat_rows(Rows(targets, rows.weight, None, rows.mask), rows_shape)
+    shared = Shared(projections, dense, z)
+    return (head, *typed_alike(shared, flat_hidden, flat, options.axis_name)), rows
 
 
 def _result(inputs: _Inputs) -> Any:
     options = inputs.options
-    (head, shared, hidden, flat_rows), rows = _prepare(inputs)
-    outcome = outcome_of_examples(head, shared, hidden, flat_rows)
+    (head, shared, hidden, flat), rows = _prepare(inputs)
+    outcome = outcome_of_examples(head, shared, hidden, flat)
 
     def rows_of(x: Any) -> Array:
         return x.reshape(rows.weight.shape)
@@ -138,7 +84,7 @@ def _result(inputs: _Inputs) -> Any:
         return reduction.log_prob_and_entropy(jax.tree.map(rows_of, outcome.results), rows)
     loss = outcome.value
     if loss is None:
-        loss = head.f.weigh(outcome.results, flat_rows.weight, shared.z_loss).value
+        loss = head.f.weigh(outcome.results, flat.weight, shared.z_loss).value
     # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
     # below float32's normal numbers, and 0.
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sxe import _kl_divergence as kl
+from sxe import _linear_kl_divergence as linear_kl
 from sxe import _linear_softmax_cross_entropy as of_hidden
 from sxe import _log_prob_and_entropy as log_prob
 from sxe import _softmax_cross_entropy as of_logits
@@ -28,6 +29,7 @@ LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
     log_prob.log_prob_and_entropy: of_logits.log_prob_of_logits,
     log_prob.linear_log_prob_and_entropy: of_hidden.log_prob_of_hidden,
     kl.kl_divergence: kl.divergence_of_logits,
+    linear_kl.linear_kl_divergence: linear_kl.divergence_of_hidden,
 }
 
 

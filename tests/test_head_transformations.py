@@ -124,7 +124,7 @@ def test_eval_shape(rule, dtype):
             return [jax.ShapeDtypeStruct(*a) for a in shapes_and_dtypes]
 
         rows = of(((N,), wide), ((N,), jnp.int32), ((N,), wide))
-        metrics = [*of(((), wide), ((), wide)), *rows, None]
+        metrics = [*of(((), wide), ((), wide)), *rows, None, rows[0]]
         for reduction, shape in [("mean", ()), ("sum", ()), ("none", (N,))]:
             value, found = jax.eval_shape(functools.partial(loss, reduction=reduction), p)
             assert [value, *found] == [*of((shape, wide)), *metrics]

@@ -15,7 +15,12 @@ FLOORS = (
     ("_rows",),
     ("_head",),
     ("_call",),
-    ("_softmax_cross_entropy.py", "_linear_softmax_cross_entropy.py", "_kl_divergence.py"),
+    (
+        "_softmax_cross_entropy.py",
+        "_linear_softmax_cross_entropy.py",
+        "_kl_divergence.py",
+        "_linear_kl_divergence.py",
+    ),
     ("_log_prob_and_entropy.py",),
     ("_mesh.py", "_plan"),
     ("__init__.py",),

@@ -296,15 +296,17 @@ def in_blocks(rows, *, backend, replaces, traced=True):
     tile = jnp.arange(3.0 * rows).reshape(rows, 3)
     of_rows = {"i": jnp.arange(rows), "none": None}
 
-    def body(sums, part, of_rows):
+    def body(sums, parts, of_rows):
+        (part,) = parts
         seen.append(part.shape)
         sums = {"total": sums["total"] + jnp.sum(part), "order": 3 * sums["order"] + part[0, 0]}
         outputs = {"i": 5 * of_rows["i"], "sum": jnp.sum(part, axis=1), "none": of_rows["none"]}
-        return sums, 2 * part + 1 if replaces else None, outputs
+        return sums, (2 * part + 1 if replaces else None,), outputs
 
     def run(tile, of_rows):
         sums = {"total": jnp.float32(7), "order": jnp.float32(0)}
-        return in_row_blocks(body, sums, tile, of_rows, backend=backend)
+        sums, (new,), outputs = in_row_blocks(body, sums, (tile,), of_rows, backend=backend)
+        return sums, new, outputs
 
     sums, new, outputs = (jax.jit(run) if traced else run)(tile, of_rows)
     return np.asarray(tile), sums, new, outputs, seen
@@ -334,7 +336,7 @@ def has_loop(backend, rows):
     tile = jnp.zeros((rows, 3))
     jaxpr = jax.make_jaxpr(
         lambda tile: in_row_blocks(
-            lambda sums, part, of_rows: (sums, part, of_rows), (), tile, None, backend=backend
+            lambda sums, parts, of_rows: (sums, parts, of_rows), (), (tile,), None, backend=backend
         )
     )(tile)
     return "scan" in str(jaxpr)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sxe._arrays import psum, vary, vary_like
 from sxe._backend import Backend
-from sxe._head.chunk import Head, Shared
+from sxe._head.chunk import Head, Hidden, Projection, Shared
 from sxe._head.examples import outcome_of_examples
 from sxe._head.path import AGAIN, FORWARD
 from sxe._head.projection import Products, Transform
@@ -117,7 +117,7 @@ def test_head_and_mesh(by, shards):
     products = Products(jnp.dtype("float32"), jax.lax.Precision.HIGHEST, BACKEND)
     head = Head(
         f,
-        products,
+        (products,),
         path=FORWARD if by == "sum" else AGAIN,
         rule="vjp" if by == "sum" else by,
         chunk_size=5,
@@ -128,9 +128,9 @@ def test_head_and_mesh(by, shards):
 
     def run(hidden, kernel):
         hidden, kernel = (vary(a, frozenset({"classes"})) for a in (hidden, kernel))
-        shared = Shared(kernel, Transform(None, None, None), None, None)
+        shared = Shared((Projection(kernel, Transform(None, None, None)),), None, None)
         rows = Rows(NO_TARGETS, weight, None, None)
-        outcome = outcome_of_examples(head, shared, hidden, rows)
+        outcome = outcome_of_examples(head, shared, (Hidden(hidden, None),), rows)
         if by == "sum":
             return outcome.value
         return jnp.sum(g * weight * outcome.results.entropy) / jnp.sum(g * g)

@@ -91,10 +91,18 @@ def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
     return ""
 
 
-def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
-    """Raises unless hidden states, kernel and its options fit together."""
-    check_logits("hidden", hidden)
-    check_logits("kernel", kernel)
+def check_projection(
+    hidden: Array, kernel: Array, options: Options, *, of_target: bool = False
+) -> None:
+    """Raises unless hidden states, kernel and its options fit together.
+
+    ``of_target``: whether they are a target's, and the names of the arguments begin so.
+    """
+    of = "target_" if of_target else ""
+    bias = options.target_bias if of_target else options.bias
+    row_scale = options.target_row_scale if of_target else options.row_scale
+    check_logits(f"{of}hidden", hidden)
+    check_logits(f"{of}kernel", kernel)
     size = hidden.shape[-1]
     if kernel.ndim != 2 or kernel.shape[0] != size:
         advice = ""
@@ -103,23 +111,24 @@ def check_projection(hidden: Array, kernel: Array, options: Options) -> None:
         elif hidden.ndim == 2 and kernel.shape[-1:] == hidden.shape[:1]:
             advice = f"; the order of arguments is {HEAD_ORDER}"
         raise ArgumentValueError(
-            "kernel",
-            f"expected shape [D, K] with D = {size}, the last axis of hidden "
+            f"{of}kernel",
+            f"expected shape [D, K] with D = {size}, the last axis of {of}hidden "
             f"{hidden.shape}, got {kernel.shape}{advice}",
         )
     if kernel.shape[1] == 0:
         raise ArgumentValueError(
-            "kernel", f"expected [D, K] with at least one class, got {kernel.shape}"
+            f"{of}kernel", f"expected [D, K] with at least one class, got {kernel.shape}"
         )
-    if options.bias is not None:
-        bias, expected = options.bias, kernel.shape[1:]
+    if bias is not None:
+        expected = kernel.shape[1:]
         if bias.ndim == 0:
             raise ArgumentValueError(
-                "bias", f"expected shape {expected}, one for each class, or None, got a scalar"
+                f"{of}bias",
+                f"expected shape {expected}, one for each class, or None, got a scalar",
             )
-        advice = _fitting("bias", bias.shape, expected)
-        _check_float("bias", bias, expected, each="class", advice=advice)
-    check_row_scale("logit_scale", options.row_scale, hidden.shape[:-1], options)
+        advice = _fitting(f"{of}bias", bias.shape, expected)
+        _check_float(f"{of}bias", bias, expected, each="class", advice=advice)
+    check_row_scale(f"{of}logit_scale", row_scale, hidden.shape[:-1], options)
 
 
 def check_row_scale(
@@ -132,16 +141,15 @@ def check_row_scale(
         _check_float(name, scale, rows, each="row, or a scalar", advice=advice)
 
 
-def check_target_logits(logits: Array, target_logits: Array, options: Options) -> None:
-    """Raises unless they are logits of the same rows and classes, as far as types say."""
-    order = "logits, target_logits"
-    check_logits("logits", logits, order)
-    check_logits("target_logits", target_logits, order)
-    if logits.shape != target_logits.shape:
-        advice = _fitting("target_logits", target_logits.shape, logits.shape, _within(options))
+def check_target_logits(shape: tuple[int, ...], target_logits: Array, options: Options) -> None:
+    """Raises unless they are of the same rows and classes as logits of that shape."""
+    check_logits("target_logits", target_logits, "logits, target_logits")
+    if target_logits.shape != shape:
+        advice = _fitting("target_logits", target_logits.shape, shape, _within(options))
         raise ArgumentValueError(
             "target_logits",
-            f"expected shape {logits.shape}, that of logits, got {target_logits.shape}{advice}",
+            f"expected shape {shape}, that of the model's logits, got {target_logits.shape}"
+            f"{advice}",
         )
 
 

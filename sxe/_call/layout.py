@@ -73,6 +73,9 @@ class Layout(NamedTuple):
             "hidden": self.of_rows(),
             "kernel": PartitionSpec(self.fsdp, self.classes),
             "bias": PartitionSpec(self.classes),
+            "target_hidden": self.of_rows(),
+            "target_kernel": PartitionSpec(self.fsdp, self.classes),
+            "target_bias": PartitionSpec(self.classes),
             "class_weights": PartitionSpec(self.classes),
             "class_mask": PartitionSpec(self.classes),
             "weights": self.of_rows(),
@@ -92,7 +95,7 @@ class Layout(NamedTuple):
                 advice = "pad the rows, and mask them with where"
                 if axis_names(axes) == axis_names(self.classes):
                     advice = "pad the classes, and mask them with class_mask"
-                elif name == "kernel":
+                elif name in ("kernel", "target_kernel"):
                     advice = "split it along other axes or none"
                 raise ArgumentValueError(
                     name,

@@ -154,7 +154,9 @@ class Options:
     bias: Array | None = _option(_array)
     logit_scale: Array | float | None = _option(_logit_scale)
     softcap: Array | float | None = _option(_softcap)
+    target_bias: Array | None = _option(_array)
     target_logit_scale: Array | float | None = _option(_logit_scale)
+    target_softcap: Array | float | None = _option(_softcap)
 
     ignore_index: int | None = _option(arguments.integer_or_none, static=True)
     axis: int | tuple[int, ...] = _option(arguments.axis, -1, static=True)

@@ -7,6 +7,7 @@ for all chunks.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -22,27 +23,53 @@ from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss
 from sxe._rows.predictions import Ranking, rank
 from sxe._rows.rules import RowFunction, Weighed, own_targets, results_and_state
-from sxe._rows.targets import Dense, Rows, Targets
+from sxe._rows.targets import Dense, Rows
 
 T = TypeVar("T")
 Sums = tuple[Array, "Shared"]  # the weighted results, and the gradients of what rows share
-Chunk = tuple[Array, Rows]  # hidden states [C, D], and the rest of their rows
+Logits = tuple[Array, ...]  # [C, K] of each projection
+
+
+class Projection(NamedTuple):
+    """What rows share on the way from hidden states to logits. Of gradients, None is not wanted.
+
+    Attributes:
+      kernel: [D, K], or None where the hidden states are [..., K], and are u already.
+      transform: of u to logits.
+    """
+
+    kernel: Any
+    transform: Transform
+
+
+class Hidden(NamedTuple):
+    """What rows have of their own for one projection.
+
+    Attributes:
+      states: [..., D].
+      logit_scale: what its row of states @ kernel is multiplied by, [...], or None where no row has
+        one of its own.
+    """
+
+    states: Any
+    logit_scale: Any
 
 
 class Shared(NamedTuple):
     """What all rows share. None: the option is off or, of gradients, not wanted.
 
     Attributes:
-      kernel: [D, K].
-      transform: of u to logits.
+      projections: the model's and, where targets are logits of a projection too, the target's.
       dense: what label smoothing adds to each row's targets, with t [1, K] or [1, 1].
       z_loss: a scalar.
     """
 
-    kernel: Any
-    transform: Transform
+    projections: tuple[Projection, ...]
     dense: Dense | None
     z_loss: Array | None
+
+
+Chunk = tuple[tuple[Hidden, ...], Rows]  # of rows [C, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +78,7 @@ class Head:
 
     Attributes:
       f: the function of rows.
-      products: how hidden states and kernel are multiplied.
+      products: how hidden states and kernel are multiplied, of each projection.
       path: where its gradients are computed.
       rule: by which it is differentiated.
       chunk_size: the most rows that a chunk may have, None for the default.
@@ -65,7 +92,7 @@ class Head:
     """
 
     f: RowFunction
-    products: Products
+    products: tuple[Products, ...]
     path: GradientPath
     rule: str
     chunk_size: int | None
@@ -76,71 +103,103 @@ class Head:
     chunks: int = 1
     wanted: tuple[Any, Any, Any] = (None, None, None)
 
+    def wants(self, projection: int) -> bool:
+        """Whether a gradient is wanted that comes from these logits."""
+        shared, hidden, _ = self.wanted
+        return any(jax.tree.leaves((shared.projections[projection], hidden[projection])))
+
 
 class Tile(NamedTuple):
     """Some rows on the way through the head, [C, ...].
 
     Attributes:
       x: the logits. What stands in rows that do not count has no influence.
-      u: what they come from, 0 in these rows.
-      by: what makes x of u. If rows have a logit_scale of their own, it is 0 in these rows.
-      targets: of each row and each class.
+      targets: of each row and each class, or their logits.
+      us: what the logits come from, of each projection, 0 in these rows.
+      by: what makes logits of us. If rows have a logit_scale of their own, it is 0 in these rows.
       mask: the rows that count, or None where all do.
       late_mask: the mask where x is not masked, so that gradients have to be, and else None.
       ranking: of the logits, or None where it is not wanted.
     """
 
     x: Array
-    u: Array
-    by: Transform
-    targets: Targets
+    targets: Any
+    us: Logits
+    by: tuple[Transform, ...]
     mask: Array | None
     late_mask: Array | None
     ranking: Ranking | None
 
 
-def tile_of(head: Head, shared: Shared, u: Array, rows: Rows, *, by_kernel: bool = False) -> Tile:
+def us_of(head: Head, shared: Shared, hidden: tuple[Hidden, ...]) -> Logits:
+    """H0 of each projection."""
+    parts = zip(head.products, hidden, shared.projections, strict=True)
+    return tuple(
+        products.u(of_rows.states, by.kernel, by.transform.class_mask)
+        for products, of_rows, by in parts
+    )
+
+
+def scales_of(hidden: tuple[Hidden, ...]) -> tuple[Array | None, ...]:
+    return tuple(of_rows.logit_scale for of_rows in hidden)
+
+
+def tile_of(
+    head: Head, shared: Shared, us: Logits, scales_and_rows: Any, *, by_kernel: bool = False
+) -> Tile:
     """H1 and H2. Where a row does not count, u and a logit_scale of its own are taken as 0.
 
     So nothing there is NaN.
     """
-    mask, by = rows.mask, _transform_of(shared, rows)
+    scales, rows = scales_and_rows
+    mask, by = rows.mask, _transforms(shared, scales)
     if head.has_weights and not by_kernel:
-        mask = rows.with_loss(has_loss(transform(u, by), head.f.axis_name, head.f.backend))
-    kept, kept_by = keep(mask, u), by
-    if rows.logit_scale is not None:
-        kept_by = by._replace(logit_scale=keep(mask, rows.logit_scale))
+        have_loss = (
+            has_loss(transform(u, each), head.f.axis_name, head.f.backend)
+            for u, each in zip(us, by, strict=True)
+        )
+        mask = rows.with_loss(functools.reduce(jnp.logical_and, have_loss))
+    kept = keep_rows(mask, us)
+    kept_by = _transforms(shared, keep_rows(mask, scales))
     # For a kernel XLA would write a masked copy of u, so that gradients are masked instead. The
     # exception is XLA's gradient for targets that rows share, a sum over all rows.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
-    x, ranking = transform(kept if late_mask is None else u, kept_by), None
+    parts = zip(kept if late_mask is None else us, kept_by, strict=True)
+    x, *of_target = (transform(u, each) for u, each in parts)
+    ranking = None
     if head.predicts:
         ranking = rank(x, rows.targets.label if head.ranks else None, head.f.axis_name)
-    targets = rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
-    return Tile(x, kept, kept_by, targets, mask, late_mask, ranking)
+    targets: Any = of_target[0] if of_target else rows.targets
+    if shared.dense is not None:
+        targets = targets._replace(dense=shared.dense)
+    return Tile(x, targets, kept, kept_by, mask, late_mask, ranking)
 
 
-def _transform_of(shared: Shared, rows: Rows) -> Transform:
+def _transforms(shared: Shared, scales: tuple[Array | None, ...]) -> tuple[Transform, ...]:
     """What makes logits of these rows: each may have a logit_scale of its own."""
-    if rows.logit_scale is None:
-        return shared.transform
-    return shared.transform._replace(logit_scale=rows.logit_scale)
+    return tuple(
+        by.transform if scale is None else by.transform._replace(logit_scale=scale)
+        for by, scale in zip(shared.projections, scales, strict=True)
+    )
 
 
-def _has_gradient_kernel(head: Head, shared: Shared, rows: Rows) -> bool:
+def _has_gradient_kernel(head: Head, shared: Shared, scales_and_rows: Any) -> bool:
     """Whether one kernel computes the results of rows and the gradient of their logits."""
-    f, classes, dtype = head.f, shared.kernel.shape[1], wide_dtype(head.products.dtype)
+    f, (scales, rows) = head.f, scales_and_rows
+    if not f.backend.uses_row_kernels or not isinstance(f, CrossEntropy):
+        return False
+    (products,), (projection,) = head.products, shared.projections
+    (by,) = _transforms(shared, scales)
+    classes, dtype = projection.kernel.shape[1], wide_dtype(products.dtype)
     dense = rows.targets.dense if shared.dense is None else shared.dense
     dense_dtype = None if dense is None or dense.t.shape[-1] == 1 else dense.t.dtype
-    transformed = any(parameter is not None for parameter in _transform_of(shared, rows))
+    transformed = any(parameter is not None for parameter in by)
     return (
-        f.backend.uses_row_kernels
-        and isinstance(f, CrossEntropy)
-        and f.axis_name is None
+        f.axis_name is None
         and rows.targets.sparse is None
         and not transformed
-        and has_gradient_kernel(classes, dtype, head.products.gradient_dtype, dense_dtype)
+        and has_gradient_kernel(classes, dtype, products.gradient_dtype, dense_dtype)
     )
 
 
@@ -151,23 +210,24 @@ def chunk_fwd(
     hidden, rows = zeroed(chunk, all_run)
     if all_run and not runs_weightless(head):
         head = dataclasses.replace(head, has_weights=False)
-    u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
+    us = us_of(head, shared, hidden)  # H0
 
-    def block(sums: Sums, u: Array, rows: Rows) -> tuple[Sums, Array, Any]:
-        by_kernel = _has_gradient_kernel(head, shared, rows)
-        tile = tile_of(head, shared, u, rows, by_kernel=by_kernel)  # H1, H2
+    def block(sums: Sums, us: Logits, at_rows: Any) -> tuple[Sums, Any, Any]:
+        by_kernel = _has_gradient_kernel(head, shared, at_rows)
+        tile, rows = tile_of(head, shared, us, at_rows, by_kernel=by_kernel), at_rows[1]  # H1, H2
         results_of = _kernel_results if by_kernel else _tile_results
         results, weighed, gradients = results_of(head, shared, tile, rows)  # D0, D7
-        d_u, d_shared, d_rows = _tile_bwd(shared, tile, rows, gradients)  # H3 to H5
+        d_us, d_shared, d_scales, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
         d_shared = d_shared._replace(z_loss=weighed.d_z)
         sums = sums[0] + jnp.sum(weighed.value), _add(sums[1], d_shared)
-        d_rows = only(head.wanted[2], d_rows._replace(weight=weighed.d_weight))
-        return sums, d_u, (tile.mask, results, tile.ranking, d_rows)
+        d_rows = only(head.wanted[2], Rows(d_targets, weighed.d_weight, None, None))
+        return sums, d_us, (tile.mask, (results, tile.ranking), (d_scales, d_rows))
 
-    sums, d_u, outputs = in_row_blocks(block, sums, u, rows, backend=head.f.backend)
-    mask, *outputs = outputs
-    sums, d_hidden = _products_bwd(head, shared, sums, (d_u, keep(mask, hidden)))
-    return sums, (keep_rows(mask, d_hidden), *outputs)
+    at_rows = scales_of(hidden), rows
+    sums, d_us, outputs = in_row_blocks(block, sums, us, at_rows, backend=head.f.backend)
+    mask, outcome, (d_scales, d_rows) = outputs
+    sums, d_states = _products_bwd(head, shared, sums, (d_us, keep_rows(mask, hidden)))
+    return sums, (*outcome, (_d_hidden(mask, d_states, d_scales), d_rows))
 
 
 def chunk_bwd(
@@ -175,21 +235,22 @@ def chunk_bwd(
 ) -> tuple[Sums, Any]:
     """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
     (hidden, rows), state_and_g = zeroed(chunk[0], all_run), chunk[1]
-    u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)  # H0
+    us = us_of(head, shared, hidden)  # H0
 
-    def block(sums: Sums, u: Array, at_rows: Any) -> tuple[Sums, Array, Any]:
-        rows, state_and_g = at_rows
-        tile = tile_of(head, shared, u, rows)  # H1, H2
+    def block(sums: Sums, us: Logits, at_rows: Any) -> tuple[Sums, Any, Any]:
+        scales_and_rows, state_and_g = at_rows
+        tile = tile_of(head, shared, us, scales_and_rows)  # H1, H2
         gradients = _tile_gradients(head, tile, *state_and_g)  # D7
-        d_u, d_shared, d_rows = _tile_bwd(shared, tile, rows, gradients)  # H3 to H5
-        d_targets = own_targets(d_rows.targets, tile.x, head.f.axis_name)
-        d_rows = only(head.wanted[2], d_rows._replace(targets=d_targets))
-        return (sums[0], _add(sums[1], d_shared)), d_u, (tile.mask, d_rows)
+        d_us, d_shared, d_scales, d_targets = _tile_bwd(head, shared, tile, gradients)  # H3 to H5
+        d_targets = own_targets(d_targets, tile.x.ndim, head.f.axis_name)
+        d_rows = only(head.wanted[2], Rows(d_targets, None, None, None))
+        return (sums[0], _add(sums[1], d_shared)), d_us, (tile.mask, d_scales, d_rows)
 
-    at_rows = rows, state_and_g
-    sums, d_u, (mask, d_rows) = in_row_blocks(block, sums, u, at_rows, backend=head.f.backend)
-    sums, d_hidden = _products_bwd(head, shared, sums, (d_u, keep(mask, hidden)))
-    return sums, (keep_rows(mask, d_hidden), d_rows)
+    at_rows = (scales_of(hidden), rows), state_and_g
+    sums, d_us, outputs = in_row_blocks(block, sums, us, at_rows, backend=head.f.backend)
+    mask, d_scales, d_rows = outputs
+    sums, d_states = _products_bwd(head, shared, sums, (d_us, keep_rows(mask, hidden)))
+    return sums, (_d_hidden(mask, d_states, d_scales), d_rows)
 
 
 def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
@@ -203,12 +264,12 @@ def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
     hidden, rows = chunk
     if all_run:
         return hidden, rows._replace(mask=None)
-    return keep(rows.mask, hidden), rows
+    return tuple(h._replace(states=keep(rows.mask, h.states)) for h in hidden), rows
 
 
 def _tile_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
-) -> tuple[Any, Weighed, tuple[Array, Targets]]:
+) -> tuple[Any, Weighed, tuple[Array, Any]]:
     """The results of rows, what they add to their sum, and its gradients for logits and targets."""
     results, state = results_and_state(head.f, tile.x, tile.targets)
     results = keep_rows(tile.mask, results)
@@ -218,7 +279,7 @@ def _tile_results(
 
 def _kernel_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
-) -> tuple[Any, Weighed, tuple[Array, Targets]]:
+) -> tuple[Any, Weighed, tuple[Array, Any]]:
     """``_tile_results`` by one kernel."""
     from sxe._rows import gpu_mean  # Pallas takes a while to import
 
@@ -228,13 +289,13 @@ def _kernel_results(
         rows._replace(targets=tile.targets),
         g=rows.weight,
         z_loss=shared.z_loss,
-        d_dtype=head.products.gradient_dtype,
+        d_dtype=head.products[0].gradient_dtype,
     )
     weighed = head.f.weigh(found.results, rows.weight, shared.z_loss)
     return found.results, weighed, (found.d, found.d_targets)
 
 
-def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, Targets]:
+def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, Any]:
     """The gradients for logits and targets, from the cotangents of the results."""
     d_x = head.f.gradient(tile.x, tile.targets, state, g)
     d_targets = head.f.target_gradient(tile.x, tile.targets, state, g)
@@ -242,35 +303,59 @@ def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, 
 
 
 def _tile_bwd(
-    shared: Shared, tile: Tile, rows: Rows, gradients: tuple[Array, Targets]
-) -> tuple[Array, Shared, Rows]:
-    """d u, and the gradients of what rows share and of what each row has."""
+    head: Head, shared: Shared, tile: Tile, gradients: tuple[Array, Any]
+) -> tuple[tuple[Array | None, ...], Shared, tuple[Array | None, ...], Any]:
+    """d u of each projection, and the gradients of what rows share, of scales, and of targets."""
     d_x, d_targets = gradients
-    d_u, d_transform = transform_bwd(d_x, tile.u, tile.by)
-    d_scale = None
-    if rows.logit_scale is not None:
-        d_scale, d_transform = d_transform.logit_scale, d_transform._replace(logit_scale=None)
-    d_shared = Shared(None, d_transform, None, None)
+    d_logits: tuple[Array, ...] = (d_x,)
+    if len(tile.us) == 2:
+        d_logits, d_targets = (d_x, d_targets), None
+    d_us, d_scales, d_projections = [], [], []
+    for i, (d, u, by) in enumerate(zip(d_logits, tile.us, tile.by, strict=True)):
+        d_u, d_scale, d_transform = None, None, Transform(None, None, None)
+        if head.wants(i):
+            d_u, d_transform = transform_bwd(d, u, by)
+        if shared.projections[i].transform.logit_scale is None:
+            d_scale, d_transform = d_transform.logit_scale, d_transform._replace(logit_scale=None)
+        d_us.append(d_u)
+        d_scales.append(d_scale)
+        d_projections.append(Projection(None, d_transform))
+    d_dense = None
     if shared.dense is not None:
-        d_shared = d_shared._replace(dense=d_targets.dense)
-        d_targets = d_targets._replace(dense=None)
-    return d_u, d_shared, Rows(d_targets, None, None, None, d_scale)
+        d_dense, d_targets = d_targets.dense, d_targets._replace(dense=None)
+    return tuple(d_us), Shared(tuple(d_projections), d_dense, None), tuple(d_scales), d_targets
 
 
 def _products_bwd(
-    head: Head, shared: Shared, sums: Sums, d_u_and_hidden: tuple[Array, Array]
-) -> tuple[Sums, Array | None]:
-    """The sums with d kernel; and d hidden. Where a row does not count, d_u and hidden are 0."""
-    (d_u, hidden), (value, d_shared) = d_u_and_hidden, sums
-    d_hidden, d_kernel = head.products.backward(  # H6, H7
-        d_u,
-        hidden,
-        shared.kernel,
-        shared.transform.class_mask,
-        d_kernel=d_shared.kernel,
-        want_hidden=head.wanted[1],
-    )
-    return (value, d_shared._replace(kernel=d_kernel)), d_hidden
+    head: Head, shared: Shared, sums: Sums, us_and_hidden: tuple[Logits, tuple[Hidden, ...]]
+) -> tuple[Sums, tuple[Array | None, ...]]:
+    """The sums with d kernel; and d states. Where a row does not count, d u and states are 0."""
+    value, d_shared = sums
+    d_states, d_projections = [], []
+    for i, (d_u, hidden) in enumerate(zip(*us_and_hidden, strict=True)):
+        projection, d_projection, found = shared.projections[i], d_shared.projections[i], None
+        if head.wants(i):
+            found, d_kernel = head.products[i].backward(  # H6, H7
+                d_u,
+                hidden.states,
+                projection.kernel,
+                projection.transform.class_mask,
+                d_kernel=d_projection.kernel,
+                want_hidden=head.wanted[1][i].states,
+            )
+            d_projection = d_projection._replace(kernel=d_kernel)
+        d_states.append(found)
+        d_projections.append(d_projection)
+    return (value, d_shared._replace(projections=tuple(d_projections))), tuple(d_states)
+
+
+def _d_hidden(
+    mask: Array | None,
+    d_states: tuple[Array | None, ...],
+    d_scales: tuple[Array | None, ...],
+) -> tuple[Hidden, ...]:
+    d_states = keep_rows(mask, d_states)
+    return tuple(Hidden(*each) for each in zip(d_states, d_scales, strict=True))
 
 
 def keep_rows(mask: Array | None, results: T) -> T:

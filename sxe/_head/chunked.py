@@ -28,6 +28,9 @@ from sxe._arrays import are_known, equal_shares, sum_of_shares, vary_like, zeros
 from sxe._head.chunk import (
     Chunk,
     Head,
+    Hidden,
+    Logits,
+    Projection,
     Shared,
     Sums,
     chunk_bwd,
@@ -35,18 +38,21 @@ from sxe._head.chunk import (
     keep_rows,
     only,
     runs_weightless,
+    scales_of,
     tile_of,
+    us_of,
     zeroed,
 )
 from sxe._head.loops import in_row_blocks, over_chunks, tiling
 from sxe._head.path import FORWARD
-from sxe._head.projection import keep_classes
+from sxe._head.projection import Products, keep_classes
 from sxe._primitives import undivided
 from sxe._rows.predictions import Ranking
-from sxe._rows.rules import RULES, cotangents, instantiate, values_and_wanted
+from sxe._rows.rules import RULES, cotangents, instantiate, own_targets, values_and_wanted
 from sxe._rows.targets import Rows
 
 T = TypeVar("T")
+HiddenRows = tuple[Hidden, ...]  # [N, ...] of each projection
 
 
 class Outcome(NamedTuple):
@@ -63,10 +69,10 @@ class Outcome(NamedTuple):
     ranking: Ranking | None
 
 
-def outcome_of(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+def outcome_of(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """What comes out of the head for hidden states [N, D] and their rows, by its path and rule."""
-    n, dtype, backend = hidden.shape[0], head.products.dtype, head.f.backend
-    sizes = n, shared.kernel.shape[1]
+    n, dtype, backend = hidden[0].states.shape[0], head.products[0].dtype, head.f.backend
+    sizes = n, shared.projections[0].kernel.shape[1]
     chunks, _, padding = tiling(*sizes, chunk_size=head.chunk_size, dtype=dtype, backend=backend)
     head = dataclasses.replace(head, chunks=chunks)
     if padding:
@@ -95,17 +101,23 @@ def _runs(head: Head, rows: Rows) -> Array | None:
     return rows.mask if runs_weightless(head) else rows.mask & (rows.weight != 0)
 
 
-def _narrow(head: Head, shared: Shared, hidden: Array) -> tuple[Shared, Array]:
-    """Kernel and hidden states in the dtype of their product.
+def _narrow(head: Head, shared: Shared, hidden: HiddenRows) -> tuple[Shared, HiddenRows]:
+    """Kernels and hidden states in the dtype of their product.
 
     They come in float32, so that their gradients leave in it.
     """
-    dtype = head.products.dtype
-    return shared._replace(kernel=shared.kernel.astype(dtype)), hidden.astype(dtype)
+
+    def narrow(x: Any, products: Products) -> Any:
+        return None if x is None else x.astype(products.dtype)
+
+    each = list(zip(shared.projections, hidden, head.products, strict=True))
+    projections = tuple(by._replace(kernel=narrow(by.kernel, products)) for by, _, products in each)
+    hidden = tuple(h._replace(states=narrow(h.states, products)) for _, h, products in each)
+    return shared._replace(projections=projections), hidden
 
 
 def _results(
-    head: Head, shared: Shared, hidden: Array, rows: Rows
+    head: Head, shared: Shared, hidden: HiddenRows, rows: Rows
 ) -> tuple[Outcome, Any, Array | None]:
     """The results, the state that a backward pass starts from, and which rows count.
 
@@ -118,12 +130,13 @@ def _results(
     ) -> tuple[tuple[()], Any]:
         hidden, rows = zeroed(chunk, all_run)
 
-        def block(none: tuple[()], u: Array, rows: Rows) -> tuple[tuple[()], None, Any]:
-            tile = tile_of(of_all, shared, u, rows)
-            return none, None, (head.f.tile(tile.x, tile.targets), tile.ranking)
+        def block(none: tuple[()], us: Logits, at_rows: Any) -> tuple[tuple[()], Any, Any]:
+            tile = tile_of(of_all, shared, us, at_rows)
+            nothing = tuple(None for _ in us)
+            return none, nothing, (head.f.tile(tile.x, tile.targets), tile.ranking)
 
-        u = head.products.u(hidden, shared.kernel, shared.transform.class_mask)
-        return none, in_row_blocks(block, none, u, rows, backend=head.f.backend)[2]
+        us, at_rows = us_of(head, shared, hidden), (scales_of(hidden), rows)
+        return none, in_row_blocks(block, none, us, at_rows, backend=head.f.backend)[2]
 
     arrays = shared, (), (hidden, rows)
     _, (parts, ranking) = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
@@ -132,7 +145,7 @@ def _results(
     return Outcome(None, keep_rows(mask, results), ranking), keep_rows(mask, state), mask
 
 
-def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+def _results_by_rule(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """The results of single rows by one of the rules for logits, differentiated by JAX.
 
     All chunks are run.
@@ -142,16 +155,26 @@ def _results_by_rule(head: Head, shared: Shared, hidden: Array, rows: Rows) -> O
         shared: Shared, none: tuple[()], chunk: Chunk, all_run: bool
     ) -> tuple[tuple[()], Outcome]:
         hidden, rows = zeroed(chunk, all_run)
-        tile = tile_of(head, shared, head.products.u(hidden, shared.kernel), rows)
+        tile = tile_of(head, shared, us_of(head, shared, hidden), (scales_of(hidden), rows))
         results = RULES[head.rule](head.f, tile.x, tile.targets)
         return none, Outcome(None, keep_rows(tile.mask, results), tile.ranking)
 
     # The products are of operands in float32, which holds those of narrower ones: JAX would round
     # the kernel's gradient to the operands' dtype in every chunk.
-    shared = shared._replace(kernel=keep_classes(shared.transform.class_mask, shared.kernel))
-    products = dataclasses.replace(head.products, dtype=shared.kernel.dtype)
+    shared = shared._replace(projections=tuple(map(_possible_classes, shared.projections)))
+    products = tuple(
+        dataclasses.replace(each, dtype=h.states.dtype)
+        for each, h in zip(head.products, hidden, strict=True)
+    )
     head = dataclasses.replace(head, products=products)
     return over_chunks(chunk, (shared, (), (hidden, rows)), head.chunks)[1]
+
+
+def _possible_classes(by: Projection) -> Projection:
+    """With 0 for masked classes in the kernel, and without a mask for the product."""
+    if by.kernel is None:
+        return by
+    return by._replace(kernel=keep_classes(by.transform.class_mask, by.kernel))
 
 
 def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
@@ -163,14 +186,14 @@ def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def weighted_sum(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+def weighted_sum(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """The sum of the rows' weighted results and, without gradient, the results."""
     outcome, _, _ = _results(head, *_narrow(head, shared, hidden), rows)
     weighed = head.f.weigh(outcome.results, rows.weight, shared.z_loss)
     return outcome._replace(value=jnp.sum(weighed.value))
 
 
-def _sums_fwd(head: Head, shared: Shared, hidden: Array, rows: Rows) -> tuple[Sums, Any]:
+def _sums_fwd(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> tuple[Sums, Any]:
     chunk = functools.partial(chunk_fwd, head)
     arrays = shared, _zero_sums(head, shared, rows), (hidden, rows)
     return over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
@@ -183,7 +206,7 @@ def _weighted_sum_fwd(
     head = dataclasses.replace(head, wanted=wanted)
     shared, hidden = _narrow(head, shared, hidden)
     sums, outputs = undivided(functools.partial(_sums_fwd, head), shared, hidden, rows)
-    (value, d_shared), (d_hidden, results, ranking, d_rows) = sums, outputs
+    (value, d_shared), (results, ranking, (d_hidden, d_rows)) = sums, outputs
     res = jax.tree.map(
         lambda w, d: d if w else jnp.zeros((0,)),
         wanted,
@@ -193,22 +216,19 @@ def _weighted_sum_fwd(
     return Outcome(value, results, ranking), res
 
 
-def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:
+def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Rows]:
     d_shared, d_hidden, d_rows = jax.tree.map(lambda d: None if d.shape == (0,) else d, res)
-    g_sum = sum_of_shares(instantiate(g.value), head.f.axis_name)
-    g_own = equal_shares(g_sum, head.f.axis_name)
-
-    def times(g: Array, d: T) -> T:
-        return jax.tree.map(lambda a: g * a, d)
-
-    d_z = d_shared.z_loss  # a sum of lse^2, which may be infinite where the loss is finite
-    d_z = None if d_z is None else jnp.where(g_own == 0, 0, g_own * d_z)
-    d_targets = times(g_own, d_rows.targets)
-    d_targets = d_targets._replace(dense=times(g_sum, d_rows.targets.dense))
-    # Like that of hidden states, the gradient of their logit_scale is a sum over all shards.
-    d_scale = times(g_sum, d_rows.logit_scale)
-    d_rows = times(g_own, d_rows)._replace(targets=d_targets, logit_scale=d_scale)
-    return times(g_sum, d_shared)._replace(z_loss=d_z), times(g_sum, d_hidden), d_rows
+    axis_name = head.f.axis_name
+    g_sum = sum_of_shares(instantiate(g.value), axis_name)
+    d_shared, d_hidden, d_rows = jax.tree.map(lambda a: g_sum * a, (d_shared, d_hidden, d_rows))
+    d_z = res[0].z_loss  # a sum of lse^2, which may be infinite where the loss is finite
+    if d_shared.z_loss is not None:
+        g_own = equal_shares(g_sum, axis_name)
+        d_shared = d_shared._replace(z_loss=jnp.where(g_own == 0, 0, g_own * d_z))
+    # Classes have their own part of the targets [N, K], as of hidden states and kernel.
+    d_targets = own_targets(d_rows.targets, 2, axis_name)
+    d_weight = equal_shares(d_rows.weight, axis_name)
+    return d_shared, d_hidden, d_rows._replace(targets=d_targets, weight=d_weight)
 
 
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
@@ -218,7 +238,7 @@ weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def single_rows(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+def single_rows(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """The results of each row."""
     return _results(head, *_narrow(head, shared, hidden), rows)[0]
 
@@ -235,7 +255,7 @@ def _single_rows_fwd(
     return outcome, (shared, hidden, rows._replace(mask=mask), state, flags)
 
 
-def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Array | None, Rows]:
+def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Rows]:
     shared, hidden, rows, state, flags = res
     # The mask says already which rows have a loss.
     wanted = jax.tree.map(lambda w: w.size > 0, flags)

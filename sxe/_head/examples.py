@@ -18,13 +18,13 @@ from jax.interpreters import batching
 
 from sxe._arrays import sharding
 from sxe._head.chunk import Head, Shared
-from sxe._head.chunked import Outcome, outcome_of
+from sxe._head.chunked import HiddenRows, Outcome, outcome_of
 from sxe._head.path import AGAIN
 from sxe._primitives import TransparentCall
 from sxe._rows.targets import Rows
 
 
-def outcome_of_examples(head: Head, shared: Shared, hidden: Array, rows: Rows) -> Outcome:
+def outcome_of_examples(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """``outcome_of``, as a call that ``jax.vmap`` makes longer."""
     if head.rule == "autodiff":  # for jax.experimental.jet, which knows no primitive but JAX's
         return outcome_of(head, shared, hidden, rows)
@@ -46,7 +46,7 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
 
     shared, *_ = jax.tree.unflatten(tree, inputs)
     _, *of_rows = jax.tree.unflatten(tree, map(first, inputs, axes))
-    length = of_rows[0].shape[1]
+    length = of_rows[1].weight.shape[1]
     hidden, rows = jax.tree.map(lambda x: x.reshape(size * length, *x.shape[2:]), of_rows)
     # How much each example counts is not known in the forward pass, so that gradients wait for it.
     outcome = outcome_of_examples(dataclasses.replace(head, path=AGAIN), shared, hidden, rows)
@@ -68,13 +68,13 @@ def _are_rows_of_one_call(inputs: Any, axes: Any, tree: Any) -> bool:
     multiplied once, and dense targets that they share would be repeated.
     """
     shared, hidden, rows = jax.tree.unflatten(tree, [axis is not None for axis in axes])
-    dense = rows.targets.dense
+    dense = None if rows.targets is None else rows.targets.dense
     is_split = any(
         axis is not None and sharding(x)[axis] is not None
         for x, axis in zip(inputs, axes, strict=True)
     )
     return (
-        hidden
+        all(of_rows.states for of_rows in hidden)
         and not any(jax.tree.leaves(shared))
         and (dense is None or dense.t)
         and not is_split  # by an Explicit mesh, along whose axes no chunk of rows can be taken

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-from sxe._arrays import AxisName, vary, wide_dtype, zeros_like
+from sxe._arrays import AxisName, vary, wide, wide_dtype, zeros_like
 from sxe._backend import Backend, rounded
 from sxe._head.loops import Columns, over_class_blocks
 
@@ -164,8 +164,10 @@ class Products:
         """In which the gradient of the logits is multiplied with hidden states and kernel."""
         return self.backend.gradient_dtype(self.dtype)
 
-    def u(self, hidden: Array, kernel: Array, class_mask: Array | None = None) -> Array:
-        """H0, [C, K]."""
+    def u(self, hidden: Array, kernel: Array | None, class_mask: Array | None = None) -> Array:
+        """H0, [C, K]. Without a kernel, hidden is u."""
+        if kernel is None:
+            return wide(hidden)
         if class_mask is not None:
             return _u_of_possible(self, hidden, kernel, class_mask)
         dtype = self.backend.product_dtype(self.dtype)
@@ -183,7 +185,7 @@ class Products:
         self,
         d_u: Array,
         hidden: Array,
-        kernel: Array,
+        kernel: Array | None,
         class_mask: Array | None = None,
         *,
         d_kernel: Array | None,
@@ -193,6 +195,8 @@ class Products:
 
         None for each that is not wanted.
         """
+        if kernel is None:
+            return d_u if want_hidden else None, None
         dtype = self.gradient_dtype
         hidden, d_u = hidden.astype(dtype), d_u.astype(dtype)
         whole = None

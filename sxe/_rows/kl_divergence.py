@@ -79,6 +79,11 @@ class State(NamedTuple):
     of_p: Sums | None
     of_q: Sums | None
 
+    @property
+    def has_loss(self) -> Array:
+        """Whether both sides have a distribution, bool [...]."""
+        return self.of_x.has_loss & self.of_z.has_loss
+
 
 class Side(NamedTuple):
     """One of two distributions over the classes of a tile, [..., K], beside M.

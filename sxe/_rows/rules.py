@@ -123,18 +123,18 @@ def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Arra
     g = sum_of_shares(cotangents(g), f.axis_name)
     d_x = f.gradient(x, targets, state, g).astype(x.dtype)
     d_targets = f.target_gradient(x, targets, state, g)
-    return d_x, own_targets(d_targets, x, f.axis_name)
+    return d_x, own_targets(d_targets, x.ndim, f.axis_name)
 
 
-def own_targets(d_targets: Any, x: Array, axis_name: AxisName) -> Any:
-    """What a shard of the classes gives of the gradients for the targets of a tile.
+def own_targets(d_targets: Any, ndim: int, axis_name: AxisName) -> Any:
+    """What a shard of the classes gives of the gradients for targets of logits with so many axes.
 
     Targets [..., K] are a shard's own. All shards have the same of those that are [...], and of
     several labels, [..., M].
     """
 
     def own(d: Any) -> Any:
-        is_shards = not isinstance(d, Sparse) and d.ndim == x.ndim
+        is_shards = not isinstance(d, Sparse) and d.ndim == ndim
         return d if is_shards else equal_shares(d, axis_name)
 
     return jax.tree.map(own, d_targets, is_leaf=lambda d: isinstance(d, Sparse))

@@ -90,19 +90,16 @@ class Rows(NamedTuple):
     A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
 
     Attributes:
-      targets: see there.
+      targets: of a loss, see there. In the head, None where they are logits of hidden states.
       weight: multiplies the row's results.
       norm: the row's part of the denominator of the mean, or None where it is not needed.
       mask: bool, the rows that count, or None where all of them do.
-      logit_scale: in the head, what its row of hidden @ kernel is multiplied by, or None where no
-        row has one of its own.
     """
 
-    targets: Targets
+    targets: Any
     weight: Any
     norm: Any
     mask: Array | None
-    logit_scale: Array | None = None
 
     def with_loss(self, has_loss: Array) -> Array:
         """Of the rows that count, those that weigh something or whose logits have a loss."""

@@ -1,0 +1,311 @@
+"""The divergence between a model's softmax and a target's, of hidden states, without logits.
+
+Each side is hidden states and a kernel; that of the target may be logits. A chunk of rows of both
+has logits at a time. The function of rows is that of ``_kl_divergence``, and the chain rule from
+its gradients that of ``_linear_softmax_cross_entropy``, once for each side.
+"""
+
+from __future__ import annotations  # so that help() names types shortly
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from sxe._arrays import AxisName, sharding
+from sxe._backend import backend_of
+from sxe._call import arguments, axes, checks, reduction
+from sxe._call.layout import Layout, join_shards, layout_of
+from sxe._call.linear import (
+    Linear,
+    flat_rows,
+    head_of,
+    projections_of,
+    typed_alike,
+    wide_of,
+)
+from sxe._call.options import Options, Reduction, Rule, parse
+from sxe._call.rows import any_class, weight_and_mask
+from sxe._errors import ArgumentTypeError, ArgumentValueError
+from sxe._head.chunk import Shared
+from sxe._head.examples import outcome_of_examples
+from sxe._rows.kl_divergence import KLDivergence, Mode
+from sxe._rows.targets import Rows, Targets
+
+
+class _Inputs(NamedTuple):
+    hidden: Array
+    kernel: Array
+    target_hidden: Array | None
+    target_kernel: Array | None
+    target_logits: Array | None
+    options: Options
+
+    @property
+    def sides(self) -> tuple[Linear, Linear]:
+        """The model's and the target's."""
+        options, target = self.options, self.target_hidden
+        if self.target_logits is not None:
+            target = self.target_logits
+        assert target is not None
+        scale, target_scale = options.logit_scale, options.target_logit_scale
+        return (
+            Linear(self.hidden, self.kernel, options.bias, scale, options.softcap),
+            Linear(
+                target,
+                self.target_kernel,
+                options.target_bias,
+                target_scale,
+                options.target_softcap,
+            ),
+        )
+
+
+def _result(inputs: _Inputs) -> Array:
+    options, sides, shape = inputs.options, inputs.sides, inputs.hidden.shape[:-1]
+    backend = backend_of(*(a for a in inputs[:-1] if a is not None))
+    mask = options.where
+    if options.class_mask is not None:
+        possible = jnp.broadcast_to(any_class(options.class_mask, options.axis_name), shape)
+        mask = possible if mask is None else mask & possible
+    have_loss = [side.has_loss(options.axis_name, backend) for side in sides]
+    weight, mask = weight_and_mask(options, mask, have_loss[0] & have_loss[1], wide_of(sides))
+    f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
+    projections, hidden = projections_of(sides, options)
+    rows = flat_rows(Rows(None, weight, None, mask), shape)
+    shared, hidden, rows = typed_alike(
+        Shared(projections, None, None), hidden, rows, options.axis_name
+    )
+    outcome = outcome_of_examples(head_of(f, sides, options), shared, hidden, rows)
+    weighed = outcome.value
+    if weighed is None:
+        weighed = f.weigh(outcome.results, rows.weight, None).value
+    if options.reduction == "none":
+        return weighed.reshape(shape)
+    of_call = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, mask)
+    sums = reduction.sum_rows(jnp.sum(weighed), of_call, options)
+    return sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
+
+
+@functools.partial(jax.jit, inline=True)
+def _call(inputs: _Inputs) -> Array:
+    hidden, kernel, *_, options = inputs
+    checks.check_projection(hidden, kernel, options)
+    shape, class_axes = (*hidden.shape[:-1], kernel.shape[1]), (hidden.ndim - 1,)
+    _check_target(inputs, shape)
+    checks.check_masks_and_weights(options, shape, class_axes, head=True)
+    if options.layout is None:
+        axes.check_axis_name("axis_name", options.axis_name, "the kernel", kernel)
+        target, what = inputs.target_kernel, "the target kernel"
+        if inputs.target_logits is not None:
+            target, what = inputs.target_logits, "the target logits"
+        assert target is not None
+        axes.check_axis_name("axis_name", options.axis_name, what, target)
+        names = options.batch_axis_name
+        axes.check_axis_name("batch_axis_name", names, "the hidden states", hidden)
+        inputs = _laid_out(join_shards(inputs, class_axes, ndim=len(shape)), class_axes)
+    layout = inputs.options.layout
+    if layout is None:
+        return _result(inputs)
+    out = layout.of_rows() if options.reduction == "none" else PartitionSpec()
+    return layout.run(_result, inputs, class_axes, ndim=len(shape), out=out)
+
+
+def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
+    """Raises unless the target's side fits logits of that shape [..., K]."""
+    options, logits = inputs.options, inputs.target_logits
+    if logits is not None:
+        checks.check_target_logits(shape, logits, options)
+        checks.check_row_scale("target_logit_scale", options.target_row_scale, shape[:-1], options)
+        return
+    target_hidden, target_kernel = inputs.target_hidden, inputs.target_kernel
+    assert target_hidden is not None
+    assert target_kernel is not None
+    checks.check_projection(target_hidden, target_kernel, options, of_target=True)
+    of_target = (*target_hidden.shape[:-1], target_kernel.shape[1])
+    if of_target[:-1] != shape[:-1]:
+        raise ArgumentValueError(
+            "target_hidden",
+            f"expected shape {shape[:-1]} but for the last axis, the rows of hidden, got "
+            f"{target_hidden.shape}",
+        )
+    if of_target[-1] != shape[-1]:
+        raise ArgumentValueError(
+            "target_kernel",
+            f"expected shape [D, K] with K = {shape[-1]}, the classes of kernel, got "
+            f"{target_kernel.shape}; a vocabulary that is padded on one side alone can be sliced",
+        )
+
+
+def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
+    """The same with the layout that the types of arrays on an Explicit mesh have."""
+    named = inputs._asdict()
+    options = named.pop("options")
+    if not axes.is_explicit(*named.values()):
+        return inputs
+    others = {"target_logits": inputs.target_logits, **options.of_rows()}
+    biases = {"bias": options.bias, "target_bias": options.target_bias}
+    axes.check_mapped(**named, **biases, **options.of_rows())
+    layout = layout_of(inputs.hidden, inputs.kernel)
+    split = (*sharding(inputs.hidden)[:-1], sharding(inputs.kernel)[1])
+    axes.check_splits("hidden and kernel", split, class_axes, **others)
+    if inputs.target_hidden is not None and inputs.target_kernel is not None:
+        target = layout_of(inputs.target_hidden, inputs.target_kernel)
+        if target._replace(mesh=layout.mesh) != layout:
+            raise ArgumentValueError(
+                "target_kernel",
+                "expected target_hidden and target_kernel to be split as hidden and kernel are, "
+                f"got {jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)} "
+                f"beside {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; "
+                "jax.reshard them",
+            )
+    return inputs._replace(options=options.replace(layout=layout))
+
+
+def divergence_of_hidden(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    target_hidden: ArrayLike | None = None,
+    target_kernel: ArrayLike | None = None,
+    *,
+    target_logits: ArrayLike | None = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> Array:
+    """``linear_kl_divergence``, of global arrays on a mesh where there is a layout."""
+    parsed = parse(layout=layout, **options)
+    given = target_hidden is not None, target_kernel is not None, target_logits is not None
+    if given not in ((True, True, False), (False, False, True)):
+        names = [f"target_{name}" for name in ("hidden", "kernel", "logits")]
+        got = [name for name, is_given in zip(names, given, strict=True) if is_given]
+        raise ArgumentTypeError(
+            "target_hidden",
+            "expected target_hidden and target_kernel, or target_logits alone, got "
+            f"{' and '.join(got) or 'none of them'}",
+        )
+
+    def array(name: str, x: ArrayLike | None) -> Array | None:
+        return None if x is None else arguments.array(name, x)
+
+    inputs = _Inputs(
+        arguments.array("hidden", hidden),
+        arguments.array("kernel", kernel),
+        array("target_hidden", target_hidden),
+        array("target_kernel", target_kernel),
+        array("target_logits", target_logits),
+        parsed,
+    )
+    checks.check_jet(inputs, parsed)
+    return _call(inputs)
+
+
+def linear_kl_divergence(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    target_hidden: ArrayLike | None = None,
+    target_kernel: ArrayLike | None = None,
+    *,
+    target_logits: ArrayLike | None = None,
+    mode: Mode = "forward",
+    beta: float = 0.5,
+    bias: ArrayLike | None = None,
+    target_bias: ArrayLike | None = None,
+    logit_scale: ArrayLike = 1.0,
+    target_logit_scale: ArrayLike = 1.0,
+    softcap: ArrayLike | None = None,
+    target_softcap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_mask: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+    rule: Rule = "vjp",
+) -> Array:
+    """``kl_divergence`` of hidden states and kernels, without the [N, K] logits of either side.
+
+    Of these logits a chunk of rows exists at a time, on both sides:
+
+        z = logit_scale hidden @ kernel + bias
+        logits = softcap tanh(z / softcap)         or z, without softcap; -inf by the class mask
+
+    and likewise with target_hidden and all that is named target. Value and gradients are those of
+    ``kl_divergence`` on them, with its precision. A "mean" or "sum" takes the gradients in the
+    forward pass where it is differentiated: 6 N D K FLOPs for a side whose hidden states and kernel
+    are, and 2 N D K for one that is not. "none" computes both sides' logits again in the backward
+    pass.
+
+    Args:
+      hidden: [..., D], bfloat16, float16, float32 or float64: of the model.
+      kernel: [D, K], likewise.
+      target_hidden: [..., D'], likewise: of a teacher, or of a reference policy. D' may be another
+        size than D.
+      target_kernel: [D', K], likewise.
+      target_logits: [..., K], in place of these two, for a target whose logits exist.
+      bias, target_bias: float [K].
+      logit_scale, target_logit_scale: what each side's hidden @ kernel, or the target logits, are
+        multiplied by: a number, a scalar array, or float [...], one for each row.
+      softcap, target_softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
+      chunk_size: the most rows that a chunk may have, as for ``linear_softmax_cross_entropy``. A
+        chunk has logits of both sides.
+      where: bool [...], the rows that count. Rows that do not are not computed: see head.md.
+      class_mask: bool [K], the classes that can occur in any row, on both sides.
+      axis_name: the mesh axis (or axes) along which the classes of both kernels are split.
+      mode, beta, weights, reduction, batch_axis_name: as for ``kl_divergence``.
+      rule: as for ``linear_softmax_cross_entropy``.
+
+    ``mode``, ``beta``, ``chunk_size``, ``reduction``, the axis names and ``rule`` are Python
+    values, static under ``jax.jit``.
+
+    Returns:
+      The divergence, float32 (float64 if an input is). Gradients exist for hidden states, kernels,
+      target logits, biases, scales, softcaps and weights. One that is not asked for is not
+      computed.
+
+    Rows that do not count, and infinite logits, do what they do in ``kl_divergence``.
+
+    Raises:
+      TypeError: for a dtype that is none of the above, an option of a wrong type, and unless there
+        are target_hidden and target_kernel, or target_logits alone.
+      ValueError: for shapes that do not fit, and as for ``kl_divergence``.
+
+    Source: K0 to K5 of ``sxe.derivation``, and the chain rule H0 to H7 of
+    ``sxe._head.projection``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sxe
+      >>> student, teacher = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 8))
+      >>> kernel, teacher_kernel = jnp.zeros((4, 50)), jnp.eye(8, 50)
+      >>> loss, d_kernel = jax.value_and_grad(sxe.linear_kl_divergence, argnums=1)(
+      ...     student, kernel, teacher, teacher_kernel)
+      >>> print(f"{loss:.4f}")
+      0.0000
+    """
+    return divergence_of_hidden(
+        hidden,
+        kernel,
+        target_hidden,
+        target_kernel,
+        target_logits=target_logits,
+        mode=mode,
+        beta=beta,
+        bias=bias,
+        target_bias=target_bias,
+        logit_scale=logit_scale,
+        target_logit_scale=target_logit_scale,
+        softcap=softcap,
+        target_softcap=target_softcap,
+        chunk_size=chunk_size,
+        where=where,
+        weights=weights,
+        class_mask=class_mask,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        rule=rule,
+    )
