@@ -1,7 +1,8 @@
-"""The loss from line D0 of the derivation, in float64 NumPy and in 60-digit arithmetic.
+"""The loss, log-probabilities, entropies and divergences, in float64 NumPy and in 60 digits.
 
-Nothing here calls sxe, and nothing is arranged for speed. The gradient is line D7, which
-``test_oracle.py`` holds against central differences of the loss.
+Nothing here calls sxe, and nothing is arranged for speed. The functions are those of lines D0, E0,
+K0, K2 and K4 of the derivation, in their textbook forms. The gradients are lines D7, E1, K1, K3 and
+K5, which ``test_oracle.py`` holds against central differences.
 """
 
 import contextlib
@@ -132,6 +133,11 @@ def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **
     for i in np.ndindex(*counts.shape):
         if counts[i]:
             each[i] = g[i] * w[i] * _row_gradient(x[i], t[i], float(z_loss))
+    return _in_shape_of(logits, each, axis, options)
+
+
+def _in_shape_of(logits, each, axis, options):
+    """Gradients [..., K] in the shape of the logits, and 0 for the classes that are masked."""
     where = options.get("where")
     if where is not None and np.shape(where) == np.shape(logits):
         each = np.where(_rows_last(np.asarray(where), axis), each, 0)
@@ -139,8 +145,122 @@ def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **
         each = np.where(np.asarray(options["class_mask"]), each, 0)
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     shape = np.shape(logits)
-    each = each.reshape(*counts.shape, *(shape[a] for a in axes))
+    each = each.reshape(*each.shape[:-1], *(shape[a] for a in axes))
     return np.moveaxis(each, range(-len(axes), 0), axes)
+
+
+def _log_softmax(x):
+    """NaN without a distribution: of logits that are all -inf, of a +inf and of a NaN."""
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())
+
+
+def log_prob_and_entropy(logits, labels, **options):
+    """log q_y and -sum_k q_k log q_k of each row, float64, and 0 in rows that do not count."""
+    x, t, counts, *_ = rows(logits, labels, **options)
+    log_prob, entropy = np.zeros(counts.shape), np.zeros(counts.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i in np.ndindex(*counts.shape):
+            if counts[i]:
+                log_q = _log_softmax(x[i])
+                possible = log_q != -np.inf
+                log_prob[i] = log_q[t[i].argmax()]
+                entropy[i] = -(np.exp(log_q) * log_q)[possible].sum()
+    return log_prob, entropy
+
+
+def log_prob_and_entropy_gradient(logits, labels, g, *, axis=-1, **options):
+    """The gradient of sum(g[0] * log_prob + g[1] * entropy), float64, in the logits' shape."""
+    x, t, counts, *_ = rows(logits, labels, axis=axis, **options)
+    g = [np.broadcast_to(np.asarray(a).astype(np.float64), counts.shape) for a in g]
+    each = np.zeros(x.shape)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i in np.ndindex(*counts.shape):
+            if counts[i]:
+                log_q = _log_softmax(x[i])
+                q = np.exp(log_q)
+                possible = log_q != -np.inf
+                h = -(q * log_q)[possible].sum()
+                d_entropy = np.where(possible, -q * (log_q + h), 0)
+                each[i] = g[0][i] * (t[i] - q) + g[1][i] * d_entropy
+    return _in_shape_of(logits, each, axis, options)
+
+
+def _divergence(p, log_p, log_q):
+    """sum_k p_k (log p_k - log q_k), with 0 log 0 = 0."""
+    return (p * (log_p - log_q))[log_p != -np.inf].sum()
+
+
+def _row_divergence(x, z, mode, beta):
+    """The divergence of q = softmax(x) and p = softmax(z), and its gradients for x and z."""
+    log_q, log_p = _log_softmax(x), _log_softmax(z)
+    q, p = np.exp(log_q), np.exp(log_p)
+    log_of_first, log_of_second = (log_p, log_q) if mode == "forward" else (log_q, log_p)
+    if mode == "jensen_shannon":
+        log_m = np.log(beta * p + (1 - beta) * q)
+        of_p, of_q = _divergence(p, log_p, log_m), _divergence(q, log_q, log_m)
+        d_x = np.where(q == 0, 0, (1 - beta) * q * (log_q - log_m - of_q))
+        d_z = np.where(p == 0, 0, beta * p * (log_p - log_m - of_p))
+        return beta * of_p + (1 - beta) * of_q, d_x, d_z
+    first, second = np.exp(log_of_first), np.exp(log_of_second)
+    value = _divergence(first, log_of_first, log_of_second)
+    d_first = np.where(first == 0, 0, first * (log_of_first - log_of_second - value))
+    d_second = second - first
+    return (value, *((d_second, d_first) if mode == "forward" else (d_first, d_second)))
+
+
+def _divergences(p, g, mode, beta, reduction):
+    """Of a call with these arguments by name: what value and gradients need of its rows."""
+    p = dict(p)
+    axis = p.pop("axis", -1)
+    logits, target_logits = p.pop("logits"), p.pop("target_logits")
+    scales = [np.asarray(p.pop(n, 1.0), np.float64) for n in ("logit_scale", "target_logit_scale")]
+    weights = p.pop("weights", None)
+    unscaled = _rows_last(np.asarray(logits).astype(np.float64), axis)
+    labels = np.zeros(unscaled.shape[:-1], int)
+    x, _, counts, *_ = rows(logits, labels, axis=axis, **p)
+    z, *_ = rows(target_logits, labels, axis=axis, **p)
+    w = np.ones(counts.shape) if weights is None else np.asarray(weights).astype(np.float64)
+    total = (w * counts).sum()
+    share = (1 / total if total else 0.0) if reduction == "mean" else 1.0
+    g = np.broadcast_to(np.asarray(g, np.float64) * share, counts.shape)
+    each, d_x, d_z = np.zeros(counts.shape), np.zeros(x.shape), np.zeros(x.shape)
+    a, b = (s[..., None] if s.ndim else s for s in scales)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for i in np.ndindex(*counts.shape):
+            if counts[i]:
+                of_x, of_z = (np.broadcast_to(s, (*counts.shape, 1))[i] for s in (a, b))
+                x_i, z_i = of_x * x[i], of_z * z[i]
+                of_row = _row_divergence(x_i, z_i, mode, beta)
+                if w[i] or np.isfinite(of_row[0]):
+                    each[i], d_x[i], d_z[i] = of_row
+    return each, w, counts, share, g, (x, d_x, a), (z, d_z, b)
+
+
+def kl_divergence(*, mode="forward", beta=0.5, reduction="mean", **p):
+    """The value of the divergence between logits and target_logits, float64."""
+    each, w, _, share, *_ = _divergences(p, 1.0, mode, beta, reduction)
+    each = w * each
+    return each if reduction == "none" else each.sum() * share
+
+
+def kl_divergence_gradients(g=1.0, *, mode="forward", beta=0.5, reduction="mean", **p):
+    """The gradients of sum(g * divergence) for all arguments that have one, by name, float64.
+
+    That of a weight of 0 is the divergence of its row, or 0 if that is not finite.
+    """
+    each, w, counts, share, g, *sides = _divergences(p, g, mode, beta, reduction)
+    gradients, axis = {}, p.get("axis", -1)
+    for name, scale_name, (x, d_x, scale) in zip(
+        ("logits", "target_logits"), ("logit_scale", "target_logit_scale"), sides, strict=True
+    ):
+        d_x = (g * w)[..., None] * d_x
+        gradients[name] = _in_shape_of(p[name], scale * d_x, axis, p)
+        d_scale = (np.where(d_x == 0, 0, x) * d_x).sum(-1)
+        gradients[scale_name] = d_scale if np.ndim(scale) else d_scale.sum()
+    mean = (w * each).sum() * share if reduction == "mean" else 0.0
+    gradients["weights"] = np.where(counts, g * (each - mean), 0)
+    return gradients
 
 
 def check_rows_metrics(metrics, x, counts, labels=None):
@@ -181,6 +301,52 @@ def exact_row(x, t):
         return row_loss, [total * ek / s - tk for tk, ek in zip(t, e, strict=True)]
 
 
+def exact_log_prob_and_entropy(x, label):
+    """log q_y, the entropy, and the gradient of the entropy of one row, in 60-digit arithmetic."""
+    with mpmath.workdps(DIGITS):
+        q, log_q = _exact_softmax(x)
+        entropy = -mpmath.fsum(a * b for a, b in zip(q, log_q, strict=True))
+        return log_q[label], entropy, [-a * (b + entropy) for a, b in zip(q, log_q, strict=True)]
+
+
+def _exact_softmax(x):
+    """q and log q of one row of finite logits, in 60-digit arithmetic."""
+    x = [mpmath.mpf(float(v)) for v in x]
+    lse = max(x) + mpmath.log(mpmath.fsum(mpmath.exp(v - max(x)) for v in x))
+    log_q = [v - lse for v in x]
+    return [mpmath.exp(v) for v in log_q], log_q
+
+
+def exact_divergence(x, z, mode="forward", beta=0.5):
+    """As ``_row_divergence``, of one row of finite logits, in 60-digit arithmetic."""
+    with mpmath.workdps(DIGITS):
+        (q, log_q), (p, log_p) = _exact_softmax(x), _exact_softmax(z)
+        beta = mpmath.mpf(float(beta))
+
+        def divergence(a, log_a, log_b):
+            return mpmath.fsum(u * (v - w) for u, v, w in zip(a, log_a, log_b, strict=True))
+
+        def of_first(a, log_a, log_b, factor=1):
+            """The value, and the gradient for the logits of a, where b does not depend on them."""
+            value = divergence(a, log_a, log_b)
+            terms = zip(a, log_a, log_b, strict=True)
+            return value, [factor * u * (v - w - value) for u, v, w in terms]
+
+        def less(a, b):
+            return [u - v for u, v in zip(a, b, strict=True)]
+
+        if mode == "forward":
+            value, d_z = of_first(p, log_p, log_q)
+            return value, less(q, p), d_z
+        if mode == "reverse":
+            value, d_x = of_first(q, log_q, log_p)
+            return value, d_x, less(p, q)
+        log_m = [mpmath.log(beta * u + (1 - beta) * v) for u, v in zip(p, q, strict=True)]
+        of_p, d_z = of_first(p, log_p, log_m, beta)
+        of_q, d_x = of_first(q, log_q, log_m, 1 - beta)
+        return beta * of_p + (1 - beta) * of_q, d_x, d_z
+
+
 def exact_targets(label, classes, label_smoothing=0.0, class_weights=None):
     """t_k = c_k ((1 - a) [k = y] + a / K) of one row, in 60-digit arithmetic."""
     with mpmath.workdps(DIGITS):
@@ -212,6 +378,14 @@ def gradient_errors(actual, x, t):
             error = abs(mpmath.mpf(float(a)) - (terms[0] - terms[1]))
             errors.append(float(error / size) if size > least else 0.0 * float(a))
         return errors
+
+
+def error_of_row(actual, exact):
+    """The largest error of a row's entries, in units of the row's largest exact one."""
+    with mpmath.workdps(DIGITS):
+        errors = [abs(mpmath.mpf(float(a)) - e) for a, e in zip(actual, exact, strict=True)]
+        # Of a NaN, max() would depend on the order.
+        return float(np.max([float(e) for e in errors]) / float(max(map(abs, exact))))
 
 
 def relative_error(actual, exact):
@@ -263,3 +437,16 @@ def head_gradients(hidden, kernel, labels, g=1.0, **options):
     projection, rest = _apart(options)
     x, pullback = head(hidden, kernel, **projection)
     return pullback(gradient(x, labels, g, **rest))
+
+
+def head_log_prob_and_entropy(hidden, kernel, labels, **options):
+    """log_prob and entropy [...] of the head, float64."""
+    projection, rest = _apart(options)
+    return log_prob_and_entropy(head(hidden, kernel, **projection)[0], labels, **rest)
+
+
+def head_log_prob_and_entropy_gradients(hidden, kernel, labels, g, **options):
+    """The gradients of sum(g[0] * log_prob + g[1] * entropy), by name as ``head_gradients``."""
+    projection, rest = _apart(options)
+    x, pullback = head(hidden, kernel, **projection)
+    return pullback(log_prob_and_entropy_gradient(x, labels, g, **rest))

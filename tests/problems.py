@@ -1,4 +1,4 @@
-"""Random arguments for a call of either loss, by name, and its gradients for all of them."""
+"""Random arguments for a call of any of the functions, by name, and its gradients for all of them."""
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,28 @@ def head_problem(*options, dense=False, dtype="float32", shape=(8, 3, 16), lead=
         "kernel": kernel.astype(jnp.dtype(dtype)),
         **_labels_and_options(rng, options, dense, dtype, lead, rows, classes),
     }
+
+
+def divergence_problem(*options, dtype="float32", shape=(8, 24), lead=(), seed=0):
+    """Logits, target logits and these options of sxe.kl_divergence.
+
+    As ``logits_problem``. A "target_logit_scale" is one number, a "target_row_scale" one a row.
+    """
+    of_targets = {"target_logit_scale": "logit_scale", "target_row_scale": "row_scale"}
+    p = logits_problem(
+        *(name for name in options if name not in of_targets),
+        dtype=dtype,
+        shape=shape,
+        lead=lead,
+        seed=seed,
+    )
+    del p["labels"]
+    named = [of_targets[name] for name in options if name in of_targets]
+    other = logits_problem(*named, dtype=dtype, shape=shape, lead=lead, seed=seed + 100)
+    p["target_logits"] = other["logits"]
+    if named:
+        p["target_logit_scale"] = other["logit_scale"]
+    return p
 
 
 def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):

@@ -25,6 +25,16 @@ GRADIENT_BAR = 2e-5
 # The same for both in float64, where the 450 units in the last place hardly matter.
 FLOAT64_BAR = 1e-13
 
+# Of log-probabilities, entropies and divergences in float32: each value is relative to itself. A
+# gradient, of which an entry may be a difference of two, is relative to the largest of its row.
+LOG_PROB_BAR = 2e-6
+ENTROPY_BAR = 5e-6
+ENTROPY_GRADIENT_BAR = 2e-5
+DIVERGENCE_BAR = 1e-5
+DIVERGENCE_GRADIENT_BAR = 1e-4
+# Where logits differ by 1e-4 only, rounding of log q - log p counts ten times as much.
+CLOSE = 10
+
 # 3. Two float32 computations of one number, by different programs: eager and jitted, before and
 # after export, in blocks and in one tile. Each may be off by a few units in the last place.
 SAME_FLOAT32 = 1e-6
