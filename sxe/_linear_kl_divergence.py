@@ -125,20 +125,19 @@ def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
     target_hidden, target_kernel = inputs.target_hidden, inputs.target_kernel
     assert target_hidden is not None
     assert target_kernel is not None
-    checks.check_projection(target_hidden, target_kernel, options, of_target=True)
-    of_target = (*target_hidden.shape[:-1], target_kernel.shape[1])
-    if of_target[:-1] != shape[:-1]:
+    if target_hidden.shape[:-1] != shape[:-1]:
         raise ArgumentValueError(
             "target_hidden",
-            f"expected shape {shape[:-1]} but for the last axis, the rows of hidden, got "
+            f"expected the rows of hidden, {shape[:-1]}, and an axis of any size, got shape "
             f"{target_hidden.shape}",
         )
-    if of_target[-1] != shape[-1]:
+    if target_kernel.ndim == 2 and target_kernel.shape[1] != shape[-1]:
         raise ArgumentValueError(
             "target_kernel",
             f"expected shape [D, K] with K = {shape[-1]}, the classes of kernel, got "
-            f"{target_kernel.shape}; a vocabulary that is padded on one side alone can be sliced",
+            f"{target_kernel.shape}; slice a vocabulary that is padded on one side alone",
         )
+    checks.check_projection(target_hidden, target_kernel, options, of_target=True)
 
 
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
@@ -154,12 +153,18 @@ def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
     split = (*sharding(inputs.hidden)[:-1], sharding(inputs.kernel)[1])
     axes.check_splits("hidden and kernel", split, class_axes, **others)
     if inputs.target_hidden is not None and inputs.target_kernel is not None:
-        target = layout_of(inputs.target_hidden, inputs.target_kernel)
-        if target._replace(mesh=layout.mesh) != layout:
+        target = layout_of(inputs.target_hidden, inputs.target_kernel, of="target_")
+        splits = zip(
+            (*target.rows, target.classes, target.fsdp),
+            (*layout.rows, layout.classes, layout.fsdp),
+            strict=True,
+        )
+        if any(of_target not in (None, of_model) for of_target, of_model in splits):
             raise ArgumentValueError(
                 "target_kernel",
                 "expected target_hidden and target_kernel to be split as hidden and kernel are, "
-                f"got {jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)} "
+                "or not at all, got "
+                f"{jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)} "
                 f"beside {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; "
                 "jax.reshard them",
             )

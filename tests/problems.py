@@ -1,4 +1,4 @@
-"""Random arguments for a call of any of the functions, by name, and its gradients for all of them."""
+"""Random arguments for a call of any function, by name, and its gradients for all of them."""
 
 import jax
 import jax.numpy as jnp

@@ -214,8 +214,11 @@ def layout_of_logits(logits: Array, class_axes: tuple[int, ...]) -> Layout:
     return layout
 
 
-def layout_of(hidden: Array, kernel: Array) -> Layout:
-    """The layout that the types of these have, on an explicit mesh."""
+def layout_of(hidden: Array, kernel: Array, *, of: str = "") -> Layout:
+    """The layout that the types of these have, on an explicit mesh.
+
+    The names of the arguments begin with ``of``.
+    """
     *rows, hidden_axis = sharding(hidden)
     kernel_rows, classes = sharding(kernel)
     meshes = [jax.typeof(x).sharding.mesh for x in (hidden, kernel)]
@@ -223,14 +226,14 @@ def layout_of(hidden: Array, kernel: Array) -> Layout:
     layout = Layout(mesh, tuple(rows), classes, kinds=(AxisType.Explicit,))
     if hidden_axis is not None:
         raise ArgumentValueError(
-            "hidden",
+            f"{of}hidden",
             "expected a last axis that no mesh axis splits, got "
             f"{jax.typeof(hidden)}; jax.reshard it",
         )
     both = set(axis_names(layout.batch)) & set(axis_names(classes))
     if both:
         raise ArgumentValueError(
-            "kernel",
+            f"{of}kernel",
             f"expected classes split along other mesh axes than the rows, got {both} for "
             f"both ({jax.typeof(hidden)}, {jax.typeof(kernel)}); jax.reshard one of them",
         )
