@@ -15,12 +15,12 @@ from sxe._head.loops import (
     Columns,
     Tiling,
     classes_per_block,
-    in_row_blocks,
     over_chunks,
     over_class_blocks,
     steps_of,
     tiling,
 )
+from sxe._rows.blocks import in_row_blocks
 
 LOCAL_CPU = Backend("cpu", is_local=True)
 CPUS = Backend("cpu", is_local=False)

@@ -12,7 +12,7 @@ import pytest
 from tolerances import SMALLEST
 
 from sxe._backend import Backend
-from sxe._rows import cpu, normalizer, targets, twins
+from sxe._rows import blocks, cpu, normalizer, targets, twins
 from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.normalizer import Normalizer, merge
 from sxe._rows.rules import RULES, results_and_state
@@ -115,8 +115,8 @@ def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
     monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: rows)
     monkeypatch.setattr(cpu, "FEW_CLASSES", 0)
     x = jnp.asarray(some_logits(), dtype)
-    blocks = cpu.normalize_tile(x, LOCAL_CPU)
-    for a, b in zip(blocks, normalizer.normalize_tile(x, LOCAL_CPU), strict=True):
+    in_blocks = cpu.normalize_tile(x, LOCAL_CPU)
+    for a, b in zip(in_blocks, normalizer.normalize_tile(x, LOCAL_CPU), strict=True):
         assert a.dtype == b.dtype == np.float32
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -138,7 +138,7 @@ def test_confident_rows_anywhere_among_blocks(monkeypatch, share, dtype):
 
 
 def test_parts_divide_where_they_can():
-    assert [cpu.part_of(n, 8) for n in (1, 7, 8, 12, 13, 14, 40)] == [1, 7, 8, 6, 8, 7, 8]
+    assert [blocks.part_of(n, 8) for n in (1, 7, 8, 12, 13, 14, 40)] == [1, 7, 8, 6, 8, 7, 8]
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -341,7 +341,7 @@ def test_twins_of_the_sum_without_the_largest_are_equal():
 ONE_DEVICE = """
 import jax, jax.numpy as jnp, numpy as np, sxe
 from sxe._backend import backend_of
-from sxe._rows.cpu import rows_per_block
+from sxe._rows.blocks import rows_per_block
 assert jax.device_count() == 1
 n, k = 257, 50257
 for dtype in (jnp.float32, jnp.bfloat16):

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from sxe._arrays import keep, wide_dtype
-from sxe._head.loops import in_row_blocks
 from sxe._head.path import GradientPath
 from sxe._head.projection import Products, Transform, transform, transform_bwd
+from sxe._rows.blocks import in_row_blocks
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
 from sxe._rows.normalizer import has_loss

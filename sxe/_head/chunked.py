@@ -43,10 +43,11 @@ from sxe._head.chunk import (
     us_of,
     zeroed,
 )
-from sxe._head.loops import in_row_blocks, over_chunks, tiling
+from sxe._head.loops import over_chunks, tiling
 from sxe._head.path import FORWARD
 from sxe._head.projection import Products, keep_classes
 from sxe._primitives import undivided
+from sxe._rows.blocks import in_row_blocks
 from sxe._rows.predictions import Ranking
 from sxe._rows.rules import RULES, cotangents, instantiate, own_targets, values_and_wanted
 from sxe._rows.targets import Rows

@@ -18,14 +18,12 @@ from jax.typing import DTypeLike
 
 from sxe._arrays import are_known, jvp_of_moved, zeros_like
 from sxe._backend import Backend, bits_of
-from sxe._rows.cpu import part_of, rows_per_block
+from sxe._rows.blocks import part_of
 
 T = TypeVar("T")
 Shared = TypeVar("Shared")
 Carry = TypeVar("Carry")
-Sums = TypeVar("Sums")
 Rows = TypeVar("Rows")
-Tiles = tuple[Array, ...]
 
 
 class Tiling(NamedTuple):
@@ -225,55 +223,6 @@ def _most(steps: Array) -> Array:
 @_most.def_vmap
 def _most_of_examples(size: int, mapped: Any, steps: Array) -> tuple[Array, bool]:
     return _most(jnp.max(steps, axis=0)), False
-
-
-def in_row_blocks(
-    body: Callable[[Sums, Tiles, Any], tuple[Sums, Any, Any]],
-    sums: Sums,
-    tiles: Tiles,
-    rows: Any,
-    *,
-    backend: Backend,
-) -> tuple[Sums, Tiles, Any]:
-    """sums, tiles, outputs = body(sums, tiles, rows), a block of rows of tiles [C, K] at a time.
-
-    A part of a tile that comes back replaces the one that went in, in place; None leaves it. On an
-    accelerator, and for a small tile, there is one block.
-    """
-    count = tiles[0].shape[0]
-    size = rows_per_block((count, sum(tile.shape[1] for tile in tiles)), backend)
-    if size == count:
-        sums, parts, outputs = body(sums, tiles, rows)
-        return sums, _replaced(tiles, parts), outputs
-    blocks, left = divmod(count, size)
-
-    def block(first: Array | int, size: int, sums: Sums, tiles: Tiles) -> tuple[Sums, Tiles, Any]:
-        def take(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, first, size)
-
-        # Without the barrier XLA's CPU backend reads the part after it was replaced, from a copy of
-        # all of the tile.
-        parts = lax.optimization_barrier(tuple(map(take, tiles)))
-        sums, new, outputs = body(sums, parts, jax.tree.map(take, rows))
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
-        new = (part if part is None else put(t, part) for t, part in zip(tiles, new, strict=True))
-        return sums, _replaced(tiles, tuple(new)), outputs
-
-    def step(state: tuple[Sums, Tiles], i: Array) -> tuple[tuple[Sums, Tiles], Any]:
-        sums, tiles, outputs = block(i * size, size, *state)
-        return (sums, tiles), outputs
-
-    (sums, tiles), outputs = lax.scan(step, (sums, tiles), jnp.arange(blocks))
-    outputs = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), outputs)
-    if left:
-        sums, tiles, last = block(blocks * size, left, sums, tiles)
-        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
-    return sums, tiles, outputs
-
-
-def _replaced(tiles: Tiles, new: tuple[Array | None, ...]) -> Tiles:
-    """Each tile, or what replaces it."""
-    return tuple(t if part is None else part for t, part in zip(tiles, new, strict=True))
 
 
 class Columns(NamedTuple):

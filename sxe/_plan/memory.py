@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from sxe._head.loops import classes_per_block
 from sxe._head.path import AGAIN, FORWARD
 from sxe._plan.work import INPUTS, Work
-from sxe._rows.cpu import rows_per_block
+from sxe._rows.blocks import rows_per_block
 
 Terms = dict[str, int]
 

@@ -13,26 +13,10 @@ from jax import Array, lax
 from sxe._arrays import are_known, wide
 from sxe._backend import Backend, apart, bits_of
 from sxe._rows import targets
+from sxe._rows.blocks import rows_per_block
 from sxe._rows.normalizer import SCALE, Normalizer, exp_difference, finite_shift
 
 FEW_CLASSES = 16
-
-
-def part_of(size: int, most: int) -> int:
-    """How long the parts of an axis are that may have so many elements at most.
-
-    If possible it divides the axis: a remainder is a second program to compile.
-    """
-    most = min(size, most)
-    return next((n for n in range(most, most // 2, -1) if size % n == 0), most)
-
-
-def rows_per_block(shape: tuple[int, ...], backend: Backend) -> int:
-    """How many rows of an array [N, K] are taken at a time."""
-    rows, classes = shape
-    if not backend.loops_over_rows or not are_known(rows, classes):
-        return rows
-    return part_of(rows, max(1, backend.row_block_bytes // (4 * classes)))
 
 
 def normalize_tile(x: Array, backend: Backend) -> Normalizer:

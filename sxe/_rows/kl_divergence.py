@@ -23,13 +23,15 @@ import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import AxisName, psum, vary_like, wide
+from sxe._arrays import AxisName, are_known, psum, vary_like, wide
 from sxe._backend import Backend, apart
 from sxe._rows import twins
+from sxe._rows.blocks import Tiles, in_row_blocks
 from sxe._rows.normalizer import (
     Normalizer,
     exp_difference,
@@ -214,7 +216,18 @@ class KLDivergence:
     def tile(self, x: Array, z: Array) -> State:
         # What a class adds depends on the states of whole rows, so that shards meet here.
         of_x, of_z = (merge_over(twins.normalize(a, self.backend), self.axis_name) for a in (x, z))
-        return State(of_x, of_z, *self._sums(x, z, of_x, of_z))
+        shape, classes = x.shape[:-1], x.shape[-1]
+        if not self.backend.loops_over_rows or not are_known(*x.shape):
+            return State(of_x, of_z, *self._sums(x, z, of_x, of_z))
+
+        def block(none: tuple[()], tiles: Tiles, states: Any) -> tuple[tuple[()], Any, Any]:
+            (x, z), (of_x, of_z) = tiles, states
+            return none, (None, None), self._sums(x, z, of_x, of_z)
+
+        tiles = x.reshape(-1, classes), z.reshape(-1, classes)
+        states = jax.tree.map(jnp.ravel, (of_x, of_z))
+        *_, sums = in_row_blocks(block, (), tiles, states, backend=self.backend)
+        return State(of_x, of_z, *jax.tree.map(lambda a: a.reshape(shape), sums))
 
     def merge(self, part: State, z: Array) -> tuple[Results, State]:
         of_p, of_q = (self._of_row(sums) for sums in (part.of_p, part.of_q))

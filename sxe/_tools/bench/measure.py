@@ -15,7 +15,7 @@ import optax
 
 import sxe
 from sxe._backend import backend_of
-from sxe._rows.cpu import rows_per_block
+from sxe._rows.blocks import rows_per_block
 from sxe._tools.bench.contestants import (
     ALL_ROWS,
     TORCH_PEERS,
