@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import AxisName, are_known, psum, vary_like, wide
@@ -126,7 +126,10 @@ def _finite(v: Array) -> Array:
 def divergence_terms(side: Side) -> Array:
     """p phi(v): +inf where M is 0 and p is not."""
     near, small = _near(side.v)
-    far = jnp.where(side.v == -jnp.inf, jnp.inf, side.excess - side.p * _finite(side.v))
+    # Where p is 0, p v is 0, and else it is infinite with v, and so differentiable.
+    far = side.excess - side.p * jnp.where(side.p == 0, 0, side.v)
+    # A p that float32 rounds to 0 is not 0.
+    far = jnp.where((side.p == 0) & (side.v == -jnp.inf), jnp.inf, far)
     return jnp.where(near, side.p * phi(small), far)
 
 
@@ -180,12 +183,26 @@ def _log_mixture(v: Array, own: float, other: float) -> Array:
     )
 
 
+def _lost(a: Array, b: Array) -> Array:
+    """What rounding takes from the difference a - b: added to it, the two are exact."""
+    s = a - b
+    back = s - a
+    return lax.stop_gradient((a - (s - back)) - (b + back))  # Knuth's two-sum
+
+
 def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
-    """u, [..., K]: 0 where both logits are -inf."""
+    """u, [..., K]: 0 where both logits are -inf.
+
+    The two rows may have offsets that differ by much more than their logits do otherwise. Then
+    x - z is rounded by more than is left of it beside m_x - m_z.
+    """
+    neither, both = (x > -jnp.inf) & (z > -jnp.inf), (x == -jnp.inf) & (z == -jnp.inf)
     # Quarters, because the differences may overflow.
-    quarter = (x / 4 - z / 4) - (of_x.m / 4 - of_z.m / 4)[..., None]
-    u = 4 * quarter - (of_x.log1p_r - of_z.log1p_r)[..., None]
-    return jnp.where((x == -jnp.inf) & (z == -jnp.inf), 0, u)
+    m_x, m_z = (finite_shift(state.m) / 4 for state in (of_x, of_z))
+    known = _lost(*(jnp.where(neither, a / 4, 0) for a in (x, z))) - _lost(m_x, m_z)[..., None]
+    x, z = (jnp.where(both, 0, a / 4) for a in (x, z))
+    u = 4 * (((x - z) - (m_x - m_z)[..., None]) + known)
+    return jnp.where(both, 0, u - (of_x.log1p_r - of_z.log1p_r)[..., None])
 
 
 def _probabilities(x: Array, state: Normalizer) -> Array:
