@@ -6,6 +6,7 @@ K5, which ``test_oracle.py`` holds against central differences.
 """
 
 import contextlib
+import math
 
 import mpmath
 import numpy as np
@@ -42,7 +43,8 @@ def naming(*what):
 def _rows_last(x, axis):
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     x = np.moveaxis(x, axes, range(-len(axes), 0))
-    return x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+    rows = x.ndim - len(axes)
+    return x.reshape(*x.shape[:rows], math.prod(x.shape[rows:]))
 
 
 def rows(
@@ -256,7 +258,8 @@ def kl_divergence_gradients(g=1.0, *, mode="forward", beta=0.5, reduction="mean"
     ):
         d_x = (g * w)[..., None] * d_x
         gradients[name] = _in_shape_of(p[name], scale * d_x, axis, p)
-        d_scale = (np.where(d_x == 0, 0, x) * d_x).sum(-1)
+        with np.errstate(invalid="ignore"):  # of a row whose divergence is infinite
+            d_scale = (np.where(d_x == 0, 0, x) * d_x).sum(-1)
         gradients[scale_name] = d_scale if np.ndim(scale) else d_scale.sum()
     mean = (w * each).sum() * share if reduction == "mean" else 0.0
     gradients["weights"] = np.where(counts, g * (each - mean), 0)

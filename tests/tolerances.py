@@ -32,8 +32,9 @@ ENTROPY_BAR = 5e-6
 ENTROPY_GRADIENT_BAR = 2e-5
 DIVERGENCE_BAR = 1e-5
 DIVERGENCE_GRADIENT_BAR = 1e-4
-# Where logits differ by 1e-4 only, rounding of log q - log p counts ten times as much.
-CLOSE = 10
+# Where logits differ by less than this, what is rounded of log q - log p counts in inverse
+# proportion: a tenth of it has ten times the bar.
+CLOSE_LOGITS = 1e-3
 
 # 3. Two float32 computations of one number, by different programs: eager and jitted, before and
 # after export, in blocks and in one tile. Each may be off by a few units in the last place.
