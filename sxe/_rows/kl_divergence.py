@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import AxisName, are_known, psum, vary_like, wide
@@ -36,6 +36,7 @@ from sxe._rows.normalizer import (
     Normalizer,
     exp_difference,
     finite_shift,
+    lost_in_difference,
     merge_over,
     normalize_tile,
 )
@@ -178,16 +179,8 @@ def _log_mixture(v: Array, own: float, other: float) -> Array:
     more = other * jnp.expm1(bounded)
     much_less = more < -0.5
     less = jnp.log(own + other * jnp.exp(bounded))
-    return jnp.where(much_less, less, jnp.log1p(jnp.where(much_less, 0, more))) + jnp.maximum(
-        v - 80, 0
-    )
-
-
-def _lost(a: Array, b: Array) -> Array:
-    """What rounding takes from the difference a - b: added to it, the two are exact."""
-    s = a - b
-    back = s - a
-    return lax.stop_gradient((a - (s - back)) - (b + back))  # Knuth's two-sum
+    close = jnp.log1p(jnp.where(much_less, 0, more))
+    return jnp.where(much_less, less, close) + jnp.maximum(v - 80, 0)
 
 
 def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
@@ -196,13 +189,14 @@ def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
     The two rows may have offsets that differ by much more than their logits do otherwise. Then
     x - z is rounded by more than is left of it beside m_x - m_z.
     """
-    neither, both = (x > -jnp.inf) & (z > -jnp.inf), (x == -jnp.inf) & (z == -jnp.inf)
+    none, finite = (x == -jnp.inf) & (z == -jnp.inf), (x > -jnp.inf) & (z > -jnp.inf)
     # Quarters, because the differences may overflow.
     m_x, m_z = (finite_shift(state.m) / 4 for state in (of_x, of_z))
-    known = _lost(*(jnp.where(neither, a / 4, 0) for a in (x, z))) - _lost(m_x, m_z)[..., None]
-    x, z = (jnp.where(both, 0, a / 4) for a in (x, z))
-    u = 4 * (((x - z) - (m_x - m_z)[..., None]) + known)
-    return jnp.where(both, 0, u - (of_x.log1p_r - of_z.log1p_r)[..., None])
+    lost = lost_in_difference(*(jnp.where(finite, a / 4, 0) for a in (x, z)))
+    lost = lost - lost_in_difference(m_x, m_z)[..., None]
+    x, z = (jnp.where(none, 0, a / 4) for a in (x, z))
+    u = 4 * (((x - z) - (m_x - m_z)[..., None]) + lost)
+    return jnp.where(none, 0, u - (of_x.log1p_r - of_z.log1p_r)[..., None])
 
 
 def _probabilities(x: Array, state: Normalizer) -> Array:

@@ -57,14 +57,17 @@ def exp_difference(x: Array, m: Array, scale: float = 1) -> Array:
 
     A difference of 80 that is rounded to float32 would make a relative error of 4e-6.
     """
-    # What the rounding lost is known from Knuth's two-sum. Halves are taken because x - m may
-    # overflow.
+    # Halves are taken because x - m may overflow.
     a, b = jnp.maximum(x, jnp.finfo(x.dtype).min) / 2, m / 2
+    e = jnp.exp(a - b)
+    return (scale * e) * e * (1 + 2 * lost_in_difference(a, b))
+
+
+def lost_in_difference(a: Array, b: Array) -> Array:
+    """What rounding takes from a - b, without derivative: the two together are exact."""
     s = a - b
     back = s - a
-    lost = (a - (s - back)) - (b + back)
-    e = jnp.exp(s)
-    return (scale * e) * e * (1 + lax.stop_gradient(2 * lost))
+    return lax.stop_gradient((a - (s - back)) - (b + back))  # Knuth's two-sum
 
 
 def finite_shift(m: Array) -> Array:
