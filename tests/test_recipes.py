@@ -28,6 +28,13 @@ CLAIMS = {
         (r"^mean of means: loss off by (\S+)%, gradient by \S+%$", 0.5, 10),
         (r"^mean of means: loss off by \S+%, gradient by (\S+)%$", 50, 1000),
     ],
+    "grpo.py": [
+        (r"^mean reward of rollout 1: (\S+)$", 0.4, 0.6),  # half of the classes are even
+        (r"^mean reward of rollout 15: (\S+)$", 0.65, 1),
+        (r"^tokens that count: (\d+)% of 2048$", 50, 81),
+        (r"^exp\(d\) - 1 - d: off by up to (\S+)%$", 50, 1e4),
+        (r"^expm1\(d\) - d: off by up to (\S+)%$", 0.05, 50),
+    ],
     "mean_over_sequences.py": [
         (r"^mean over all tokens: loss off by (\S+)%, gradients by \S+%$", 0.5, 50),
         (r"^mean over all tokens: loss off by \S+%, gradients by (\S+)%$", 10, 1000),
