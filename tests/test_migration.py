@@ -1,11 +1,12 @@
 """What sxe/docs/migration.md says to write instead of another library's loss, row by row.
 
 A row of its tables has the call of another library and that of sxe. Both are run here on the same
-arrays, for value and gradients. optax runs in the tests, in float64. PyTorch, tokamax and Liger are
-too large to be dependencies, so that what they gave is stored below; where one of them is installed
-a slow test holds what is stored against it. To store anew, in an environment with one or more of
-torch==2.13.0, liger-kernel==0.8.5 (with packaging) and tokamax==0.0.17 (Python 3.12), none of
-which needs a GPU here, this prints the parts of those that are installed:
+arrays, for value and gradients. optax runs in the tests, in float64. The other libraries are too
+large to be dependencies, so that what they gave is stored below; where one of them is installed a
+slow test holds what is stored against it. To store anew, in an environment with one or more of
+torch==2.13.0, liger-kernel==0.8.5 (with packaging), tokamax==0.0.17 (Python 3.12), trl==1.16.0,
+verl==0.9.0, google-tunix==0.1.7, and distrax==0.1.9 with rlax==0.1.9, none of which needs a GPU
+here, this prints the parts of those that are installed:
 
     python tests/test_migration.py
 """
@@ -34,9 +35,21 @@ from oracle import assert_close
 import sxe
 
 DOCUMENT = Path(sxe.__file__).parent / "docs" / "migration.md"
-MODULES = {"PyTorch": "torch", "optax": "optax", "tokamax": "tokamax", "Liger": "liger_kernel"}
-# Of the sum of an array's magnitudes. PyTorch ran in float64, the others in float32.
-TOLERANCE = {"PyTorch": 3e-6, "tokamax": 1e-5, "Liger": 1e-5}
+MODULES = {
+    "PyTorch": "torch",
+    "optax": "optax",
+    "tokamax": "tokamax",
+    "Liger": "liger_kernel",
+    "TRL": "trl",
+    "verl": "verl",
+    "tunix": "tunix",
+    "distrax": "distrax",
+}
+DISTRIBUTIONS = {"tunix": "google-tunix"}  # where the name is not that of the module
+FLOAT64 = {"PyTorch", "optax", "TRL", "verl", "distrax"}  # what ran in it, the others in float32
+WITH_JAX = {"optax", "tokamax", "tunix", "distrax"}
+# Of the sum of an array's magnitudes.
+TOLERANCE = {p: 3e-6 if p in FLOAT64 else 1e-5 for p in MODULES}
 NO_COUNTERPART = "—"
 
 N, K, D = 6, 5, 4
@@ -73,6 +86,10 @@ def names():
         "w": 1.5 * waves(K, D),
         "b": waves(K),
         "w_multi": waves(K, 2, D),
+        "teacher": 3 * waves(N, K)[::-1],
+        "hidden": 2 * waves(2, 3, D),
+        "old": waves(2, 3) - 1.5,
+        "reference": waves(3, 2).T - 1.6,
     }
     # Values that float32 has as well, so that the inputs are the same in both precisions.
     arrays = {name: a.astype(np.float32).astype(np.float64) for name, a in arrays.items()}
@@ -87,6 +104,10 @@ def names():
         "a": 0.2,
         "z": 0.01,
         "s": 2.5,
+        "t": 1.5,
+        "tokens": labels.reshape(2, 3),
+        "mask": np.array([[True, True, True], [False, True, True]]),
+        "advantages": np.array([1.0, -0.75]),
     }
     return arrays, others
 
@@ -150,6 +171,8 @@ def differentiated(row):
     """The names that both sides are differentiated for."""
     tree = ast.parse(row.theirs)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if row.package == "Liger":
+        used -= {"teacher", "old", "reference"}  # these have no gradients there
     return [name for name in names()[0] if name in used]
 
 
@@ -221,8 +244,9 @@ def liger():
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     import liger_kernel.ops.cross_entropy as kernels
+    import torch
     import triton.language as tl
-    from liger_kernel import transformers
+    from liger_kernel import chunked_loss, transformers
     from liger_kernel.transformers import functional
     from triton.runtime import interpreter
 
@@ -237,11 +261,25 @@ def liger():
     interpreter._implicit_cvt = with_floats
     kernels.tanh = lambda x: 1 - 2 / (tl.exp(2 * x) + 1)
     return {
+        "F": torch.nn.functional,
+        "liger_kl_div": functional.liger_kl_div,
+        "LigerKLDIVLoss": transformers.LigerKLDIVLoss,
+        "liger_jsd": functional.liger_jsd,
+        "LigerFusedLinearGRPOLoss": chunked_loss.LigerFusedLinearGRPOLoss,
         "liger_cross_entropy": functional.liger_cross_entropy,
         "LigerCrossEntropyLoss": transformers.LigerCrossEntropyLoss,
         "liger_fused_linear_cross_entropy": functional.liger_fused_linear_cross_entropy,
         "LigerFusedLinearCrossEntropyLoss": transformers.LigerFusedLinearCrossEntropyLoss,
     }
+
+
+def trl():
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    from trl.trainer import utils
+
+    names = "selective_log_softmax", "selective_log_softmax_and_entropy", "entropy_from_logits"
+    found = {name: getattr(utils, name) for name in names}
+    return found | {"generalized_jsd_loss": GKDTrainer.generalized_jsd_loss}
 
 
 def libraries_of(package):
@@ -252,8 +290,23 @@ def libraries_of(package):
         import tokamax
 
         return {"tokamax": tokamax}
+    if package == "tunix":
+        from tunix.rl import algo_core, common
+
+        return {"algo_core": algo_core, "common": common}
+    if package == "distrax":
+        import distrax
+        import rlax
+
+        return {"distrax": distrax, "rlax": rlax}
     if package == "Liger":
         return liger()
+    if package == "TRL":
+        return trl()
+    if package == "verl":
+        from verl.utils import torch_functional
+
+        return {"verl_F": torch_functional}
     import torch
 
     options = torch.nn.LinearCrossEntropyOptions
@@ -264,15 +317,14 @@ def theirs(row, libraries=None):
     """What the other library gives."""
     libraries = libraries or libraries_of(row.package)
     wrt = differentiated(row)
-    if row.package == "optax":
+    wide = row.package in FLOAT64
+    if row.package in WITH_JAX:
         promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-        with jax.enable_x64(True), promotion[0], promotion[1]:
-            return run_jax([row.theirs], wrt, jnp.float64, libraries)
-    if row.package == "tokamax":
-        return run_jax([row.theirs], wrt, jnp.float32, libraries)
+        with jax.enable_x64(wide), promotion[0], promotion[1]:
+            return run_jax([row.theirs], wrt, jnp.float64 if wide else jnp.float32, libraries)
     import torch
 
-    dtype = torch.float64 if row.package == "PyTorch" else torch.float32
+    dtype = torch.float64 if wide else torch.float32
     return run_torch([row.theirs], wrt, dtype, libraries)
 
 
@@ -342,14 +394,54 @@ F.linear_cross_entropy(h, w, y, options=Options())
     4.06018375 -0.0714931552 -0.664473
 F.linear_cross_entropy(h, w, y, options=Options(batch_chunk_size=2, chunking_method=None))
     4.06018375 -0.0714931552 -0.664473
+F.kl_div(x.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    0.66115923 -0.0423054672 0.0153731985
+F.kl_div(x.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    0.66115923 -0.0423054672 0.0153731985
+F.kl_div(teacher.log_softmax(1), x.log_softmax(1), reduction="batchmean", log_target=True)
+    0.541601273 -0.0555668667 0.0423054672
+t**2 * F.kl_div((x / t).log_softmax(1), (teacher / t).softmax(1), reduction="batchmean")
+    0.867871122 -0.0507180833 0.0174820489
+F.kl_div(x.log_softmax(1), p, reduction="batchmean")
+    1.83638355 -0.0609829409 1.31571608
+F.kl_div(x.log_softmax(1), teacher.softmax(1), reduction="sum")
+    3.96695538 -0.253832803 0.092239191
+F.kl_div(x.log_softmax(1), teacher.softmax(1), reduction="none").sum(dim=1)
+    0.137867142 -1.3100927 0.755686904
+F.kl_div(x.log_softmax(1), teacher.softmax(1))
+    0.132231846 -0.00846109345 0.0030746397
+F.kl_div(x.log_softmax(1), teacher.softmax(1), size_average=False)
+    3.96695538 -0.253832803 0.092239191
+F.kl_div(x.log_softmax(1), teacher.softmax(1), reduce=False).sum(dim=1)
+    0.137867142 -1.3100927 0.755686904
+F.kl_div(x.log_softmax(1), teacher.softmax(1), reduction="none").sum(dim=1)[rows].mean()
+    0.622713408 -0.0732831831 0.118950326
+torch.nn.KLDivLoss(reduction="batchmean", log_target=True)(x.log_softmax(1), teacher.log_softmax(1))
+    0.66115923 -0.0423054672 0.0153731985
+x.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    -9.1376431 1.19792044
+(x / t).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    -6.28449701 0.62406698
+(h @ w.T / t).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    -0.71770222 -1.73813787 -1.1841128
+torch.distributions.Categorical(logits=x).log_prob(labels)
+    -9.1376431 1.19792044
+torch.distributions.Categorical(logits=x).entropy()
+    0.645012154 0.657631952
+torch.distributions.Categorical(logits=h @ w.T).entropy()
+    0.650995131 0.00655899853 0.567808206
 F.cross_entropy
     input target weight size_average ignore_index reduce reduction label_smoothing
+F.kl_div
+    input target size_average reduce reduction log_target
 F.linear_cross_entropy
     input linear_weight target linear_bias weight reduction ignore_index label_smoothing options
 Options
     allow_retain_graph batch_chunk_size chunking_method acc_policy acc_dtype
 torch.nn.CrossEntropyLoss
     weight size_average ignore_index reduce reduction label_smoothing
+torch.nn.KLDivLoss
+    size_average reduce reduction log_target
 # tokamax: tokamax 0.0.17, jax 0.12.0.1 on x86_64
 tokamax.linear_softmax_cross_entropy_loss(h, labels, w.T)
     21.6734581 -0.556530267 -4.88651144
@@ -416,12 +508,44 @@ liger_fused_linear_cross_entropy(h, w, y, use_token_scaling=True)
     0.192474186 -0.0047595547 -0.0704418338
 LigerFusedLinearCrossEntropyLoss(softcap=s)(w, h, y, b)
     2.3001523 -0.0454833627 -0.00571430462 -0.187577402
+liger_kl_div(x.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    0.661159217 -0.0423054761
+liger_kl_div(x.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    0.661159337 -0.0423054836
+liger_kl_div(x.log_softmax(1), teacher.softmax(1), reduction="sum")
+    3.96695542 -0.253832927
+liger_kl_div(x.log_softmax(1), teacher.softmax(1))
+    0.132231846 -0.00846109578
+liger_kl_div(x.log_softmax(1), teacher.softmax(1), size_average=False)
+    0.132231846 -0.00846109578
+liger_kl_div(x.log_softmax(1), teacher.softmax(1), reduce=False)
+    0.132231846 -0.00846109578
+LigerKLDIVLoss(reduction="batchmean")(x.log_softmax(1), teacher.softmax(1))
+    0.661159217 -0.0423054761
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1))
+    0.133591548 -0.0119959188
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1), y)
+    0.127821922 0.0209691683
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1), y, beta=0.3)
+    0.112514399 0.0194307878
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1), beta=0.0)
+    0.661159337 -0.042305481
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1), beta=1.0)
+    0.5416013 -0.0555668271
+liger_jsd(x.log_softmax(1), teacher.log_softmax(1), labels, ignore_index=1)
+    0.120491818 -0.0119279966
+LigerFusedLinearGRPOLoss(loss_type="grpo", temperature=t, compiled=False)(hidden, w, tokens, mask, advantages, None, reference, old)[0]
+    0.0591727793 0.224160146 -0.0118800247
+LigerFusedLinearGRPOLoss(temperature=t, compiled=False)(hidden, w, tokens, mask, advantages, None, reference, old)[0]
+    -0.110790789 0.153457597 -0.0289246256
 LigerCrossEntropyLoss
     weight ignore_index lse_square_scale label_smoothing reduction softcap return_z_loss
     return_token_accuracy return_predicted_tokens
 LigerFusedLinearCrossEntropyLoss
     ce_weight ignore_index lse_square_scale label_smoothing reduction softcap return_z_loss
     accum_dtype use_token_scaling return_token_accuracy return_predicted_tokens
+LigerKLDIVLoss
+    eps args kwargs
 liger_cross_entropy
     input target weight size_average ignore_index reduce reduction label_smoothing lse_square_scale
     softcap return_z_loss return_token_accuracy return_predicted_tokens
@@ -429,7 +553,93 @@ liger_fused_linear_cross_entropy
     input weight target bias ce_weight ignore_index lse_square_scale label_smoothing reduction
     softcap return_z_loss accum_dtype use_token_scaling return_token_accuracy
     return_predicted_tokens chunk_mem_const
-"""
+liger_jsd
+    input target shift_labels beta ignore_index
+liger_kl_div
+    input target size_average reduce reduction log_target eps
+# TRL: trl 1.16.0, torch 2.13.0+cpu
+selective_log_softmax_and_entropy(x, labels)[1]
+    0.645012154 0.657631952
+selective_log_softmax(x, labels)
+    -9.1376431 1.19792044
+selective_log_softmax(x, labels[:, None])
+    -9.1376431 1.19792044
+selective_log_softmax(x, labels, temperature=t)
+    -6.28449701 0.62406698
+selective_log_softmax(x, labels, row_mask=rows)
+    -3.13094418 1.03236806
+selective_log_softmax_and_entropy(x, labels, temperature=t, row_mask=rows)[1]
+    -0.0659943006 0.195731536
+selective_log_softmax_and_entropy(x, labels, entropy_requires_grad=False)[1]
+    0.645012154 0
+entropy_from_logits(x)
+    0.645012154 0.657631952
+generalized_jsd_loss(x, teacher)
+    0.133591527 -0.0119959147 0.00635196266
+generalized_jsd_loss(x, teacher, y)
+    0.127821893 0.0209691739 -0.0232882261
+generalized_jsd_loss(x, teacher, y, beta=0.3)
+    0.112514409 0.0194307858 -0.0184777174
+generalized_jsd_loss(x, teacher, beta=0)
+    0.66115923 -0.0423054672 0.0153731985
+generalized_jsd_loss(x, teacher, beta=1)
+    0.541601273 -0.0555668667 0.0423054672
+generalized_jsd_loss(x, teacher, temperature=t)
+    0.0832810168 -0.00637839861 0.00392425475
+generalized_jsd_loss(x, teacher, y, reduction="sum")
+    0.639109465 0.104845869 -0.116441131
+generalized_jsd_loss(x, teacher, reduction="none").sum(dim=-1)
+    0.0693500698 -0.292427278 0.24361132
+generalized_jsd_loss(x, teacher, y, num_items_in_batch=8)
+    0.0798886832 0.0131057337 -0.0145551413
+entropy_from_logits
+    logits chunk_size
+generalized_jsd_loss
+    student_logits teacher_logits labels beta temperature reduction num_items_in_batch
+selective_log_softmax
+    logits index temperature row_mask
+selective_log_softmax_and_entropy
+    logits index entropy_requires_grad temperature row_mask
+# verl: verl 0.9.0, torch 2.13.0+cpu
+verl_F.logprobs_from_logits(x, labels)
+    -9.1376431 1.19792044
+verl_F.entropy_from_logits(x)
+    0.645012154 0.657631952
+verl_F.entropy_from_logits
+    logits
+verl_F.logprobs_from_logits
+    logits labels inplace_backward
+# tunix: google-tunix 0.1.7, jax 0.10.2 on x86_64
+common.selective_log_softmax(x, labels)
+    -9.13764321 1.19792046
+algo_core.compute_entropy_from_logits(x)
+    0.645012147 0.657631919
+common.compute_kl_divergence(old, reference)
+    -0.628725921 1.00267526 -1.00267526
+common.compute_kl_divergence(old, reference, method="mse_kl")
+    -0.554733833 1.52416991 -1.52416991
+common.compute_kl_divergence(old, reference, clamp_value=1.0)
+    -0.367666084 1.08203895 -1.08203895
+algo_core.compute_entropy_from_logits
+    logits
+common.compute_kl_divergence
+    per_token_logps ref_per_token_logps method clamp_value
+common.selective_log_softmax
+    logits input_ids
+# distrax: distrax 0.1.9, rlax 0.1.9, jax 0.10.2 on x86_64
+distrax.Categorical(logits=x).log_prob(labels)
+    -9.1376431 1.19792044
+distrax.Categorical(logits=x).entropy()
+    0.645012154 0.657631952
+distrax.Softmax(x, t).entropy()
+    0.548848348 0.404984619
+distrax.Categorical(logits=x).kl_divergence(distrax.Categorical(logits=teacher))
+    0.456678746 -1.25586365 1.3100927
+distrax.Categorical(logits=teacher).kl_divergence(distrax.Categorical(logits=x))
+    0.137867142 -1.3100927 0.755686904
+rlax.categorical_kl_divergence(x, teacher, t)
+    0.200188795 -0.556252404 0.491251415
+"""  # noqa: E501
 
 
 def parse(text):
@@ -476,10 +686,15 @@ def printed_by(package):
 def version_of(package):
     from importlib.metadata import version
 
-    found = f"{MODULES[package]} {version(MODULES[package])}"
+    distribution = DISTRIBUTIONS.get(package, MODULES[package])
+    found = f"{distribution} {version(distribution)}"
     if package == "Liger":
         found += f", triton {version('triton')} (interpreter), torch {version('torch')}"
-    if package == "tokamax":
+    if package in ("TRL", "verl"):
+        found += f", torch {version('torch')}"
+    if package == "distrax":
+        found += f", rlax {version('rlax')}"
+    if package in WITH_JAX:
         found += f", jax {version('jax')} on {platform.machine()}"
     return found
 
