@@ -24,6 +24,12 @@ CLAIMS = {
         (r"agree on (\d+)% of the rows before training$", 0, 5),
         (r"agree on (\d+)% of the rows after 200 steps$", 50, 100),
     ],
+    "distillation_without_logits.py": [
+        (r"agree on (\d+)% of the rows before training$", 0, 5),
+        (r"agree on (\d+)% of the rows after 200 steps$", 50, 100),
+        (r"^temporaries: (\S+) MiB by the head, ", 62, 250),  # a gradient of the kernel is 62.5
+        (r"^temporaries: .*, (\S+) MiB with logits$", 400, 1000),
+    ],
     "gradient_accumulation.py": [
         (r"^mean of means: loss off by (\S+)%, gradient by \S+%$", 0.5, 10),
         (r"^mean of means: loss off by \S+%, gradient by (\S+)%$", 50, 1000),
