@@ -87,6 +87,8 @@ def names():
         "b": waves(K),
         "w_multi": waves(K, 2, D),
         "teacher": 3 * waves(N, K)[::-1],
+        "teacher_h": 2 * waves(N, 3)[::-1],
+        "teacher_w": 1.5 * waves(K, 3)[:, ::-1],
         "hidden": 2 * waves(2, 3, D),
         "old": waves(2, 3) - 1.5,
         "reference": waves(3, 2).T - 1.6,
@@ -172,7 +174,8 @@ def differentiated(row):
     tree = ast.parse(row.theirs)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if row.package == "Liger":
-        used -= {"teacher", "old", "reference"}  # these have no gradients there
+        # These have no gradients there.
+        used -= {"teacher", "teacher_h", "teacher_w", "old", "reference"}
     return [name for name in names()[0] if name in used]
 
 
@@ -265,6 +268,9 @@ def liger():
         "liger_kl_div": functional.liger_kl_div,
         "LigerKLDIVLoss": transformers.LigerKLDIVLoss,
         "liger_jsd": functional.liger_jsd,
+        "liger_fused_linear_jsd": functional.liger_fused_linear_jsd,
+        "liger_fused_linear_kl_div": functional.liger_fused_linear_kl_div,
+        "LigerFusedLinearJSDLoss": chunked_loss.LigerFusedLinearJSDLoss,
         "LigerFusedLinearGRPOLoss": chunked_loss.LigerFusedLinearGRPOLoss,
         "liger_cross_entropy": functional.liger_cross_entropy,
         "LigerCrossEntropyLoss": transformers.LigerCrossEntropyLoss,
@@ -534,6 +540,42 @@ liger_jsd(x.log_softmax(1), teacher.log_softmax(1), beta=1.0)
     0.5416013 -0.0555668271
 liger_jsd(x.log_softmax(1), teacher.log_softmax(1), labels, ignore_index=1)
     0.120491818 -0.0119279966
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w)
+    0.363594413 0.0164114805 0.0521832121
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, y)
+    0.373958945 0.0181507852 0.0502431118
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, y, jsd_beta=0.3)
+    0.335904688 0.0116164616 0.0351542492
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, jsd_beta=0.0)
+    6.39062691 0.261034527 -0.533475141
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, jsd_beta=1.0)
+    4.13999844 0.263841162 0.496522963
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, labels, ignore_index=1)
+    0.367440015 0.0113032603 0.0252568055
+liger_fused_linear_jsd(h, w, teacher_h, teacher_w, temperature=t)
+    0.335434079 0.0066872979 0.034425406
+liger_fused_linear_kl_div(h, w, teacher.softmax(1))
+    6.01294041 0.182806868 -0.506685558
+liger_fused_linear_kl_div(h, w, teacher.softmax(1), y, reduction="sum")
+    26.8335533 2.01897944 -2.04370288
+liger_fused_linear_kl_div(h, w, teacher.softmax(1), labels, ignore_index=1)
+    6.07652903 0.210582424 -0.645582073
+liger_fused_linear_kl_div(h, w, teacher.softmax(1), reduction="mean")
+    1.2025882 0.036561389 -0.101337104
+liger_fused_linear_kl_div(h, w, teacher.softmax(1), temperature=t)
+    3.94820642 0.153973644 -0.280043311
+LigerFusedLinearJSDLoss(weight_hard_loss=0.2, weight_soft_loss=0.8, compiled=False)(h, w, teacher_h, teacher_w, y)
+    1.11120391 0.000221997209 -0.0927001075
+LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.3, compiled=False)(h, w, teacher_h, teacher_w, y)
+    0.335904688 0.0116164668 0.0351542414
+LigerFusedLinearJSDLoss(0.0, 1.0, ignore_index=1, compiled=False)(h, w, teacher_h, teacher_w, labels)
+    0.367440045 0.0113032622 0.0252568229
+LigerFusedLinearJSDLoss(0.0, 1.0, temperature=t, compiled=False)(h, w, teacher_h, teacher_w, y)
+    0.341406941 0.00737239443 0.033685655
+LigerFusedLinearJSDLoss(0.0, 1.0, compiled=False)(h, w, teacher_h, teacher_w, y, b)
+    0.363826334 0.012548488 0.0265415899 -0.0532101556
+LigerFusedLinearJSDLoss(0.0, 1.0, chunk_size=2, compiled=False)(h, w, teacher_h, teacher_w, y)
+    0.373958945 0.0181507801 0.0502431261
 LigerFusedLinearGRPOLoss(loss_type="grpo", temperature=t, compiled=False)(hidden, w, tokens, mask, advantages, None, reference, old)[0]
     0.0591727793 0.224160146 -0.0118800247
 LigerFusedLinearGRPOLoss(temperature=t, compiled=False)(hidden, w, tokens, mask, advantages, None, reference, old)[0]
@@ -544,6 +586,9 @@ LigerCrossEntropyLoss
 LigerFusedLinearCrossEntropyLoss
     ce_weight ignore_index lse_square_scale label_smoothing reduction softcap return_z_loss
     accum_dtype use_token_scaling return_token_accuracy return_predicted_tokens
+LigerFusedLinearJSDLoss
+    weight_hard_loss weight_soft_loss beta ignore_index temperature compiled chunk_size
+    return_soft_hard_loss
 LigerKLDIVLoss
     eps args kwargs
 liger_cross_entropy
@@ -553,6 +598,12 @@ liger_fused_linear_cross_entropy
     input weight target bias ce_weight ignore_index lse_square_scale label_smoothing reduction
     softcap return_z_loss accum_dtype use_token_scaling return_token_accuracy
     return_predicted_tokens chunk_mem_const
+liger_fused_linear_jsd
+    student_input student_weight teacher_input teacher_weight shift_labels jsd_beta ignore_index
+    temperature accum_dtype
+liger_fused_linear_kl_div
+    student_input student_weight target shift_labels reduction ignore_index temperature eps
+    accum_dtype
 liger_jsd
     input target shift_labels beta ignore_index
 liger_kl_div

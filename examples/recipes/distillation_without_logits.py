@@ -5,8 +5,8 @@
 
 A teacher that runs beside its student has logits of all classes for each token, two arrays [N, K]
 with those of the student. The head makes both for one chunk of rows at a time. The two have hidden
-sizes of their own, and the same classes. A teacher that is not trained costs one product for the
-value, and none for gradients. Where only the largest logits of a teacher are stored, see
+sizes of their own, and the same classes. A teacher that is not trained costs the product that makes
+its logits, and none for gradients. Where only the largest logits of a teacher are stored, see
 top_k_distillation.py; with its probabilities, distillation.py. To run it:
 
     python examples/recipes/distillation_without_logits.py
@@ -35,7 +35,7 @@ def hidden_fn(params, x):
 
 
 def loss_fn(hidden, kernel, teacher_hidden, teacher_kernel, where, mode):
-    """`where` is False for padding, of which no logits are computed."""
+    """`where` is False for padding."""
     divergence = sxe.linear_kl_divergence(
         hidden,
         kernel,
