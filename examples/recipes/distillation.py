@@ -5,7 +5,8 @@
 The factor T^2 makes up for the gradient of the first term, which falls as 1 / T^2 (arXiv
 1503.02531). The head divides the student's logits by T with `logit_scale`, and takes the teacher's
 probabilities as labels of a float dtype. As they are constant, this cross-entropy has the gradient
-of the Kullback-Leibler divergence; the value is larger by the teacher's entropy. To run it:
+of the Kullback-Leibler divergence; the value is larger by the teacher's entropy. A teacher
+that runs beside its student needs no probabilities: see distillation_without_logits.py. To run it:
 
     python examples/recipes/distillation.py
 """

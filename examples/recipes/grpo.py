@@ -99,6 +99,7 @@ def loss_fn(params, batch, policy=policy, k3=k3):
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     objective = jnp.minimum(ratio * advantages, clipped * advantages)
     objective += ENTROPY * entropy - BETA * k3(batch.reference - log_prob)
+    # Each answer has at least one token.
     means = jnp.sum(objective * batch.where, axis=-1) / jnp.sum(batch.where, axis=-1)
     return -jnp.mean(means)
 
