@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from sxe._arrays import AxisName, are_known, psum, vary_like, wide
@@ -147,9 +147,13 @@ def from_origin(side: Side, origin: Array) -> Array:
     return jnp.where(side.top, 0, w)
 
 
-def sums_of(side: Side, axis_name: AxisName) -> Sums:
-    """The sums of a tile. The origin is that of the row."""
-    origin = psum(jnp.sum(jnp.where(side.top, _finite(side.v), 0), axis=-1), axis_name)
+def origin_of(side: Side, axis_name: AxisName) -> Array:
+    """``Sums.origin``, [...], of all shards of the classes."""
+    return psum(jnp.sum(jnp.where(side.top, _finite(side.v), 0), axis=-1), axis_name)
+
+
+def sums_of(side: Side, origin: Array) -> Sums:
+    """The sums of a tile."""
     means = side.p * from_origin(side, vary_like(origin, side.p))
     means = jnp.where(side.v == -jnp.inf, -jnp.inf, means)
     return Sums(
@@ -208,6 +212,18 @@ def _top(x: Array, state: Normalizer) -> Array:
     return (x >= state.m[..., None] - 0.25) & (state.r < 0.75)[..., None]
 
 
+def _behind(states: tuple[Normalizer, Normalizer], after: Any) -> tuple[Normalizer, Normalizer]:
+    """The states, as if they were computed after ``after``.
+
+    XLA does not see then that what follows shares terms [..., K] with what came before, and does
+    not write them out. Each tile is read again instead.
+    """
+    of_x, of_z = states
+    # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
+    (m_x, m_z), _ = lax.optimization_barrier(((of_x.m, of_z.m), lax.stop_gradient(after)))
+    return of_x._replace(m=m_x), of_z._replace(m=m_z)
+
+
 @dataclasses.dataclass(frozen=True)
 class KLDivergence:
     """The row function: see ``RowFunction`` for its methods. Its targets are the logits z.
@@ -247,7 +263,8 @@ class KLDivergence:
 
     def gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
         state, g = vary_like((state, g), x)
-        of_p, of_q = self._sides(x, z, state.of_x, state.of_z)
+        states = _behind((state.of_x, state.of_z), (state.of_p, state.of_q))
+        of_p, of_q = self._sides(x, z, *states)
         if state.of_q is None:
             assert state.of_p is not None
             d = gradient_of_other(of_p, state.of_p)
@@ -257,7 +274,8 @@ class KLDivergence:
 
     def target_gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
         state, g = vary_like((state, g), x)
-        of_p, of_q = self._sides(x, z, state.of_x, state.of_z)
+        states = _behind((state.of_x, state.of_z), (state.of_p, state.of_q))
+        of_p, of_q = self._sides(x, z, *states)
         if state.of_p is None:
             assert state.of_q is not None
             d = gradient_of_other(of_q, state.of_q)
@@ -311,9 +329,14 @@ class KLDivergence:
         of_x, of_z = vary_like((of_x, of_z), x)
         # 0, or NaN in a row of which one side has no distribution.
         nothing = sum(a - a for a in (*of_x, *of_z))
-        found: list[Sums | None] = []
-        for side, weight in zip(self._sides(x, z, of_x, of_z), self._weights, strict=True):
-            sums = sums_of(side, self.axis_name) if weight else None
+        sides, used = self._sides(x, z, of_x, of_z), [weight > 0 for weight in self._weights]
+        origins = [
+            origin_of(a, self.axis_name) if u else None for a, u in zip(sides, used, strict=True)
+        ]
+        of_x, of_z = _behind((of_x, of_z), origins)
+        sides, found = self._sides(x, z, of_x, of_z), []
+        for side, origin in zip(sides, origins, strict=True):
+            sums = None if origin is None else sums_of(side, origin)
             found.append(sums and sums._replace(divergence=sums.divergence + nothing))
         return found
 
