@@ -13,7 +13,7 @@ import pytest
 import sxe
 from sxe import derivation
 from sxe.__main__ import main
-from sxe._tools.check import check
+from sxe._tools.check import check, precision
 from sxe._tools.check.results import TOLERANCES
 
 CHECK = ["check", "--rows", "4", "--classes", "4"]
@@ -24,14 +24,16 @@ def test_check_prints_every_line_and_passes(capsys):
     text = capsys.readouterr().out
     assert text.startswith("N = 4 rows, K = 4 classes, seed 2\n")
     assert text.endswith("verdict: pass\n")
-    for line in derivation.LINES:
+    for line in (*derivation.LINES, *derivation.ROW_LINES):
         (row,) = (row for row in text.splitlines() if row.startswith(f"{line.name}  "))
         for part in (line.formula, line.compared_with, line.assumption, "pass"):
             assert part in row
         assert len(re.findall(r"\b\d\.\de[-+]\d\d\b", row)) == 2
     assert "D8 where sum_k y_jk != 1" in text
     assert "vjp, dense targets, bfloat16" in text
+    assert "jvp, Jensen-Shannon, float64" in text
     assert "2048 times 1e7: loss" in text
+    assert len(re.findall(r"^[\d.]+ to [\d.]+ .* pass$", text, re.MULTILINE)) == 5
     assert "FAIL" not in text
 
 
@@ -74,6 +76,22 @@ def test_check_exits_with_1_when_a_line_is_broken(capsys, monkeypatch):
     rows = capsys.readouterr().out.splitlines()
     assert [row[:2] for row in rows if row.endswith("FAIL")] == ["D6"]
     assert rows[-1] == "verdict: FAIL: D6"
+
+
+def test_check_exits_with_1_when_a_divergence_rounds_away(capsys, monkeypatch):
+    def textbook(logits, target_logits, **options):
+        return precision._textbook_kl(logits, target_logits)
+
+    monkeypatch.setattr(precision, "kl_divergence", textbook)
+    assert main(CHECK) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0] for row in rows if row.endswith("FAIL")] == [
+        "1 to 0.1",
+        "0.1 to 0.01",
+        "0.01 to 0.001",
+        "0.001 to 0.0001",
+    ]
+    assert rows[-1] == "verdict: FAIL: distance 10 to 0.0001: KL divergence"
 
 
 def test_check_writes_a_page_and_says_where(capsys, tmp_path):

@@ -1,6 +1,7 @@
-"""D0 ... D9: each line holds, and an error in any one of them is found, in that line alone."""
+"""D0 ... K5: each line holds, and an error in any one of them is found, in that line alone."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sxe._tools.check import against_autodiff, precision
 from sxe._tools.check.check import check
 
 NAMES = [f"D{n}" for n in range(10)]
+ROW_NAMES = ["E0", "E1", *(f"K{n}" for n in range(6))]
 
 
 @pytest.fixture
@@ -24,8 +26,15 @@ def problem():
         yield jnp.asarray(rng.normal(size=(3, 5), scale=3)), jnp.asarray(y)
 
 
+@pytest.fixture
+def logits(problem):
+    """Logits x, and target logits z, in float64."""
+    x, _ = problem
+    return x, jnp.asarray(np.random.default_rng(4).normal(size=(3, 5), scale=2))
+
+
 def failed(report):
-    return [line.name for line in report.lines if not line.passed]
+    return [line.name for line in (*report.lines, *report.row_lines) if not line.passed]
 
 
 slow = pytest.mark.slow  # a new size compiles anew
@@ -38,8 +47,11 @@ def test_every_line_holds_for_random_sizes(seed):
     assert 2 <= report.rows <= 7
     assert 2 <= report.classes <= 11
     assert [line.name for line in report.lines] == NAMES
-    assert all(line.shown for line in report.lines)
-    assert len(report.rules) == 12
+    assert [line.name for line in report.row_lines] == ROW_NAMES
+    assert all(line.shown for line in (*report.lines, *report.row_lines))
+    assert 0 < report.beta < 1
+    assert report.beta != 0.5
+    assert len(report.rules) == 36
     assert len(report.precision) == 12
 
 
@@ -89,10 +101,12 @@ def test_what_cannot_be_checked_is_an_error(arguments, message):
 
 
 def test_lines_take_lists():
-    x, y = [[1.0, 2.0, 0.5]], [[0.0, 1.0, 0.0]]
-    for line in derivation.LINES:
+    lists = {"x": [[1.0, 2.0, 0.5]], "y": [[0.0, 1.0, 0.0]], "z": [[0.0, 1.0, 3.0]], "beta": 0.25}
+    arrays = {name: jnp.array(values) for name, values in lists.items()}
+    for line in (*derivation.LINES, *derivation.ROW_LINES):
         np.testing.assert_array_equal(
-            line.closed_form(x, y), line.closed_form(jnp.array(x), jnp.array(y))
+            line.closed_form(**{name: lists[name] for name in line.takes}),
+            line.closed_form(**{name: arrays[name] for name in line.takes}),
         )
 
 
@@ -106,6 +120,62 @@ def test_d0_is_the_loss_as_written(problem):
             loss -= y[i, k] * math.log(s) / rows
     np.testing.assert_allclose(derivation.d0(*problem), loss, rtol=1e-14)
     np.testing.assert_allclose(sxe.softmax_cross_entropy(*problem), loss, rtol=1e-14)
+
+
+def test_entropy_and_divergences_are_those_of_textbooks(logits):
+    x, z = logits
+    q, p = (np.exp(a) / np.exp(a).sum(1, keepdims=True) for a in map(np.asarray, logits))
+    M = 0.3 * p + 0.7 * q
+    divergence = partial(sxe.kl_divergence, x, z, reduction="none")
+
+    def kl(p, q):
+        pairs = (zip(*rows, strict=True) for rows in zip(p, q, strict=True))
+        return np.array([sum(a * math.log(a / b) for a, b in row) for row in pairs])
+
+    for line, ours, expected in (
+        (
+            derivation.e0(x),
+            sxe.log_prob_and_entropy(x, jnp.zeros(3, int)).entropy,
+            [-sum(a * math.log(a) for a in row) for row in q],
+        ),
+        (derivation.k0(x, z), divergence(), kl(p, q)),
+        (derivation.k2(x, z), divergence(mode="reverse"), kl(q, p)),
+        (
+            derivation.k4(x, z, beta=0.3),
+            divergence(mode="jensen_shannon", beta=0.3),
+            0.3 * kl(p, M) + 0.7 * kl(q, M),
+        ),
+    ):
+        assert line.shape == (3,)
+        np.testing.assert_allclose(line, expected, rtol=1e-13)
+        np.testing.assert_allclose(ours, expected, rtol=1e-13)
+
+
+def test_both_forms_of_a_line_are_equal(logits):
+    x, z = logits
+    q, p = derivation.softmax(x), derivation.softmax(z)
+    mean = jnp.sum(q * x, axis=1)
+    u = jnp.log(q) - jnp.log(p)
+    other_forms = {
+        "E0": jnp.log(jnp.sum(jnp.exp(x), axis=1)) - mean,
+        "E1": q * (mean[:, None] - x),
+        "K0": jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=1),
+        "K1": p * (jnp.exp(u) - 1),
+        "K2": jnp.sum(q * (jnp.log(q) - jnp.log(p)), axis=1),
+    }
+    for line in derivation.ROW_LINES:
+        if line.name in other_forms:
+            assert line.formula.count(" = ") == (2 if line.name == "E0" else 1)
+            value = line.closed_form(*(x, z)[: len(line.takes)])
+            np.testing.assert_allclose(value, other_forms[line.name], rtol=1e-12, atol=1e-16)
+
+
+def test_beta_is_one_half_unless_it_is_given(logits):
+    for line in (derivation.k4, derivation.k5):
+        half = line(*logits)
+        np.testing.assert_array_equal(half, line(*logits, beta=0.5))
+        assert jnp.max(jnp.abs(line(*logits, beta=0.25) - half)) > 1e-3
+    np.testing.assert_allclose(derivation.k4(*logits), derivation.k4(*logits[::-1]), rtol=1e-13)
 
 
 def test_the_cases_make_up_the_jacobian(problem):
@@ -162,41 +232,45 @@ def test_d8_fails_where_targets_do_not_sum_to_one_and_d7_holds(problem):
 # Mistakes, for 4 rows and 4 classes: where a transpose has the right shape, only numbers tell.
 
 
+LINES = {line.name: line for line in (*derivation.LINES, *derivation.ROW_LINES)}
+
+
 def replaced(monkeypatch, name, closed_form):
-    lines = (
-        line._replace(closed_form=closed_form) if line.name == name else line
-        for line in derivation.LINES
-    )
-    monkeypatch.setattr(derivation, "LINES", tuple(lines))
+    for lines in ("LINES", "ROW_LINES"):
+        changed = (
+            line._replace(closed_form=closed_form) if line.name == name else line
+            for line in getattr(derivation, lines)
+        )
+        monkeypatch.setattr(derivation, lines, tuple(changed))
     return check(4, 4, seed=7)
 
 
 MISTAKES = {
-    "sign": lambda f: lambda x, y: -f(x, y),
-    "factor": lambda f: lambda x, y: 1.01 * f(x, y),
-    "rows for classes": lambda f: lambda x, y: f(x.T, y),
-    "class index dropped": lambda f: lambda x, y: f(jnp.broadcast_to(x[:, :1], x.shape), y),
+    "sign": lambda f: lambda **a: -f(**a),
+    "factor": lambda f: lambda **a: 1.01 * f(**a),
+    "rows for classes": lambda f: lambda x, **a: f(x.T, **a),
+    "class index dropped": lambda f: lambda x, **a: f(jnp.broadcast_to(x[:, :1], x.shape), **a),
 }
 MISTAKES_ALSO_IN_ZERO = {
-    "constant": lambda f: lambda x, y: f(x, y) + 0.01,
-    "NaN": lambda f: lambda x, y: f(x, y) * jnp.nan,
-    "shape": lambda f: lambda x, y: f(x, y)[..., None],
+    "constant": lambda f: lambda **a: f(**a) + 0.01,
+    "NaN": lambda f: lambda **a: f(**a) * jnp.nan,
+    "shape": lambda f: lambda **a: f(**a)[..., None],
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "D1"])
+@pytest.mark.parametrize("name", [name for name in LINES if name != "D1"])
 def test_a_mistake_is_found_in_its_line(monkeypatch, name, mistake):
-    line = derivation.LINES[NAMES.index(name)]
+    line = LINES[name]
     report = replaced(monkeypatch, name, MISTAKES[mistake](line.closed_form))
     assert failed(report) == [name]
     assert name in report.failures
 
 
 @pytest.mark.parametrize("mistake", MISTAKES_ALSO_IN_ZERO)
-@pytest.mark.parametrize("name", ["D0", "D1", "D9"])
+@pytest.mark.parametrize("name", ["D0", "D1", "D9", "E0", "K5"])
 def test_a_mistake_that_zero_shows_too_is_found(monkeypatch, name, mistake):
-    line = derivation.LINES[NAMES.index(name)]
+    line = LINES[name]
     report = replaced(monkeypatch, name, MISTAKES_ALSO_IN_ZERO[mistake](line.closed_form))
     assert failed(report) == [name]
 
@@ -226,12 +300,41 @@ WRONG = {
     ("D8", "1/N"): lambda x, y: s(x) - y,
     ("D8", "another row's y"): lambda x, y: (s(x) - y[::-1]) / 4,
     ("D9", "transpose"): lambda x, y: (s(x) - y) / 4,
+    ("E0", "the largest"): lambda x: -jnp.log(jnp.max(s(x), axis=1)),
+    ("E1", "H"): lambda x: -s(x) * jnp.log(s(x)),
+    ("E1", "the sum of all"): lambda x: -s(x) * (jnp.log(s(x)) + jnp.sum(derivation.e0(x))),
+    ("K0", "- u"): lambda x, z: jnp.sum(s(z) * (s(x) / s(z) - 1), axis=1),
+    ("K0", "p and q"): lambda x, z: derivation.k2(x, z),
+    ("K1", "p and q"): lambda x, z: s(z) - s(x),
+    ("K1", "another row's p"): lambda x, z: s(x) - s(z[::-1]),
+    ("K2", "p and q"): lambda x, z: derivation.k0(x, z),
+    ("K3", "KL"): lambda x, z: s(x) * jnp.log(s(x) / s(z)),
+    ("K3", "KL(p || q)"): lambda x, z: s(x) * (jnp.log(s(x) / s(z)) - derivation.k0(x, z)[:, None]),
+    ("K4", "beta"): lambda x, z, beta: derivation.k4(x, z),
+    ("K4", "1 - beta"): lambda x, z, beta: derivation.k4(x, z, beta=1 - beta),
+    ("K5", "beta"): lambda x, z, beta: derivation.k5(x, z),
+    ("K5", "factor"): lambda x, z, beta: derivation.k5(x, z, beta=beta) * beta / (1 - beta),
+    ("K5", "M moves"): lambda x, z, beta: derivation.k5(x, z, beta=beta) - beta * s(x),
 }
 
 
 @pytest.mark.parametrize(("name", "mistake"), WRONG)
 def test_a_wrong_formula_is_found_in_its_line(monkeypatch, name, mistake):
     assert failed(replaced(monkeypatch, name, WRONG[name, mistake])) == [name]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("forward", "K0"), ("reverse", "K2"), ("jensen_shannon", "K4")]
+)
+def test_a_wrong_divergence_is_found(monkeypatch, logits, mode, name):
+    right = sxe.kl_divergence
+
+    def wrong(*args, **options):
+        return right(*args, **options) * (1.01 if options["mode"] == mode else 1)
+
+    monkeypatch.setattr(against_autodiff, "kl_divergence", wrong)
+    lines = against_autodiff.check_row_lines(derivation.ROW_LINES, *logits, 0.25)
+    assert [line.name for line in lines if not line.passed] == [name]
 
 
 def test_a_d8_that_needs_no_assumption_is_found(monkeypatch):
@@ -262,6 +365,24 @@ def test_a_wrong_rule_is_found(monkeypatch):
         "jvp, integer labels, float64",
         "jvp, dense targets, float64",
     )
+
+
+def test_a_wrong_rule_of_rows_is_found(monkeypatch):
+    """It exchanges the cotangents of log-probability and entropy."""
+    right = sxe.log_prob_and_entropy
+
+    def exchanged(logits, labels, *, rule="vjp"):
+        results = right(logits, labels, rule=rule)
+        if rule != "jvp":
+            return results
+        held = jax.lax.stop_gradient(results)
+        moved = [result - at for result, at in zip(results, held, strict=True)]
+        return sxe.LogProbAndEntropy(held.log_prob + moved[1], held.entropy + moved[0])
+
+    monkeypatch.setattr(against_autodiff, "log_prob_and_entropy", exchanged)
+    tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
+    monkeypatch.setattr(against_autodiff, "TOLERANCES", tolerances)
+    assert check(4, 4).failures == ("jvp, log prob and entropy, float64",)
 
 
 def test_a_loss_that_rounds_away_is_found(monkeypatch):
@@ -311,6 +432,41 @@ def test_a_gradient_that_loses_a_small_target_is_found(monkeypatch):
         "20, 0, targets 1, 1e-9: label gradient",
         "40, 0, 0, smoothing 1e-6: label gradient",
     )
+
+
+def test_a_divergence_that_rounds_away_is_found(monkeypatch):
+    assert precision.check_distances().passed
+
+    def textbook(logits, target_logits, **options):
+        return precision._textbook_kl(logits, target_logits)
+
+    monkeypatch.setattr(precision, "kl_divergence", textbook)
+    assert not precision.check_distances().passed
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "passed"),
+    [(1e-4, 3e-5, True), (1e-4, 2e-4, False), (1e-3, 3e-5, False), (10, 3e-5, False)],
+)
+def test_a_divergence_is_judged_by_the_distance(monkeypatch, at, error, passed):
+    right, row = sxe.kl_divergence, np.argmin(np.abs(np.log(precision.DISTANCES) - math.log(at)))
+
+    def wrong(*args, **options):
+        return right(*args, **options).at[row].multiply(1 + error)
+
+    monkeypatch.setattr(precision, "kl_divergence", wrong)
+    assert precision.check_distances().passed == passed
+
+
+def test_sixty_digits_of_a_divergence():
+    """Of two classes with probabilities 1/2 and 1/2, 1/4 and 3/4; and where only digits tell."""
+    zero, log_3 = 0.0, math.log(3)
+    forward = precision.kl_in_sixty_digits((zero, log_3), (zero, zero))
+    assert forward == pytest.approx(math.log(4 / 3) / 2, rel=1e-15)
+    reverse = precision.kl_in_sixty_digits((zero, zero), (zero, log_3))
+    assert reverse == pytest.approx(math.log(27 / 16) / 4, rel=1e-15)
+    a = 2.0**-40  # a^2 / 8, and terms of the order a^4
+    assert precision.kl_in_sixty_digits((a, 0.0), (0.0, 0.0)) == pytest.approx(a**2 / 8, rel=1e-15)
 
 
 def test_sixty_digits():

@@ -1143,6 +1143,20 @@ def test_lines_of_the_derivation(line):
         line.closed_form(LOGITS[0], LOGITS[0])
 
 
+@pytest.mark.parametrize("line", sxe.derivation.ROW_LINES, ids=lambda line: line.name)
+def test_lines_of_entropy_and_divergences(line):
+    others = [LOGITS] * ("z" in line.takes)
+    with says("x", ValueError, r"expected logits \[N, K\], got shape \(5,\)"):
+        line.closed_form(LOGITS[0], *others)
+    message = r"expected target logits \[N, K\] as the logits are, \(6, 5\), got {}"
+    for z in (zeros(K), zeros(1, K), zeros(N, 1)) if others else ():
+        with says("z", ValueError, message.format(re.escape(str(z.shape)))):
+            line.closed_form(LOGITS, z)
+    if "beta" in line.takes:
+        with says("beta", ValueError, r"expected one number, got shape \(6,\)"):
+            line.closed_form(LOGITS, LOGITS, beta=zeros(N))
+
+
 # The command line.
 
 PLAN = ["plan", "--rows", "8", "--hidden", "4", "--classes", "16"]

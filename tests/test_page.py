@@ -16,7 +16,8 @@ from sxe._tools.check import precision
 from sxe._tools.check.check import check
 from sxe._tools.check.page import formulas
 
-NAMES = [line.name for line in derivation.LINES]
+LINES = (*derivation.LINES, *derivation.ROW_LINES)
+NAMES = [line.name for line in LINES]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -110,6 +111,8 @@ def test_the_numbers_are_those_of_the_report(report, elements):
         example.jacobian_error,
         *flat([example.q, example.y, example.difference, transposed]),
         example.gradient_error,
+        *flat([(line.autodiff_error, line.differences_error) for line in report.row_lines]),
+        *flat(list(zip(*report.distances.errors.values(), strict=True))),
         *flat([list(zip(*sweep.errors.values(), strict=True)) for sweep in report.sweeps]),
         *flat([row[1:6] for row in report.precision]),
         *(comparison.error for comparison in report.rules),
@@ -131,6 +134,9 @@ WORDS = {
     "\N{N-ARY SUMMATION}": "sum",
     "\N{PARTIAL DIFFERENTIAL}": "d",
     "\N{FUNCTION APPLICATION}": "",
+    "\N{GREEK SMALL LETTER BETA}": "beta",
+    "\N{GREEK SMALL LETTER PHI}": "phi",
+    "\N{PARALLEL TO}": "||",
 }
 
 
@@ -154,7 +160,7 @@ def linear(element):
 
 
 def test_the_mathml_says_what_the_docstrings_say():
-    for line in derivation.LINES:
+    for line in LINES:
         for text in (line.formula, line.assumption):
             assert linear(formulas.math(text)) == text.replace(" ", "")
     for text, mathml in formulas.FORMULAS.items():
@@ -208,6 +214,28 @@ def test_the_sweeps_and_the_example(report):
     (s, *_), *_ = report.example.q
     assert report.example.jacobian[0][0][0][0] == pytest.approx(s * (1 - s), rel=1e-14)
     assert report.example.jacobian[0][0][1] == (0, 0, 0, 0)
+
+
+def test_the_divergence_by_distance(report):
+    distances = report.distances
+    assert distances.passed
+    assert (distances.at[0], distances.at[-1]) == (10, pytest.approx(1e-4))
+    errors = distances.errors
+    assert max(errors["sxe"][:33]) < 1e-5
+    assert max(errors["sxe"]) < 1e-4
+    assert max(errors["textbook form"][-4:]) > 1  # not a digit is right
+    wrong = report._replace(distances=distances._replace(passed=False))
+    assert wrong.failures == ("distance 10 to 0.0001: KL divergence",)
+    assert "FAIL: distance 10 to 0.0001: KL divergence" in _page.page(wrong)
+
+
+def test_a_broken_line_of_rows_fails_the_page(report):
+    k3 = next(line for line in report.row_lines if line.name == "K3")
+    wrong = tuple(line._replace(passed=line is not k3) for line in report.row_lines)
+    failing = report._replace(row_lines=wrong)
+    assert failing.failures == ("K3",)
+    (line,) = (each for each in Elements(_page.page(failing)).all("li") if each["id"] == "K3")
+    assert line["class"] == "line failed"
 
 
 def test_a_loss_that_rounds_away_fails_its_sweeps(monkeypatch):
@@ -434,9 +462,9 @@ def test_the_page_can_be_heard(show):
         "all => all.map(s => [s.getAttribute('role'), s.querySelector('title')?.textContent,"
         " s.querySelector('desc')?.textContent])"
     )
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all(role == "img" and title and text for role, title, text in figures)
-    assert len({title for _, title, _ in figures}) == 4
+    assert len({title for _, title, _ in figures}) == 5
     for _, title, _ in figures:
         assert tab.get_by_role("img", name=title, exact=True).count() == 1
     assert tab.locator("section[aria-labelledby]").count() == tab.locator("section").count()

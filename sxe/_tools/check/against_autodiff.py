@@ -9,27 +9,44 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sxe import derivation, softmax_cross_entropy
-from sxe._tools.check.problem import random_problem
+from sxe import (
+    LogProbAndEntropy,
+    derivation,
+    kl_divergence,
+    log_prob_and_entropy,
+    softmax_cross_entropy,
+)
+from sxe._tools.check.problem import Problem, random_problem
 from sxe._tools.check.results import TOLERANCES, Comparison, Example, MeasuredLine
-from sxe.derivation import Line, d0, softmax
+from sxe.derivation import Line, softmax
 
 EXAMPLE = 3, 4  # rows and classes
 
 
-class Reference(NamedTuple):
-    """The derivative that a line has to give, found in two ways."""
+class OfValue(NamedTuple):
+    """What a line that is a value has to give, in float64.
+
+    Attributes:
+      value: the value, by sxe.
+      differences: its gradient by central differences, which is for the gradient of the line.
+      unit: of the gradient's error. The gradient of a mean over N rows has the size of 1 / N.
+    """
+
+    value: Array
+    differences: Array
+    unit: float
+
+
+class OfDerivative(NamedTuple):
+    """What a line that is a derivative has to give, found in two ways in float64, and its unit."""
 
     autodiff: Array
     differences: Array
+    unit: float
 
 
-class References(NamedTuple):
-    """What the lines are compared with, in float64: L [], ds/dx [N, K, N, K] and dL/dx [N, K]."""
-
-    loss: Array
-    jacobian: Reference
-    gradient: Reference
+References = dict[str, OfValue | OfDerivative]  # by what a Line is compared with
+Others = dict[str, Array | float]  # the arguments of a Line beside x, by name
 
 
 def central_differences(f: Callable[[Array], Array], x: Array) -> Array:
@@ -52,51 +69,102 @@ def _error(value: Array, reference: Array, unit: float = 1, kept: Array | bool =
     return jnp.where(jnp.isnan(error), jnp.inf, error)  # a NaN would slip through Python's max
 
 
+def _gradient(value: Callable[[Array], Array], x: Array, unit: float) -> OfDerivative:
+    """Of a value, or of the sum of the rows' values."""
+    differences = jnp.sum(central_differences(value, x).reshape(-1, *x.shape), axis=0)
+    return OfDerivative(jax.grad(lambda x: jnp.sum(value(x)))(x), differences, unit)
+
+
 @partial(jax.jit, static_argnums=0)
 def _references(loss: Callable[..., Array], x: Array, y: Array) -> References:
-    return References(
-        loss(x, y),
-        jacobian=Reference(jax.jacfwd(softmax)(x), central_differences(softmax, x)),
-        gradient=Reference(jax.grad(d0)(x, y), central_differences(lambda x: d0(x, y), x)),
-    )
+    """What D0 to D9 are compared with."""
+    gradient = _gradient(lambda x: derivation.d0(x, y), x, unit=1 / len(x))
+    autodiff, differences, unit = gradient
+    return {
+        "sxe's mean loss": OfValue(loss(x, y), differences, unit),
+        "jacfwd of s": OfDerivative(jax.jacfwd(softmax)(x), central_differences(softmax, x), 1),
+        "grad of D0": gradient,
+        "(grad of D0)^T": OfDerivative(autodiff.T, differences.T, unit),
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="beta")
+def _row_references(
+    log_prob_and_entropy: Callable[..., LogProbAndEntropy],
+    kl_divergence: Callable[..., Array],
+    x: Array,
+    z: Array,
+    *,
+    beta: float,
+) -> References:
+    """What E0 to K5 are compared with."""
+    entropy = log_prob_and_entropy(x, jnp.zeros(len(x), jnp.int32)).entropy
+    divergence = partial(kl_divergence, x, z, reduction="none")
+    by_sxe = {  # beside the gradient of the line that it has to equal
+        "sxe's entropy": (entropy, "E0", derivation.e0),
+        "sxe's KL(p || q)": (divergence(mode="forward"), "K0", lambda x: derivation.k0(x, z)),
+        "sxe's KL(q || p)": (divergence(mode="reverse"), "K2", lambda x: derivation.k2(x, z)),
+        "sxe's JS": (
+            divergence(mode="jensen_shannon", beta=beta),
+            *("K4", lambda x: derivation.k4(x, z, beta=beta)),
+        ),
+    }
+    references: References = {}
+    for compared_with, (value, name, line) in by_sxe.items():
+        gradient = references[f"grad of {name}"] = _gradient(line, x, unit=1)
+        references[compared_with] = OfValue(value, gradient.differences, gradient.unit)
+    return references
 
 
 @partial(jax.jit, static_argnums=0)
 def _line_errors(
-    line: Line, x: Array, y: Array, references: References
+    line: Line, x: Array, others: Others, references: References
 ) -> tuple[Array, Array, Array]:
     """Against autodiff, against central differences, and whether there were entries to compare."""
-    value, of_gradient = line.closed_form(x, y), 1 / len(x)
-    if line.entries == "->":  # D0 is a number: central differences are there for its gradient
-        slope = jax.grad(lambda x: jnp.sum(line.closed_form(x, y)))(x)
-        against_differences = _error(slope, references.gradient.differences, of_gradient)
-        return _error(value, references.loss), against_differences, jnp.asarray(True)
-    reference, unit = references.gradient, of_gradient
-    if line.entries.startswith("ik"):
-        reference, unit = references.jacobian, 1
+
+    def of(x: Array) -> Array:
+        arguments = {"x": x, **others}
+        return line.closed_form(**{name: arguments[name] for name in line.takes})
+
+    value, reference = of(x), references[line.compared_with]
+    unit = reference.unit
+    if isinstance(reference, OfValue):
+        slope = jax.grad(lambda x: jnp.sum(of(x)))(x)
+        against_differences = _error(slope, reference.differences, unit)
+        return _error(value, reference.value), against_differences, jnp.asarray(True)
     kept = jnp.asarray(True) if line.kept is None else line.kept(x)
     autodiff, differences = (
-        _error(value, jnp.einsum(line.entries, derivative), unit, kept) for derivative in reference
+        _error(value, jnp.einsum(line.entries, derivative), unit, kept)
+        for derivative in (reference.autodiff, reference.differences)
     )
     return autodiff, differences, jnp.any(kept)
 
 
-def check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[MeasuredLine, ...]:
+def _measured(line: Line, x: Array, others: Others, references: References) -> MeasuredLine:
     tolerance = TOLERANCES[x.dtype.name]
-    x64, y64 = x.astype(jnp.float64), y.astype(jnp.float64)
-    references = _references(softmax_cross_entropy, x64, y64)
+    autodiff, differences, shown = map(float, _line_errors(line, x, others, references))
+    return MeasuredLine(
+        line,
+        shown=bool(shown),
+        autodiff_error=autodiff,
+        differences_error=differences,
+        passed=autodiff <= tolerance.autodiff and differences <= tolerance.differences,
+    )
 
-    def measured(line: Line) -> MeasuredLine:
-        autodiff, differences, shown = map(float, _line_errors(line, x, y, references))
-        return MeasuredLine(
-            line,
-            shown=bool(shown),
-            autodiff_error=autodiff,
-            differences_error=differences,
-            passed=autodiff <= tolerance.autodiff and differences <= tolerance.differences,
-        )
 
-    return tuple(measured(line) for line in lines)
+def check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[MeasuredLine, ...]:
+    """D0 to D9, in the dtype of x and y."""
+    references = _references(softmax_cross_entropy, x.astype(jnp.float64), y.astype(jnp.float64))
+    return tuple(_measured(line, x, {"y": y}, references) for line in lines)
+
+
+def check_row_lines(
+    lines: Iterable[Line], x: Array, z: Array, beta: float
+) -> tuple[MeasuredLine, ...]:
+    """E0 to K5, in the dtype of x and z."""
+    x64, z64 = x.astype(jnp.float64), z.astype(jnp.float64)
+    references = _row_references(log_prob_and_entropy, kl_divergence, x64, z64, beta=beta)
+    return tuple(_measured(line, x, {"z": z, "beta": beta}, references) for line in lines)
 
 
 def check_row_sums(x: Array, t: Array) -> tuple[Comparison, ...]:
@@ -110,17 +178,49 @@ def check_row_sums(x: Array, t: Array) -> tuple[Comparison, ...]:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _rule_errors(loss: Callable[..., Array], x: Array, y: Array, g: Array) -> tuple[Array, ...]:
-    """The errors of "vjp" and "jvp": the largest of the rows' losses and of all gradients.
+class RuleCase(NamedTuple):
+    """A function of rows with attached rules, called as function(x, second, rule=..., options)."""
 
-    Gradients are pulled back from the cotangents g, one for each row.
+    function: Callable[..., Any]
+    second: Array
+    options: tuple[tuple[str, str | float], ...] = ()
+
+
+def rule_cases(problem: Problem) -> dict[str, RuleCase]:
+    labels, z, rows = problem.labels, problem.z, ("reduction", "none")
+    return {
+        "integer labels": RuleCase(softmax_cross_entropy, labels, (rows,)),
+        "dense targets": RuleCase(softmax_cross_entropy, problem.T * problem.y, (rows,)),
+        "log prob and entropy": RuleCase(log_prob_and_entropy, labels),
+        "forward KL": RuleCase(kl_divergence, z, (rows, ("mode", "forward"))),
+        "reverse KL": RuleCase(kl_divergence, z, (rows, ("mode", "reverse"))),
+        "Jensen-Shannon": RuleCase(
+            kl_divergence, z, (rows, ("mode", "jensen_shannon"), ("beta", 0.25))
+        ),
+    }
+
+
+@partial(jax.jit, static_argnames=("function", "options"))
+def _rule_errors(
+    x: Array,
+    second: Array,
+    g: Array,
+    *,
+    function: Callable[..., Any],
+    options: tuple[tuple[str, str | float], ...],
+) -> tuple[Array, ...]:
+    """The errors of "vjp" and "jvp": the largest of the rows' results and of all gradients.
+
+    Gradients are pulled back from the cotangents g, a row of them for each result of a row.
     """
 
     def pulled_back(rule: str) -> list[Array]:
-        value, vjp = jax.vjp(lambda x, y: loss(x, y, reduction="none", rule=rule), x, y)
-        gradients = vjp(g.astype(value.dtype))
-        return [value, *(dx for dx in gradients if dx.dtype != jax.dtypes.float0)]
+        call = partial(function, **dict(options), rule=rule)
+        results, vjp = jax.vjp(lambda *arrays: jax.tree.leaves(call(*arrays)), x, second)
+        gradients = vjp(
+            [g_n.astype(y.dtype) for g_n, y in zip(g[: len(results)], results, strict=True)]
+        )
+        return [*results, *(dx for dx in gradients if dx.dtype != jax.dtypes.float0)]
 
     primal = pulled_back("autodiff")
     return tuple(
@@ -128,14 +228,16 @@ def _rule_errors(loss: Callable[..., Array], x: Array, y: Array, g: Array) -> tu
     )
 
 
-def check_rules(x: Array, targets: dict[str, Array], g: Array) -> tuple[Comparison, ...]:
-    """Both rules against autodiff of the loss, for each kind of target, in each dtype."""
+def check_rules(problem: Problem) -> tuple[Comparison, ...]:
+    """Both rules against autodiff of the same function, in each dtype."""
     results = []
-    for (kind, y), dtype in itertools.product(targets.items(), TOLERANCES):
-        y = y.astype(dtype) if jnp.issubdtype(y.dtype, jnp.floating) else y
-        errors = map(float, _rule_errors(softmax_cross_entropy, x.astype(dtype), y, g))
+    for (kind, case), dtype in itertools.product(rule_cases(problem).items(), TOLERANCES):
+        function, second, options = case
+        second = second.astype(dtype) if jnp.issubdtype(second.dtype, jnp.floating) else second
+        x = problem.x.astype(dtype)
+        errors = _rule_errors(x, second, problem.g, function=function, options=options)
         bound = TOLERANCES[dtype].rule
-        for rule, error in zip(("vjp", "jvp"), errors, strict=True):
+        for rule, error in zip(("vjp", "jvp"), map(float, errors), strict=True):
             name = f"{rule}, {kind}, {dtype}"
             results.append(Comparison(name, error, f"<= {bound:.0e}", error <= bound))
     return tuple(results)

@@ -9,6 +9,7 @@ from pathlib import Path
 from sxe._tools.arguments import size
 from sxe._tools.check import check
 from sxe._tools.check.page import page
+from sxe._tools.check.precision import CLASSES, PER_DECADE
 from sxe._tools.check.problem import problem_size
 from sxe._tools.check.results import (
     PRECISION,
@@ -17,14 +18,15 @@ from sxe._tools.check.results import (
     MeasuredLine,
     Precision,
     Report,
+    Sweep,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Hold each line of the derivation against autodiff and central differences, the attached "
-        "rules against autodiff of the loss, and the loss against 60-digit arithmetic. Exits with "
-        "status 1 if any of it fails."
+        "rules against autodiff, and loss and KL divergence against 60-digit arithmetic. Exits "
+        "with status 1 if any of it fails."
     )
     parser.add_argument("--rows", type=size, help="N (default: 2 to 7, from the seed)")
     parser.add_argument("--classes", type=size, help="K (default: 2 to 11, from the seed)")
@@ -70,34 +72,41 @@ def _text(report: Report) -> Iterator[str]:
     yield f"N = {report.rows} rows, K = {report.classes} classes, seed {report.seed}"
     yield "s_k(x_i) = exp(x_ik)/S with S = sum_h exp(x_ih), q_jl = s_l(x_j), [i=j] = 1 if i = j"
     yield ""
-    yield from _derivation(report)
+    yield from _lines("The lines", report.lines, report.dtype)
     yield from ("", "Targets whose rows do not sum to one, in float64")
     yield from map(_comparison, report.row_sums)
-    yield from ("", "The attached rules against autodiff of the loss, for random cotangents")
+    yield ""
+    yield f"Of each row: q_k = s_k(x), p_k = s_k(z) for target logits z, beta = {report.beta},"
+    yield "u_k = log q_k - log p_k, phi(u) = exp(u) - 1 - u and M = beta p + (1 - beta) q"
+    yield ""
+    yield from _lines("Entropy and divergences", report.row_lines, report.dtype)
+    yield from ("", "The attached rules against autodiff of their functions, for random cotangents")
     yield from map(_comparison, report.rules)
     yield ""
     yield from _precision(report)
+    yield ""
+    yield from _distances(report.distances)
     verdict = f"FAIL: {'; '.join(report.failures)}" if report.failures else "pass"
     yield from ("", f"verdict: {verdict}")
 
 
-def _derivation(report: Report) -> Iterator[str]:
-    yield f"The lines in {report.dtype}: largest errors against autodiff and central differences"
-    form = "{:2}  {:52}  {:15}  {:14}  {:>8}  {:>11}  {}"
+def _lines(title: str, lines: tuple[MeasuredLine, ...], dtype: str) -> Iterator[str]:
+    yield f"{title} in {dtype}: largest errors against autodiff and central differences"
+    form = "{:2}  {:52}  {:16}  {:14}  {:>8}  {:>11}  {}"
     yield form.format("", "formula", "compared with", "assumption", "autodiff", "differences", "")
-    for measured in report.lines:
+    for measured in lines:
         line, errors = measured.line, (measured.autodiff_error, measured.differences_error)
         yield form.format(
             *(line.name, line.formula, line.compared_with, line.assumption),
             *(f"{error:.1e}" if measured.shown else "-" for error in errors),
             _word(measured) if measured.shown else "n/a",
         )
-    bounds = TOLERANCES[report.dtype]
+    bounds = TOLERANCES[dtype]
     yield form.format("", "", "", "at most", *(f"{bound:.0e}" for bound in bounds[:2]), "")
 
 
 def _comparison(result: Comparison) -> str:
-    return f"{result.name:30} {result.error:8.1e}  {result.expected:29}  {_word(result)}"
+    return f"{result.name:36} {result.error:8.1e}  {result.expected:29}  {_word(result)}"
 
 
 def _precision(report: Report) -> Iterator[str]:
@@ -112,6 +121,25 @@ def _precision(report: Report) -> Iterator[str]:
     yield f"sxe error: at most {' and '.join(limits)}; optax is not judged"
     yield "An error is relative to the loss, or to the sum of the gradient's terms:"
     yield "s (T - t) + t (1 - s)"
+
+
+def _distances(sweep: Sweep) -> Iterator[str]:
+    yield f"KL divergence in float32 of logits {sweep.row}, and of {CLASSES} classes:"
+    yield "the largest error, relative to its truth from 60 digits"
+    form = "{:16}  {:>9}  {:>13}  {}"
+    yield form.format("distance a", *sweep.errors, "")
+    for n in range(0, len(sweep.at) - 1, PER_DECADE):
+        decade = slice(n, n + PER_DECADE + 1)
+        judged = zip(sweep.errors["sxe"][decade], sweep.limits[decade], strict=True)
+        yield form.format(
+            f"{sweep.at[n]:g} to {sweep.at[n + PER_DECADE]:g}",
+            *(f"{max(errors[decade]):.1e}" for errors in sweep.errors.values()),
+            "pass" if all(error <= limit for error, limit in judged) else "FAIL",
+        )
+    yield (
+        f"sxe: at most {sweep.limits[0]:.0e} down to 0.001, and {sweep.limits[-1]:.0e} below; "
+        "the textbook form, sum_k p_k (log p_k - log q_k), is not judged"
+    )
 
 
 def _word(result: MeasuredLine | Comparison | Precision) -> str:

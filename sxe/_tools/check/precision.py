@@ -1,7 +1,10 @@
-"""Loss and label gradient in float32, against 60 digits, for rows that float32 rounds away."""
+"""Loss, label gradient and KL divergence in float32, against 60 digits, where rounding destroys."""
 
 import decimal
+import functools
 import math
+import operator
+import random
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import partial
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sxe import derivation, softmax_cross_entropy
+from sxe import derivation, kl_divergence, softmax_cross_entropy
 from sxe._tools.check.results import PRECISION, Precision, Sweep
 
 
@@ -71,8 +74,11 @@ def _float32(*values: float) -> list[Decimal]:
 
 def _error_in_units(value: float, truth: Truth, n: int) -> float:
     """The error of the loss, n = 0, or of the gradient, n = 1; inf if the value is not finite."""
-    unit = (truth.loss, truth.terms)[n]
-    return abs(value - truth[n]) / unit if math.isfinite(value) else math.inf
+    return _error(value, truth[n], (truth.loss, truth.terms)[n])
+
+
+def _error(value: float, truth: float, unit: float) -> float:
+    return abs(value - truth) / unit if math.isfinite(value) else math.inf
 
 
 def _optax(x: Array, y: Array, label_smoothing: Array | None = None) -> Array:
@@ -142,6 +148,73 @@ def check_sweeps() -> tuple[Sweep, ...]:
                 for who, numbers in found.items()
             }
             passed = max(errors["sxe"]) <= most
-            name = f"{magnitude} {at[0]:.0f} to {at[-1]:.3g}: {quantity}"
-            results.append(Sweep(name, magnitude, row, quantity, tuple(at), errors, passed))
+            name, limits = f"{magnitude} {at[0]:.0f} to {at[-1]:.3g}: {quantity}", (most,) * len(at)
+            results.append(Sweep(name, magnitude, row, quantity, tuple(at), limits, errors, passed))
     return tuple(results)
+
+
+CLASSES = 200
+PER_DECADE = 8
+DISTANCES = [10 ** (1 - n / PER_DECADE) for n in range(5 * PER_DECADE + 1)]  # 10 to 1e-4
+
+
+def kl_in_sixty_digits(logits: Sequence[float], target_logits: Sequence[float]) -> float:
+    """KL(p || q) of one row, the first form of K0, of what float32 holds."""
+    with decimal.localcontext(prec=60):
+        x, z = (list(map(Decimal, row)) for row in (logits, target_logits))
+        exp_z = list(map(Decimal.exp, z))
+        S_x, S_z = sum(map(Decimal.exp, x), Decimal(0)), sum(exp_z, Decimal(0))
+        shift = S_z.ln() - S_x.ln()
+        terms = (e_k * (z_k - x_k - shift) for e_k, z_k, x_k in zip(exp_z, z, x, strict=True))
+        return float(sum(terms) / S_z)
+
+
+@partial(jax.jit, static_argnums=0)
+def _divergences(kl_divergence: Callable[..., Array], x: Array, z: Array) -> Array:
+    return kl_divergence(x, z, reduction="none")
+
+
+@jax.jit
+def _textbook_kl(x: Array, z: Array) -> Array:
+    """The first form of K0, without overflow."""
+    log_q, log_p = jax.nn.log_softmax(x), jax.nn.log_softmax(z)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+
+
+class Pairs(NamedTuple):
+    """Logits and target logits [DISTANCES, CLASSES], exact in float32, and their divergences."""
+
+    logits: list[list[float]]
+    target_logits: list[list[float]]
+    truths: list[float]
+
+
+@functools.cache  # the same in every check
+def _pairs() -> Pairs:
+    draw = random.Random(0)
+    logits = [[draw.gauss(0, 2) for _ in range(CLASSES)] for _ in DISTANCES]
+    noise = [[a * draw.gauss(0, 1) for _ in range(CLASSES)] for a in DISTANCES]
+    x = jnp.array(logits, jnp.float32)
+    rows = x.tolist(), (x + jnp.array(noise, jnp.float32)).tolist()
+    return Pairs(*rows, list(map(kl_in_sixty_digits, *rows)))
+
+
+def check_distances() -> Sweep:
+    """KL(p || q) by sxe and by its textbook form, for logits that are more and more alike."""
+    logits, target_logits, truths = _pairs()
+    x, z = (jnp.array(rows, jnp.float32) for rows in (logits, target_logits))
+    found = {"sxe": _divergences(kl_divergence, x, z), "textbook form": _textbook_kl(x, z)}
+    errors = {
+        who: tuple(map(_error, values.tolist(), truths, truths)) for who, values in found.items()
+    }
+    limits = tuple(1e-5 if n <= 4 * PER_DECADE else 1e-4 for n in range(len(DISTANCES)))
+    return Sweep(
+        name="distance 10 to 0.0001: KL divergence",
+        magnitude="distance",
+        row="x and x + a g, g random",
+        quantity="KL divergence",
+        at=tuple(DISTANCES),
+        limits=limits,
+        errors=errors,
+        passed=all(map(operator.le, errors["sxe"], limits)),
+    )

@@ -10,14 +10,16 @@ MAX_ENTRIES = 2048  # of x; a Jacobian has the square of that, 32 MiB in float64
 
 
 class Problem(NamedTuple):
-    """The arrays of a problem with N rows and K classes.
+    """A problem with N rows and K classes.
 
     Attributes:
       x: logits [N, K].
       y: targets [N, K] whose rows sum to one.
       T: row sums [N, 1] far from one, for the targets T y.
       labels: class indices [N].
-      g: cotangents of the rows' losses [N].
+      g: cotangents [2, N] of the rows' results, of which there are at most two.
+      z: target logits [N, K].
+      beta: of the Jensen-Shannon divergence, exact in every dtype, and never the default 0.5.
     """
 
     x: Array
@@ -25,6 +27,8 @@ class Problem(NamedTuple):
     T: Array
     labels: Array
     g: Array
+    z: Array
+    beta: float
 
 
 def problem_size(rows: int | None, classes: int | None, seed: int) -> tuple[int, int]:
@@ -53,5 +57,14 @@ def random_problem(N: int, K: int, seed: int) -> Problem:
     y = [[y_ik / sum(y_i) for y_ik in y_i] for y_i in y]
     T = [[draw.uniform(2, 4)] for _ in range(N)]
     labels = [draw.randrange(K) for _ in range(N)]
-    g = [draw.gauss(0, 1) for _ in range(N)]
-    return Problem(*(jnp.array(a) for a in (x, y, T, labels, g)))
+    g = [[draw.gauss(0, 1) for _ in range(N)] for _ in range(2)]
+    z = [[x_ik + draw.gauss(0, 1) for x_ik in x_i] for x_i in x]
+    return Problem(
+        x=jnp.array(x),
+        y=jnp.array(y),
+        T=jnp.array(T),
+        labels=jnp.array(labels),
+        g=jnp.array(g),
+        z=jnp.array(z),
+        beta=draw.randrange(1, 16, 2) / 16,
+    )

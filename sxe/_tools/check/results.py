@@ -12,7 +12,7 @@ class Tolerance(NamedTuple):
       autodiff: of a line against autodiff.
       differences: of a line against central differences. In float64 it is the differences that are
         off, by about N eps / h.
-      rule: of a rule against autodiff of the loss. In bfloat16 it is one rounding.
+      rule: of a rule against autodiff of its function. In bfloat16 it is one rounding.
     """
 
     autodiff: float
@@ -68,13 +68,14 @@ class Precision(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Relative errors of a number in float32 as the logits grow.
+    """Relative errors of a number in float32 as the logits grow, or come near to one another.
 
     Attributes:
-      magnitude: what grows, "lead" or "offset".
+      magnitude: what changes, "lead", "offset" or "distance".
       row: the logits as text, with a for the magnitude.
-      quantity: the number, a key of PRECISION.
-      at: the magnitudes.
+      quantity: the number, a key of PRECISION, or "KL divergence".
+      at: the magnitudes, from the easiest on.
+      limits: the largest error of sxe that passes, at each magnitude.
       errors: at each magnitude, by who computed the number; inf where it is not finite.
     """
 
@@ -83,6 +84,7 @@ class Sweep(NamedTuple):
     row: str
     quantity: str
     at: tuple[float, ...]
+    limits: tuple[float, ...]
     errors: dict[str, tuple[float, ...]]
     passed: bool
 
@@ -119,15 +121,21 @@ class Report(NamedTuple):
     classes: int
     seed: int
     dtype: str
+    beta: float
     lines: tuple[MeasuredLine, ...]
     row_sums: tuple[Comparison, ...]
+    row_lines: tuple[MeasuredLine, ...]
     rules: tuple[Comparison, ...]
     precision: tuple[Precision, ...]
     sweeps: tuple[Sweep, ...]
+    distances: Sweep
     example: Example
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The names of what did not pass. optax's errors are reported, not judged."""
-        parts = (self.lines, self.row_sums, self.rules, self.precision, self.sweeps)
+        """The names of what did not pass. Only sxe's errors are judged."""
+        parts = (
+            *(self.lines, self.row_sums, self.row_lines, self.rules),
+            *(self.precision, self.sweeps, [self.distances]),
+        )
         return tuple(result.name for part in parts for result in part if not result.passed)

@@ -8,6 +8,7 @@ import optax
 
 from sxe._tools.check.page import pictures, sections
 from sxe._tools.check.page.elements import markup
+from sxe._tools.check.precision import CLASSES
 from sxe._tools.check.results import Report
 
 
@@ -23,10 +24,14 @@ def page(report: Report) -> str:
         title="FAIL: sxe check" if report.failures else "sxe check",
         hero=markup(sections.hero(report)),
         problem=markup(sections.problem(report)),
-        derivation=markup(sections.derivation(report)),
+        derivation=markup(sections.derivation(report.lines, report.dtype)),
         row_sums=markup(sections.row_sums(report)),
         jacobian=markup(pictures.jacobian(report.example)),
         gradient=markup(pictures.gradient(report.example)),
+        row_notation=markup(sections.row_notation(report)),
+        row_lines=markup(sections.derivation(report.row_lines, report.dtype)),
+        classes=CLASSES,
+        distances=markup(pictures.sweep(report.distances)),
         sweeps="".join(markup(pictures.sweep(sweep)) for sweep in report.sweeps),
         precision=markup(sections.precision(report)),
         rules=markup(sections.rules(report)),

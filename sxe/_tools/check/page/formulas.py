@@ -14,6 +14,9 @@ Part = Element | str
 APPLY = "\N{FUNCTION APPLICATION}"
 SUM = "\N{N-ARY SUMMATION}"
 PARTIAL = "\N{PARTIAL DIFFERENTIAL}"
+BETA = "\N{GREEK SMALL LETTER BETA}"
+PHI = "\N{GREEK SMALL LETTER PHI}"
+PARALLEL = "\N{PARALLEL TO}"
 NOT_EQUAL = "\N{NOT EQUAL TO}"
 
 
@@ -59,12 +62,16 @@ def space() -> Element:
     return e("mspace", width="0.17em")
 
 
+def applied(function: Part, *to: Part) -> Element:
+    return row(function, APPLY, group(*to))
+
+
 def softmax(k: str, i: str) -> Element:
-    return row(sub("s", k), APPLY, group(sub("x", i)))
+    return applied(sub("s", k), sub("x", i))
 
 
 def exp(indices: str) -> Element:
-    return row("exp", APPLY, group(sub("x", indices)))
+    return applied("exp", sub("x", indices))
 
 
 def iverson(a: str, b: str) -> Element:
@@ -73,6 +80,10 @@ def iverson(a: str, b: str) -> Element:
 
 def log(of: Part) -> Element:
     return row(space(), "log", APPLY, space(), of)
+
+
+def divergence(p: str, q: str) -> Element:
+    return applied("KL", p, PARALLEL, q)
 
 
 def slope(of: Part, by: str) -> Element:
@@ -90,7 +101,11 @@ FORMULAS = {
     ),
     "ds_k(x_i)/dx_jl = 0": row(slope(softmax("k", "i"), "jl"), "=", "0"),
     "exp(x_ik)/S - (exp(x_ik)/S)^2 = s_k (1 - s_k)": row(
-        *(frac(exp("ik"), "S"), MINUS, sup(group(frac(exp("ik"), "S"), stretchy=True), "2")),
+        *(
+            frac(exp("ik"), "S"),
+            MINUS,
+            sup(group(frac(exp("ik"), "S"), stretchy=True), "2"),
+        ),
         *("=", sub("s", "k"), group("1", MINUS, sub("s", "k"))),
     ),
     "-exp(x_ik) exp(x_il) / S^2 = -s_k s_l": row(
@@ -118,7 +133,51 @@ FORMULAS = {
         *(frac(row(PARTIAL, "L"), row(PARTIAL, "x")), "="),
         *(one_over("N"), sup(group("q", MINUS, "y"), "T")),
     ),
+    "H = -sum_k q_k log q_k = log S - sum_k q_k x_k": row(
+        *("H", "=", negative(), total("k"), sub("q", "k"), log(sub("q", "k")), "="),
+        *(log("S"), MINUS, total("k"), sub("q", "k"), sub("x", "k")),
+    ),
+    "-q_l (log q_l + H) = q_l (sum_k q_k x_k - x_l)": row(
+        *(negative(), sub("q", "l"), group(log(sub("q", "l")), "+", "H"), "="),
+        *(sub("q", "l"), group(total("k"), sub("q", "k"), sub("x", "k"), MINUS, sub("x", "l"))),
+    ),
+    "sum_k p_k (log p_k - log q_k) = sum_k p_k phi(u_k)": row(
+        *(total("k"), sub("p", "k"), group(log(sub("p", "k")), MINUS, log(sub("q", "k"))), "="),
+        *(total("k"), sub("p", "k"), applied(PHI, sub("u", "k"))),
+    ),
+    "q_l - p_l = p_l (exp(u_l) - 1)": row(
+        *(sub("q", "l"), MINUS, sub("p", "l"), "="),
+        *(sub("p", "l"), group(applied("exp", sub("u", "l")), MINUS, "1")),
+    ),
+    "sum_k q_k (log q_k - log p_k) = sum_k q_k phi(-u_k)": row(
+        *(total("k"), sub("q", "k"), group(log(sub("q", "k")), MINUS, log(sub("p", "k"))), "="),
+        *(total("k"), sub("q", "k"), applied(PHI, negative(), sub("u", "k"))),
+    ),
+    "q_l (u_l - KL(q || p))": row(sub("q", "l"), group(sub("u", "l"), MINUS, divergence("q", "p"))),
+    "beta KL(p || M) + (1 - beta) KL(q || M)": row(
+        *(BETA, space(), divergence("p", "M"), "+"),
+        *(group("1", MINUS, BETA), space(), divergence("q", "M")),
+    ),
+    "(1 - beta) q_l (log q_l - log M_l - KL(q || M))": row(
+        *(group("1", MINUS, BETA), sub("q", "l")),
+        group(
+            *(log(sub("q", "l")), MINUS, log(sub("M", "l")), MINUS, divergence("q", "M")),
+        ),
+    ),
+    "q_k = s_k(x)": row(sub("q", "k"), "=", applied(sub("s", "k"), "x")),
+    "p_k = s_k(z)": row(sub("p", "k"), "=", applied(sub("s", "k"), "z")),
+    "u_k = log q_k - log p_k": row(
+        sub("u", "k"), "=", log(sub("q", "k")), MINUS, log(sub("p", "k"))
+    ),
+    "phi(u) = exp(u) - 1 - u": row(
+        applied(PHI, "u"), "=", applied("exp", "u"), MINUS, "1", MINUS, "u"
+    ),
+    "M = beta p + (1 - beta) q": row(
+        "M", "=", BETA, space(), "p", "+", group("1", MINUS, BETA), space(), "q"
+    ),
+    "beta": row(BETA),
     "none": e("mtext", "none"),
+    "0 < beta < 1": row("0", "<", BETA, "<", "1"),
     "j != i": row("j", NOT_EQUAL, "i"),
     "j = i, k = l": row("j", "=", "i", ",", "k", "=", "l"),
     "j = i, k != l": row("j", "=", "i", ",", "k", NOT_EQUAL, "l"),
@@ -194,6 +253,53 @@ STEPS = {
         "With *q* for all values of softmax: prediction minus target, transposed, for the "
         "derivative of a number by an *N* \N{MULTIPLICATION SIGN} *K* matrix is *K* "
         "\N{MULTIPLICATION SIGN} *N*. jax.grad gives its transpose.",
+    ),
+    "E0": Step(
+        "The entropy",
+        None,
+        "How undecided a row is: 0 where one class has all of the probability, log *K* where all "
+        "have the same.",
+    ),
+    "E1": Step(
+        "Its gradient",
+        slope("H", "l"),
+        "A logit above the mean of the logits, as *q* weighs them, makes the row more decided "
+        "where it grows, and one below it less.",
+    ),
+    "K0": Step(
+        "Forward divergence",
+        row(divergence("p", "q")),
+        "What *q* costs a row that *p* describes. The two forms are equal, because "
+        "*p* (exp *u* \N{MINUS SIGN} 1) = *q* \N{MINUS SIGN} *p* sums to 0 over the classes. In "
+        "the second no term is negative: sxe computes that one.",
+    ),
+    "K1": Step(
+        "Its gradient",
+        slope(divergence("p", "q"), "l"),
+        "Prediction minus target, as in D8: the entropy of *p* is a constant, and the rest is "
+        "cross-entropy.",
+    ),
+    "K2": Step(
+        "Reverse divergence",
+        row(divergence("q", "p")),
+        "What *p* costs a row that *q* describes: the first one with both distributions exchanged.",
+    ),
+    "K3": Step(
+        "Its gradient",
+        slope(divergence("q", "p"), "l"),
+        "The logarithm of the ratio, less its mean under *q*. It sums to zero over the classes.",
+    ),
+    "K4": Step(
+        "Jensen-Shannon divergence",
+        row("JS"),
+        "Both distributions against their mixture *M*, in which no class is missing that one of "
+        "them has: it is always finite.",
+    ),
+    "K5": Step(
+        "Its gradient",
+        slope("JS", "l"),
+        "As the reverse divergence from *M*. That *M* moves with *q* costs nothing: those "
+        "derivatives sum to zero.",
     ),
 }
 

@@ -16,7 +16,7 @@ from sxe._tools.check.page.elements import (
     superscript,
     table,
 )
-from sxe._tools.check.results import PRECISION, Example, Matrix, Sweep
+from sxe._tools.check.results import Example, Matrix, Sweep
 
 
 def _entry(value: float, largest: float, kind: str, places: int) -> Element:
@@ -159,10 +159,12 @@ SERIES = {
     "sxe": Series("disc", _disc),
     "optax": Series("square", _square),
     "autodiff of D0": Series("cross", _cross),
+    "textbook form": Series("cross", _cross),
 }
 AXES = {  # label, ticks, and how far along a magnitude is
     "lead": ("lead of the label", (0, 20, 40, 60, 80), float),
     "offset": ("common offset", (1, 1e2, 1e4, 1e6, 1e8), math.log10),
+    "distance": ("distance of the logits", (10, 1, 0.1, 1e-2, 1e-3, 1e-4), math.log10),
 }
 WIDTH, HEIGHT = 400, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 388, 34, 216
@@ -212,14 +214,23 @@ def sweep(sweep: Sweep) -> Element:
         e("li", words, class_=f"key {SERIES[who].kind}")
         for who, words in zip(sweep.errors, words, strict=True)
     )
-    limit = ("sxe ", bound(PRECISION[sweep.quantity]), ": ")
+    limit = ["sxe ", *_limits(sweep), ": "]
     return e(
         "figure",
-        e("h3", f"{sweep.quantity.capitalize()}, by the {label}"),
+        e("h3", f"{sweep.quantity[0].upper()}{sweep.quantity[1:]}, by the {label}"),
         svg,
         e("ul", *said, e("li", *limit, result(_word(sweep)))),
         _numbers(f"{title}, a", sweep),
     )
+
+
+def _limits(sweep: Sweep) -> list[Element | str]:
+    """The first limit, and each other one with the magnitude from where on it holds."""
+    parts: list[Element | str] = [bound(sweep.limits[0])]
+    for before, limit, a in zip(sweep.limits, sweep.limits[1:], sweep.at[1:], strict=False):
+        if limit != before:
+            parts += [", ", bound(limit), f" from {plain(a)} on"]
+    return parts
 
 
 def _word(sweep: Sweep) -> str:

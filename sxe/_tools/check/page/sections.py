@@ -69,8 +69,20 @@ def _measured(error: float, limit: float) -> list[Element]:
     return [number(error), track, e("span", bound(limit), class_="limit")]
 
 
-def derivation(report: Report) -> Element:
-    return e("ol", *(_line(line, report.dtype) for line in report.lines), class_="lines")
+def derivation(lines: tuple[MeasuredLine, ...], dtype: str) -> Element:
+    return e("ol", *(_line(line, dtype) for line in lines), class_="lines")
+
+
+def row_notation(report: Report) -> Element:
+    """What the lines of a row's entropy and divergences are written in."""
+    return e(
+        "p",
+        *prose("A second model gives the same row the target logits *z*. With "),
+        *(formula("q_k = s_k(x)"), " and ", formula("p_k = s_k(z)"), ", ratios and mixtures are "),
+        *(formula("u_k = log q_k - log p_k"), " and ", formula("M = beta p + (1 - beta) q"), ", "),
+        *("measured for ", formula("beta"), f" = {report.beta}. In place of a difference that "),
+        *("cancels stands ", formula("phi(u) = exp(u) - 1 - u"), ", which is never negative."),
+    )
 
 
 def _line(measured: MeasuredLine, dtype: str) -> Element:
@@ -189,8 +201,8 @@ def rules(report: Report) -> Element:
         limit = e("td", expectation(by_rule[names[0]].expected))
         rows.append(e("tr", e("th", targets, scope="row"), e("td", dtype), *cells, limit))
     return table(
-        "The gradients of each rule against autodiff of the loss, for random cotangents",
-        [_head("targets", "dtype", *names, "expected")],
+        "The gradients of each rule against autodiff of its function, for random cotangents",
+        [_head("loss of, or function", "dtype", *names, "expected")],
         rows,
         class_="numbers",
     )
