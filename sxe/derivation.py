@@ -43,7 +43,8 @@ def softmax(x: Array) -> Array:
 def kl(p: Array, q: Array) -> Array:
     """KL(p || q) = sum_k p_k phi(u_k), with u_k = log q_k - log p_k and phi(u) = exp(u) - 1 - u"""
     # It is sum_k p_k (log p_k - log q_k), for sum_k p_k (exp(u_k) - 1) = sum_k (q_k - p_k) = 0.
-    # But no term is negative here, so that none cancels where p and q nearly agree.
+    # No term is negative here, so that the sum does not cancel where p and q nearly agree. phi as
+    # it is written cancels there: sxe has a series for it.
     u = jnp.log(q) - jnp.log(p)
     phi = jnp.exp(u) - 1 - u
     return jnp.sum(p * phi, axis=1)
