@@ -1,4 +1,4 @@
-"""Softmax cross-entropy for JAX, with its gradient in closed form."""
+"""What is read off a softmax in JAX: losses, log-probabilities, divergences; in closed form."""
 
 from sxe import derivation
 from sxe._call.reduction import LogProbAndEntropy, Metrics

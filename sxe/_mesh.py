@@ -120,7 +120,7 @@ def over_mesh(
     classes: AxisName = None,
     fsdp: AxisName = None,
 ) -> Callable[..., Any]:
-    """One of the losses, over global arrays whose rows or classes a mesh of devices splits.
+    """A function of this package, over global arrays whose rows or classes a mesh splits.
 
     The function that comes back takes the arguments of ``loss``, but for ``axis_name`` and
     ``batch_axis_name``, and gives what ``loss`` gives for them on one device: value, metrics and
@@ -132,15 +132,17 @@ def over_mesh(
     the gradient of the kernel. Neither logits nor a kernel split by classes are ever moved.
 
     Args:
-      loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient`` or
-        ``sxe.linear_softmax_cross_entropy``.
+      loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient``,
+        ``sxe.log_prob_and_entropy``, ``sxe.kl_divergence``, or one of the functions of hidden
+        states and kernels, whose names begin with ``linear_``.
       mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. Along an axis that is not named below all
         devices do the same.
       batch: the mesh axis, or tuple of axes, that splits the first axis of the rows. Or, for rows
         [B, T], a ``PartitionSpec`` with an entry for each: ``P("data", "sequence")``.
       classes: the mesh axis or axes that split the classes: the (first) class axis of logits, dense
-        targets and a ``where`` of classes, the last of a kernel, bias, class weights and mask.
-      fsdp: for the head, the mesh axes, among those of ``batch``, that split the first axis of the
+        targets and a ``where`` of classes, the last of a kernel, bias, class weights and mask. What
+        is named target is split as the model's is.
+      fsdp: for a head, the mesh axes, among those of ``batch``, that split the first axis of each
         kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
 
     The function that it returns can be compared, copied and pickled. If the mesh has devices, the
