@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 from jax.test_util import check_grads
-from option_cases import FORWARD_RULES, RULES, every_rule, vjp_by_default
+from option_cases import FORWARD_RULES, RULES, vjp_by_default
 from oracle import assert_close, naming
 from problems import at, floats, normal, wide_dtype, with_gradients
 from programs import all_of, quick_jit
@@ -74,7 +74,7 @@ def jacobian_of(f, x, step=1e-5):
 def test_dtypes(f, dtype):
     """Results are wide, and each gradient is in its input's dtype, rounded once."""
     with jax.enable_x64(dtype == "float64"):
-        for rule in RULES if dtype == "float32" else RULES[:2]:
+        for rule in RULES if dtype == "float32" else RULES[:1]:
             p = f.problem(dtype=dtype)
             g = f.cotangent(p)
             value, gradients = quick_jit(with_gradients(f(rule=rule)))(p, g)
@@ -108,7 +108,7 @@ def test_eager_equals_jitted(f, rule):
     jax.tree.map(functools.partial(assert_close, dtype="float32"), eager, jitted)
 
 
-@every_rule
+@vjp_by_default
 @every_function
 def test_edges_without_jit_and_with(f, rule):
     """No result is NaN, and without jit, where JAX looks at every primitive, none on the way."""
@@ -291,6 +291,7 @@ def test_hessian(f, rule):
                     assert_close(product, right, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "rule"), [("rev", "vjp"), ("rev", "jvp"), ("fwd", "jvp"), ("fwd", "autodiff")]
 )
@@ -311,9 +312,10 @@ def test_checkpoint(f, rule):
     f.assert_matches(quick_jit(with_gradients(jax.checkpoint(f(rule=rule))))(p, g), p, g)
 
 
-@every_function
-def test_control_flow(f):
+@pytest.mark.parametrize("name", ["logits", "head", "forward"])
+def test_control_flow(name):
     """In a scan with weights of the steps, in a map whose batches do not divide, and in a cond."""
+    f = FUNCTIONS[name]
     batch = f.problem(lead=(B,))
     g = jax.tree.map(lambda *a: jnp.stack(a), *(f.cotangent(at(batch, 0), i) for i in range(B)))
 
