@@ -48,6 +48,14 @@ def _alike(x: Array, z: Array) -> tuple[Array, Array]:
     return x, z
 
 
+def _is_infinite(x: Array, z: Array, options: Options) -> Array:
+    """Whether a row's divergence is +inf: one side has a class that the other has not. [...]."""
+    if options.mode == "jensen_shannon":
+        return jnp.zeros(x.shape[:-1], bool)
+    first, second = (z, x) if options.mode == "forward" else (x, z)
+    return any_class((first > -jnp.inf) & (second == -jnp.inf), options.axis_name)
+
+
 def _result(inputs: _Inputs) -> Array:
     given, options = inputs.logits, inputs.options
     class_axes = axes.class_axes(options.axis, given.ndim)
@@ -63,7 +71,8 @@ def _result(inputs: _Inputs) -> Array:
         mask = possible if mask is None else mask & possible
     x, z = _alike(x, z)
     are_finite = [has_loss(a, options.axis_name, backend) for a in (x, z)]
-    weight, mask = weight_and_mask(options, mask, are_finite[0] & are_finite[1], dtype)
+    finite = are_finite[0] & are_finite[1] & ~_is_infinite(x, z, options)
+    weight, mask = weight_and_mask(options, mask, finite, dtype)
     x, z = keep(mask, x), keep(mask, z)
     f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
     weighed = f.weigh(RULES[options.rule](f, x, z), weight, None).value
