@@ -323,3 +323,22 @@ def test_a_side_that_is_not_differentiated_costs_its_logits():
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
         sxe.linear_kl_divergence(**(problem() | change))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_an_infinite_divergence_of_weight_0(mode, reduction):
+    """One side has a class that the other has not: neither side has a gradient there."""
+    hidden, kernel = np.zeros((2, 2), np.float32), np.eye(2, dtype=np.float32)
+    weights, bias = np.array([0, 0], np.float32), np.array([0, -np.inf], np.float32)
+    biases = {"bias" if mode == "forward" else "target_bias": bias}
+
+    def f(hidden, target_hidden):
+        static = {"weights": weights, "mode": mode, "reduction": reduction, "chunk_size": 1}
+        arrays = hidden, kernel, target_hidden, kernel
+        return jnp.sum(sxe.linear_kl_divergence(*arrays, **biases, **static))
+
+    value, gradients = jax.value_and_grad(f, (0, 1))(hidden, hidden)
+    assert value == 0
+    for d in gradients:
+        np.testing.assert_array_equal(d, 0)

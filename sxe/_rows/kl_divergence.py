@@ -207,6 +207,11 @@ def _probabilities(x: Array, state: Normalizer) -> Array:
     return exp_difference(x, finite_shift(state.m)[..., None]) / (1 + state.r)[..., None]
 
 
+def _pulled_back(g: Array, d: Array) -> Array:
+    """g d, and 0 where a cotangent of 0 meets an infinite derivative."""
+    return g * jnp.where((g == 0) & jnp.isinf(d), 0, d)
+
+
 def _top(x: Array, state: Normalizer) -> Array:
     """``Side.top``. With r below 3/4 all other logits are smaller by log(4/3) or more."""
     return (x >= state.m[..., None] - 0.25) & (state.r < 0.75)[..., None]
@@ -270,7 +275,7 @@ class KLDivergence:
             d = gradient_of_other(of_p, state.of_p)
         else:
             d = self._weights[1] * gradient_of_own(of_q, state.of_q)
-        return g.divergence[..., None] * d
+        return _pulled_back(g.divergence[..., None], d)
 
     def target_gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
         state, g = vary_like((state, g), x)
@@ -281,7 +286,7 @@ class KLDivergence:
             d = gradient_of_other(of_q, state.of_q)
         else:
             d = self._weights[0] * gradient_of_own(of_p, state.of_p)
-        return g.divergence[..., None] * d
+        return _pulled_back(g.divergence[..., None], d)
 
     def target_tangent(self, x: Array, z: Array, state: State, z_dot: Any) -> Results:
         zeros = jnp.zeros_like(state.of_x.r)
