@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from sxe._arrays import AxisName, keep, reshard, sharding, vary, varying, wide
+from sxe._arrays import AxisName, keep, reshard, sharding, vary, varying, wide_dtype
 from sxe._backend import backend_of, rounded
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.layout import Layout, join_shards
@@ -23,7 +23,6 @@ from sxe._call.rows import any_class, masked_classes, weight_and_mask
 from sxe._rows.kl_divergence import KLDivergence, Mode
 from sxe._rows.normalizer import has_loss
 from sxe._rows.rules import RULES
-from sxe._rows.targets import Rows, Targets
 
 
 class _Inputs(NamedTuple):
@@ -62,7 +61,7 @@ def _result(inputs: _Inputs) -> Array:
     backend = backend_of(given, inputs.target_logits)
     options, class_mask = masked_classes(given, options, class_axes)
     mask = options.where
-    dtype = wide(jnp.zeros((), jnp.result_type(given, inputs.target_logits))).dtype
+    dtype = wide_dtype(jnp.result_type(given, inputs.target_logits))
     x, z = (axes.classes_last(a, class_axes).astype(dtype) for a in (given, inputs.target_logits))
     x, z = _scaled(x, options.logit_scale), _scaled(z, options.target_logit_scale)
     if class_mask is not None:
@@ -76,11 +75,7 @@ def _result(inputs: _Inputs) -> Array:
     x, z = keep(mask, x), keep(mask, z)
     f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
     weighed = f.weigh(RULES[options.rule](f, x, z), weight, None).value
-    rows = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, mask)
-    if options.reduction == "none":
-        return weighed
-    sums = reduction.sum_rows(jnp.sum(weighed), rows, options)
-    return sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
+    return reduction.reduce_rows(weighed, weight, options)
 
 
 @functools.partial(jax.jit, inline=True)

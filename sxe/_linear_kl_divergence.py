@@ -34,7 +34,7 @@ from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._head.chunk import Shared
 from sxe._head.examples import outcome_of_examples
 from sxe._rows.kl_divergence import KLDivergence, Mode
-from sxe._rows.targets import Rows, Targets
+from sxe._rows.targets import Rows
 
 
 class _Inputs(NamedTuple):
@@ -85,10 +85,8 @@ def _result(inputs: _Inputs) -> Array:
     if weighed is None:
         weighed = f.weigh(outcome.results, rows.weight, None).value
     if options.reduction == "none":
-        return weighed.reshape(shape)
-    of_call = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, mask)
-    sums = reduction.sum_rows(jnp.sum(weighed), of_call, options)
-    return sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
+        weighed = weighed.reshape(shape)
+    return reduction.reduce_rows(weighed, weight, options)
 
 
 @functools.partial(jax.jit, inline=True)

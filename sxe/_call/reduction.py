@@ -11,7 +11,7 @@ from sxe._call.axes import sum_over
 from sxe._call.options import Options
 from sxe._rows.cross_entropy import Results
 from sxe._rows.predictions import Ranking, best_of_shards
-from sxe._rows.targets import Rows
+from sxe._rows.targets import Rows, Targets
 
 
 class Metrics(NamedTuple):
@@ -107,6 +107,18 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
     weight = jnp.where(parts == 0, jnp.inf, weight)
     # 0 / 0 and not a constant NaN, which would trip debug_nans where the weights are good.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
+
+
+def reduce_rows(weighed: Array, weight: Array, options: Options) -> Array:
+    """The sum or mean of rows without targets, or of "none" the rows, from w_i value_i and w_i.
+
+    ``weighed`` may be the sum of these already.
+    """
+    if options.reduction == "none":
+        return weighed
+    rows = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, None)
+    sums = sum_rows(jnp.sum(weighed), rows, options)
+    return sums.loss / denominator(sums.weight, sums.parts, options.reduction)
 
 
 def ranks_labels(labels: Array, options: Options) -> bool:
