@@ -133,6 +133,14 @@ class Backend:
         return self.platform == "cpu" and self.jax_version >= (0, 11)
 
     @property
+    def copies_tiles_it_replaces(self) -> bool:
+        """Whether XLA copies a chunk's logits of which each block is replaced by its gradient.
+
+        XLA's CPU backend does in JAX 0.10, where the blocks of two such arrays are compared.
+        """
+        return self.platform == "cpu" and self.jax_version < (0, 11)
+
+    @property
     def copies_scaled_gradients(self) -> bool:
         """Whether XLA puts a gradient that is scaled into another array than the unscaled one.
 

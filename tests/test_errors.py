@@ -1024,7 +1024,8 @@ def test_logits_of_an_explicit_mesh_without_it():
 # The plan.
 
 OF_DEVICES = {"mesh": {"data": 2, "model": 2}} | BOTH
-NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
+SIDES = r"\('hidden', 'kernel', 'target_hidden', 'target_kernel'\)"
+NAMES = rf"expected a sequence of names among {SIDES}, got "
 
 
 @named(
@@ -1110,6 +1111,32 @@ NAMES = r"expected a sequence of names among \('hidden', 'kernel'\), got "
             OF_DEVICES | {"rows": 7, "classes": 13, "memory_bytes": 1e9},
             ValueError,
             "expected 4 devices that divide 7 rows and 13 classes .*, got .*; pad rows or classes",
+        ),
+        ("target_hidden", {"target_hidden": 0}, ValueError, "expected at least 1, got 0"),
+        ("target_hidden", {"target_hidden": 2.0}, TypeError, "expected an int, got 2.0"),
+        (
+            "differentiate",
+            {"differentiate": ("target_kernel",)},
+            ValueError,
+            "expected 'target_kernel' for a divergence alone; pass target_hidden, its D', besides",
+        ),
+        (
+            "options",
+            {"options": ("jensen_shannon",)},
+            ValueError,
+            "expected 'jensen_shannon' for a divergence alone; pass target_hidden, .*",
+        ),
+        (
+            "options",
+            {"options": ("label_smoothing",), "target_hidden": 4},
+            ValueError,
+            "expected no 'label_smoothing' with target_hidden: a divergence has no labels",
+        ),
+        (
+            "target_hidden",
+            OF_DEVICES | {"target_hidden": 3, "fsdp": "data"},
+            ValueError,
+            r"expected a multiple of 2, the devices along \('data',\), got 3",
         ),
     ]
 )

@@ -26,6 +26,7 @@ from sxe._backend import Backend
 TOLERANCE = 0.15
 RATES = {"flops": 8e14, "bytes": 3e12, "link-bytes": 4e11}
 BOTH = ("hidden", "kernel")
+ALL = (*BOTH, "target_hidden", "target_kernel")
 # The tests' XLA flags leave out a fusion, and with it an array, that a program elsewhere has.
 AS_ELSEWHERE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
@@ -54,6 +55,25 @@ CALLS = [
     (2048, 256, 32768, "float32", (), {"label_smoothing": 0.1, "softcap": 30.0}),
 ]
 
+# Likewise of a divergence, and D' of the target.
+DIVERGENCES = [
+    (2048, 512, 32768, 512, "float32", BOTH, {}),
+    (2048, 512, 32768, 512, "bfloat16", BOTH, {"reduction": "none"}),
+    (2048, 256, 32768, 1024, "float32", ALL, {}),
+    (2048, 256, 32768, 1024, "bfloat16", ALL, {}),
+    (2048, 512, 32768, 256, "float32", ALL, {"reduction": "none"}),
+    (2048, 512, 32768, 256, "float32", (), {}),
+    (1021, 509, 50257, 64, "float32", BOTH, {}),
+    (1021, 509, 50257, 64, "bfloat16", ALL, {"reduction": "none"}),
+    (512, 1024, 8192, 2048, "bfloat16", ALL, {}),
+    (4096, 256, 16384, 512, "float32", ALL, {"chunk_size": 64}),
+    (4096, 1024, 16384, 512, "float32", ("target_hidden",), {}),
+    (2048, 512, 32768, 256, "float32", BOTH, {"mode": "reverse"}),
+    (2048, 512, 32768, 256, "float32", ALL, {"mode": "jensen_shannon"}),
+    (2048, 512, 32768, 256, "float32", BOTH, {"softcap": 30.0, "target_softcap": 30.0}),
+    (2048, 512, 32768, 256, "float32", ALL, {"class_mask": np.arange(32768) < 32000}),
+]
+
 
 # Mesh, options of the mesh, and a call: rows and classes split, by one axis or several.
 MESHES = [
@@ -71,6 +91,21 @@ MESHES = [
     ({"data": 8}, {"fsdp": "data"}, (4096, 512, 16384, "float32", ("hidden",), {})),
     ({"data": 2, "model": 4}, {"fsdp": "data"}, (32768, 1024, 4096, "bfloat16", BOTH, {})),
     ({"data": 8}, {}, (8192, 512, 16384, "float32", BOTH, {"reduction": "none"})),
+]
+
+
+# Likewise of a divergence.
+MESHES_OF_DIVERGENCES = [
+    ({"data": 2, "model": 4}, {}, (4096, 512, 16384, 256, "float32", BOTH, {})),
+    ({"data": 2, "model": 4}, {}, (4096, 512, 16384, 256, "float32", (), {})),
+    ({"data": 4, "model": 2}, {"fsdp": "data"}, (4096, 512, 16384, 256, "bfloat16", ALL, {})),
+    ({"model": 8}, {}, (4096, 512, 16384, 256, "float32", ALL, {"reduction": "none"})),
+    ({"data": 8}, {"fsdp": "data"}, (4096, 512, 16384, 256, "bfloat16", BOTH, {})),
+    (
+        {"data": 2, "model": 4},
+        {},
+        (4096, 512, 16384, 256, "float32", BOTH, {"mode": "jensen_shannon"}),
+    ),
 ]
 
 
@@ -110,36 +145,45 @@ def test_sizes_of_any_integer_type(integer):
     assert type(plan.flops) is type(plan.chunk_size) is int
 
 
-def call(rows, hidden, classes, dtype, differentiate, options, sizes=None, **axes):
-    """The compiled call, and its plan."""
-    head, layouts = sxe.linear_softmax_cross_entropy, (None,) * 3
+def call(rows, hidden, classes, *target, sizes=None, **axes):
+    """The compiled call, and its plan. In front of the dtype D' may stand, of a divergence."""
+    *target, dtype, differentiate, options = target
+    head, layouts = sxe.linear_softmax_cross_entropy, (None,) * 4
+    if target:
+        head = sxe.linear_kl_divergence
     if sizes is not None:
         names = ("batch_axis_name", "data"), ("axis_name", "model")
         axes |= {a: name for a, name in names if name in sizes and a not in axes}
         batch, model, fsdp = (axes.get(a) for a in ("batch_axis_name", "axis_name", "fsdp"))
         mesh = make_mesh(*sizes.values(), names=tuple(sizes))
         head = sxe.over_mesh(head, mesh, batch=batch, classes=model, fsdp=fsdp)
-        layouts = [NamedSharding(mesh, spec) for spec in (P(batch), P(fsdp, model), P(batch))]
+        layouts = [NamedSharding(mesh, spec) for spec in (P(batch), P(fsdp, model)) * 2]
 
-    def loss(hidden, kernel, labels):
-        return jnp.sum(jnp.sin(head(hidden, kernel, labels, **options)))
+    def loss(*inputs):
+        return jnp.sum(jnp.sin(head(*inputs, **options)))
 
-    arguments = tuple(BOTH.index(name) for name in differentiate)
+    arguments = tuple(ALL.index(name) for name in differentiate)
     f = jax.value_and_grad(loss, arguments) if arguments else loss
     shapes = [((rows, hidden), dtype), ((hidden, classes), dtype), ((rows,), "int32")]
+    for size in target:
+        shapes[2:] = [((rows, size), dtype), ((size, classes), dtype)]
     inputs = [
-        jax.ShapeDtypeStruct(*s, sharding=layout) for s, layout in zip(shapes, layouts, strict=True)
+        jax.ShapeDtypeStruct(*s, sharding=layout)
+        for s, layout in zip(shapes, layouts[: len(shapes)], strict=True)
     ]
     program = jax.jit(f).lower(*inputs).compile(AS_ELSEWHERE)
     names = {"reduction", "chunk_size", "rule"}
     ignores = {"where"} if "ignore_index" in options else set()
+    mode = {options["mode"]} & {"jensen_shannon"} if "mode" in options else set()
+    used = {name.removeprefix("target_") for name in options} - names - {"ignore_index", "mode"}
     plan = sxe.plan(
         rows,
         hidden,
         classes,
         dtype,
         differentiate=differentiate,
-        options=tuple(options.keys() - names - {"ignore_index"} | ignores),
+        target_hidden=target[0] if target else None,
+        options=tuple(used | ignores | mode),
         **{name: options[name] for name in options.keys() & names},
         mesh=sizes,
         **axes,
@@ -211,6 +255,53 @@ def test_what_the_forward_pass_keeps(reduction, by):
     assert sxe.plan(640, 32, 300, "bfloat16", differentiate=()).kept_bytes == 0
 
 
+@pytest.mark.parametrize("by", [BOTH, ALL, ("target_hidden",)], ids="-".join)
+@pytest.mark.parametrize("mode", ["forward", "reverse", "jensen_shannon"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_the_forward_pass_of_a_divergence_keeps(reduction, mode, by):
+    shapes = (640, 32), (32, 300), (640, 16), (16, 300)
+    given = {n: jnp.ones(s, jnp.bfloat16) for n, s in zip(ALL, shapes, strict=True)}
+
+    def loss(differentiated):
+        options = {"reduction": reduction, "mode": mode, "chunk_size": 64}
+        return sxe.linear_kl_divergence(**given | differentiated, **options)
+
+    _, pullback = jax.vjp(loss, {name: given[name] for name in by})
+    kept = [a for a in jax.tree.leaves(pullback) if a.dtype != jnp.bfloat16]
+    options = {mode} & {"jensen_shannon"}
+    plan = sxe.plan(
+        *(640, 32, 300, "bfloat16"),
+        target_hidden=16,
+        differentiate=by,
+        reduction=reduction,
+        options=tuple(options),
+    )
+    assert abs(sum(a.nbytes for a in kept) / plan.kept_bytes - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_log_probabilities_and_entropies(dtype, monkeypatch):
+    """Its memory, and what its forward pass keeps, are those of single losses."""
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
+    plan = sxe.plan(2048, 512, 32768, dtype, reduction="none")
+
+    def loss(hidden, kernel, labels):
+        found = sxe.linear_log_prob_and_entropy(hidden, kernel, labels)
+        return jnp.sum(jnp.sin(found.log_prob)) + jnp.sum(jnp.cos(found.entropy))
+
+    shapes = ((2048, 512), dtype), ((512, 32768), dtype), ((2048,), "int32")
+    inputs = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*inputs).compile(AS_ELSEWHERE)
+    for ratio in memory_ratio(program, plan):
+        assert abs(ratio - 1) < TOLERANCE, memory_ratio(program, plan)
+
+    def forward(hidden, kernel, labels):
+        return jax.vjp(lambda *a: sxe.linear_log_prob_and_entropy(*a, labels), hidden, kernel)[1]
+
+    kept = [a for a in jax.tree.leaves(jax.eval_shape(forward, *inputs)) if a.ndim < 2]
+    assert abs(sum(4 * a.size for a in kept) / plan.kept_bytes - 1) < 0.05
+
+
 @pytest.mark.parametrize("counting", [-0.1, 1.1, np.nan, "all", True, None])
 def test_a_share_that_is_none(counting):
     with pytest.raises((ValueError, TypeError), match="counting: expected a number in"):
@@ -242,14 +333,14 @@ def memory_ratio(program, plan):
 
 
 def memory_ratios():
-    for each in CALLS:
+    for each in CALLS + DIVERGENCES:
         yield each, *memory_ratio(*call(*each))
 
 
-@pytest.mark.parametrize(("sizes", "axes", "each"), MESHES, ids=str)
+@pytest.mark.parametrize(("sizes", "axes", "each"), MESHES + MESHES_OF_DIVERGENCES, ids=str)
 def test_mesh(sizes, axes, each):
     """Bytes of the collectives as in the compiled program, its memory within 15 percent."""
-    program, plan = call(*each, sizes, **axes)
+    program, plan = call(*each, sizes=sizes, **axes)
     found = [(c.opcode, c.bytes * (c.times or 1)) for c in collectives(program.as_text())]
     if each[-1].get("reduction") == "none":
         found.append(("all-reduce", -4 * (sizes.get("data", 1) > 1)))  # the sum in ``call``
@@ -260,9 +351,11 @@ def test_mesh(sizes, axes, each):
         assert abs(ratio - 1) < TOLERANCE, memory_ratio(program, plan)
     chunk, count = plan.chunk_size, plan.chunks
     assert chunk * count == each[0] // sizes.get("data", 1) // sizes.get("other", 1)
-    assert plan.flops == 2 * (1 + len(each[4]) + (each[-1] == {"reduction": "none"})) * (
-        each[0] * each[1] * each[2] // 8
-    )
+    rows, hidden, classes, *target, _, by, options = each
+    again, products = count > 1 and options == {"reduction": "none"}, 0
+    for size, names in zip((hidden, *target), (ALL[:2], ALL[2:]), strict=False):
+        products += (1 + again + len(set(names) & set(by))) * size
+    assert plan.flops == 2 * products * rows * classes // 8
 
 
 def test_the_kernel_is_gathered_in_its_own_dtype():
@@ -380,8 +473,8 @@ def test_memory_within_15_percent_of_the_compiled_program():
     """In a process with one device: the blocks that keep memory small need one."""
     output = fresh.run(__file__)
     ratios = [[float(r) for r in line.split()[:2]] for line in output.splitlines()]
-    assert len(ratios) == len(CALLS)
-    for pair, each in zip(ratios, CALLS, strict=True):
+    assert len(ratios) == len(CALLS + DIVERGENCES)
+    for pair, each in zip(ratios, CALLS + DIVERGENCES, strict=True):
         for ratio in pair:
             assert abs(ratio - 1) < TOLERANCE, (each, ratios)
 
@@ -488,6 +581,49 @@ def test_terms(options, expected):
     assert plan.temporary_bytes == sum(expected.values())
 
 
+# Of a divergence, with D' = 2 D.
+TERMS_OF_DIVERGENCES = [
+    (
+        # The results, in bfloat16, hold a chunk's hidden states of both sides.
+        {"backend": "gpu", "dtype": "bfloat16"},
+        {
+            "target_logits of a chunk": 4 * C * K,
+            "gradient of kernel, float32": 4 * D * K,
+            "gradient of hidden, float32": 4 * N * D,
+            "gradient of logits": 2 * C * K,
+            "logits of a chunk": 4 * C * K,
+        },
+    ),
+    (
+        {"backend": "tpu", "differentiate": ("target_kernel",), "options": ("softcap",)},
+        {
+            "logits of a chunk": 4 * C * K,
+            "target_logits of a chunk": 4 * C * K,
+            "target_logits before the softcap": 4 * C * K,
+            "gradient of target_kernel, float32": 4 * 2 * D * K,
+        },
+    ),
+    (
+        ON_A_CPU | {"differentiate": ()},
+        {
+            "logits of a chunk": 4 * C * K,
+            "target_logits of a chunk": 4 * C * K,
+            "row block: logits": "a block of rows",
+            "row block: target_logits": "a block of rows",
+            "row blocks: probabilities": "a block of rows",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), TERMS_OF_DIVERGENCES, ids=str)
+def test_terms_of_a_divergence(options, expected):
+    plan = sxe.plan(**(FOUR_CHUNKS | options), target_hidden=2 * D)
+    rows = Backend("cpu", is_local=True).row_block_bytes // (4 * 2 * K)
+    expected = {k: 4 * rows * K if v == "a block of rows" else v for k, v in expected.items()}
+    assert dict(plan.terms) == expected
+
+
 @pytest.mark.parametrize("mebibytes", [1, 4])
 def test_a_block_of_rows_is_as_large_as_the_backend_says(monkeypatch, mebibytes):
     monkeypatch.setattr(Backend, "row_block_bytes", mebibytes * 2**20)
@@ -526,6 +662,32 @@ def test_flops_within_15_percent_of_the_compiled_program(
     assert plan.chunk_size * plan.chunks == rows
 
 
+def test_a_divergence_with_and_without_a_gradient_of_its_target():
+    def flops(**options):
+        sizes = {"rows": 64, "hidden": 8, "classes": 100, "target_hidden": 16, "chunk_size": 8}
+        return sxe.plan(**sizes, **options).flops / (2 * 64 * 100)
+
+    assert flops(differentiate=()) == 8 + 16
+    assert flops() == 3 * 8 + 16
+    assert flops(differentiate=ALL) == 3 * (8 + 16)
+    assert flops(reduction="none") == 4 * 8 + 2 * 16
+    assert flops(differentiate=("target_hidden",)) == 8 + 2 * 16
+
+
+def test_what_a_divergence_on_a_gpu_reads():
+    """Of each side, the logits once more than a loss does, and in the target's no gradient."""
+    sizes = {"rows": 64, "hidden": 8, "classes": 96, "dtype": "bfloat16", "backend": "gpu"}
+    model, target = (sxe.plan(**sizes, differentiate=by) for by in (BOTH, ()))
+    both = sxe.plan(**sizes, target_hidden=8)
+    # For the sums of the divergence; and the target's logits again for the gradient.
+    more = 64 * 96 * 4 * 3
+    assert both.traffic_bytes == model.traffic_bytes + target.traffic_bytes + more
+    assert both.logits_bytes == 2 * model.logits_bytes
+    # Labels are no argument of a divergence.
+    logits = both.logits_peak_bytes - both.logits_bytes
+    assert logits == 2 * (2 * (64 * 8 + 8 * 96)) + 2 * (64 * 8 + 8 * 96) + 4
+
+
 def test_path():
     def path(**options):
         return sxe.plan(64, 8, 100, **options).path
@@ -559,6 +721,22 @@ def test_command_line(capsys):
         amount = f"{size / 2**20:.1f} MiB" if size >= 2**17 else f"{size:,} bytes"
         assert re.search(f"^  {name} +{amount}$", text, re.M)
     assert text.isascii()
+
+
+def test_command_line_of_a_divergence(capsys):
+    sizes = ["--rows", "1024", "--hidden", "512", "--classes", "32768", "--target-hidden", "1024"]
+    by = ["--differentiate", "hidden", "target_kernel", "--options", "jensen_shannon"]
+    assert main(["plan", *sizes, *by]) == 0
+    text = capsys.readouterr().out
+    plan = sxe.plan(
+        *(1024, 512, 32768),
+        target_hidden=1024,
+        differentiate=("hidden", "target_kernel"),
+        options=("jensen_shannon",),
+    )
+    assert f"{plan.flops / 1e9:.1f} GFLOP" in text
+    for name, size in plan.terms.items():
+        assert re.search(f"^  {name} +{size / 2**20:.1f} MiB$", text, re.M)
 
 
 def test_command_line_with_a_mesh(capsys):

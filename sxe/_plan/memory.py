@@ -1,7 +1,7 @@
 """What XLA allocates beside arguments and results, at the moment when a call needs most.
 
 Each platform has its estimate. It names the arrays that exist at that moment and gives their bytes.
-C are the rows of a chunk. N, D and K are those of the device.
+C are the rows of a chunk. N, D and K are those of the device, and D is each side's own.
 
 A result is no temporary, and its memory is free until it is computed. XLA puts an array there that
 is needed before, and such an array is not named.
@@ -12,12 +12,14 @@ from collections.abc import Iterable
 
 from sxe._head.loops import classes_per_block
 from sxe._head.path import AGAIN, FORWARD
-from sxe._plan.work import INPUTS, Work
+from sxe._plan.work import Side, Work
 from sxe._rows.blocks import rows_per_block
 
 Terms = dict[str, int]
 
-HIDDEN_CHUNK = "hidden of a chunk"
+# Of a divergence, on a CPU: the blocks of rows that XLA writes out beside logits, by the number of
+# sides that have a gradient.
+BLOCKS = {None: (1,), FORWARD: (1, 4, 7), AGAIN: (1, 3, 5), "jensen_shannon": (3, 7, 14)}
 
 
 def temporaries(work: Work) -> Terms:
@@ -40,7 +42,8 @@ def _largest(moments: Iterable[Terms]) -> Terms:
 
 def _on_cpu(work: Work) -> Terms:
     in_loop = _in_loop(work) | _of_version(work)
-    moments = [_of_rows(work), _of_products(work)]
+    moments = _of_divergence(work) if work.has_targets else [_of_rows(work)]
+    moments += [_of_products(work, side) for side in work.sides]
     moments = [_beside_results(work, in_loop | m, hold_gradients=True) for m in moments]
     return _largest([*moments, *_after_loop(work)])
 
@@ -49,8 +52,11 @@ def _of_version(work: Work) -> Terms:
     """What some versions of XLA's CPU backend need as long as the loop over chunks runs."""
     terms = {}
     if work.backend.widens_arrays_in_loops and work.is_narrow:
-        terms["hidden, widened"] = _wide(work, work.rows, work.hidden) * (work.tiling.chunks > 1)
-        terms["kernel, as integers"] = work.kernel_bytes * ("hidden" in work.differentiate)
+        for side in work.sides:
+            widened = _wide(work, work.elements[side.hidden]) * (work.tiling.chunks > 1)
+            terms[f"{side.hidden}, widened"] = widened
+            as_integers = _kernel(work, side) * (side.hidden in work.differentiate)
+            terms[f"{side.kernel}, as integers"] = as_integers
     return terms
 
 
@@ -77,29 +83,65 @@ def _of_rows(work: Work) -> Terms:
         terms["row block: softcap"] = block * (2 if work.path == FORWARD else 1)
     elif capped and "class_mask" in work.options:
         terms["row block: softcap"] = block
-    if "kernel" in work.differentiate:
-        terms[HIDDEN_CHUNK] = _hidden_chunk(work)
-    return terms
+    return terms | _hidden_for_kernels(work)
 
 
-def _of_products(work: Work) -> Terms:
+def _of_divergence(work: Work) -> list[Terms]:
+    """Likewise, where the functions of rows compare the logits of both sides."""
+    chunk, gradients = work.tiling.size, len(work.wanted_sides)
+    rows = rows_per_block((chunk, 2 * work.classes), work.backend)
+    block = _wide(work, rows, work.classes)
+    mode = "jensen_shannon" if work.mixes else None
+    terms = {"row blocks: probabilities": BLOCKS[mode or work.path][gradients] * block}
+    if work.path is not None and "softcap" in work.options:
+        terms["row blocks: softcap"] = (1 + 2 * gradients) * block
+    terms |= _hidden_for_kernels(work)
+    if rows == chunk:
+        return [terms]
+    # Measured, for versions that copy what gradients replace: they do if both sides have gradients,
+    # and for one side in a forward pass on one device; but not if a softcap or a logit_scale is
+    # what makes the logits in the end.
+    alone = work.row_groups == work.class_shards == 1
+    replaced = gradients == 2 or (gradients == 1 and work.path == FORWARD and alone)
+    order = ("class_mask", "softcap", "bias", "logit_scale")  # from the last
+    last = next((option for option in order if option in work.options), None)
+    multiplied = last in ("softcap", "logit_scale")
+    if work.backend.copies_tiles_it_replaces and replaced and not multiplied:
+        copied = {f"{side.logits} of a chunk, copied": _logits(work) for side in work.wanted_sides}
+        return [terms | copied] if work.path == FORWARD else [terms, copied]
+    return [terms | {f"row block: {side.logits}": block for side in work.sides}]
+
+
+def _hidden_for_kernels(work: Work) -> Terms:
+    """A chunk's hidden states, which their kernel's gradient needs."""
+    sides = [side for side in work.sides if side.kernel in work.differentiate]
+    return {_chunk_of(side.hidden): _hidden_chunk(work, side) for side in sides}
+
+
+def _of_products(work: Work, side: Side) -> Terms:
     """While a chunk is multiplied, for its gradients a block of classes at a time."""
-    terms = {HIDDEN_CHUNK: _hidden_chunk(work)}
-    if "hidden" in work.differentiate:
-        terms["gradient of hidden, a chunk"] = _hidden_chunk(work)
-    classes = classes_per_block(work.hidden, work.classes, work.backend)
-    widens = work.differentiate and work.gradient_dtype != work.dtype
-    if classes < work.classes and ("kernel" in work.differentiate or widens):
+    terms: Terms = {}
+    for each in work.sides:
+        size = _hidden_chunk(work, each)
+        terms[_chunk_of(each.hidden)] = size
+        terms[f"gradient of {each.hidden}, a chunk"] = size * (each.hidden in work.differentiate)
+    classes = classes_per_block(side.size, work.classes, work.backend)
+    widens = work.wanted(side) and work.gradient_dtype != work.dtype
+    if classes < work.classes and (side.kernel in work.differentiate or widens):
         terms["class block: gradient"] = _wide(work, work.tiling.size, classes)
         # Of the kernel, widened, or of its gradient.
-        terms["class block: kernel"] = _wide(work, work.hidden, classes)
+        terms["class block: kernel"] = _wide(work, side.size, classes)
     return terms
 
 
-def _hidden_chunk(work: Work) -> int:
+def _chunk_of(name: str) -> str:
+    return f"{name} of a chunk"
+
+
+def _hidden_chunk(work: Work, side: Side) -> int:
     """The bytes of [C, D], if it is not an argument or a result itself."""
     apart = work.tiling.chunks > 1 or work.is_narrow
-    return _wide(work, work.tiling.size, work.hidden) * apart
+    return _wide(work, work.tiling.size, side.size) * apart
 
 
 # A GPU. XLA fuses the functions of rows, options and all, but not with the products.
@@ -107,20 +149,20 @@ def _hidden_chunk(work: Work) -> int:
 
 def _on_gpu(work: Work) -> Terms:
     chunks, rows, _ = work.tiling
-    gradient = rows * work.classes * work.gradient_dtype.itemsize * (work.path is not None)
-    terms = _in_loop(work)
-    terms[HIDDEN_CHUNK] = _wide(work, rows, work.hidden) * (chunks > 1)
+    gradient = rows * work.classes * work.gradient_dtype.itemsize
     # XLA puts one of the same dtype in the place of the logits. A kernel doesn't.
     in_place = work.gradient_dtype.itemsize == work.wide_itemsize
     in_place = in_place and not work.makes_gradient_with_state
-    terms["gradient of logits"] = gradient * (not in_place)
-    if work.path is not None and "softcap" in work.options:
-        terms["logits before the softcap"] = _logits(work)
-    if "class_mask" in work.options and "hidden" in work.differentiate:
-        terms["kernel, masked"] = work.kernel_bytes
-    if work.is_narrow and work.classes % work.backend.class_multiple:
-        terms["kernel, padded"] = work.kernel_bytes
-        terms["gradient of logits, padded"] = gradient  # in bfloat16
+    terms = _in_loop(work) | _before_softcap(work)
+    for side in work.sides:
+        wanted = bool(work.wanted(side))
+        terms[_chunk_of(side.hidden)] = _wide(work, rows, side.size) * (chunks > 1)
+        terms[f"gradient of {side.logits}"] = gradient * (wanted and not in_place)
+        if "class_mask" in work.options and side.hidden in work.differentiate:
+            terms[f"{side.kernel}, masked"] = _kernel(work, side)
+        if work.is_narrow and work.classes % work.backend.class_multiple:
+            terms[f"{side.kernel}, padded"] = _kernel(work, side)
+            terms[f"gradient of {side.logits}, padded"] = gradient * wanted  # in bfloat16
     return _largest([_beside_results(work, terms, hold_gradients=False), *_after_loop(work)])
 
 
@@ -128,9 +170,7 @@ def _on_gpu(work: Work) -> Terms:
 
 
 def _on_tpu(work: Work) -> Terms:
-    terms = _in_loop(work)
-    if work.path is not None and "softcap" in work.options:
-        terms["logits before the softcap"] = _logits(work)
+    terms = _in_loop(work) | _before_softcap(work)
     return _largest([terms, *(_after_loop(work) if work.path == FORWARD else ())])
 
 
@@ -141,30 +181,40 @@ def _logits(work: Work) -> int:
     return _wide(work, work.tiling.size, work.classes)
 
 
+def _before_softcap(work: Work) -> Terms:
+    """What the softcap's derivative needs."""
+    sides = work.wanted_sides if "softcap" in work.options else ()
+    return {f"{side.logits} before the softcap": _logits(work) for side in sides}
+
+
+def _kernel(work: Work, side: Side) -> int:
+    """The bytes of a kernel with the rows of all devices."""
+    return work.elements[side.kernel] * work.dtype.itemsize
+
+
 def _in_loop(work: Work) -> Terms:
     """As long as the loop over chunks runs."""
     chunks, _, padding = work.tiling
-    terms = {"logits of a chunk": _logits(work)}
-    terms["kernel, gathered"] = work.kernel_bytes * (work.kernel_parts > 1)
-    terms |= _gradient(work, "kernel")
-    if chunks > 1:
-        terms["hidden, padded"] = _wide(work, work.rows, work.hidden) * (padding > 0)
-        terms |= _gradient(work, "hidden")
+    terms: Terms = {}
+    for side in work.sides:
+        terms[_chunk_of(side.logits)] = _logits(work)
+        terms[f"{side.kernel}, gathered"] = _kernel(work, side) * (work.kernel_parts > 1)
+        terms |= _gradient(work, side.kernel)
+        if chunks > 1:
+            padded = _wide(work, work.elements[side.hidden]) * (padding > 0)
+            terms[f"{side.hidden}, padded"] = padded
+            terms |= _gradient(work, side.hidden)
     return terms
 
 
 def _gradient(work: Work, name: str) -> Terms:
     """That gradient, if it is computed in an array of its own, from which the result is made."""
     apart = _has_gradient_apart(work, name)
-    return {_gradient_name(work, name): _gradient_bytes(work, name)} if apart else {}
+    return {_gradient_name(work, name): _wide(work, work.elements[name])} if apart else {}
 
 
 def _gradient_name(work: Work, name: str) -> str:
     return f"gradient of {name}, float{8 * work.wide_itemsize}"
-
-
-def _gradient_bytes(work: Work, name: str) -> int:
-    return _wide(work, work.hidden, work.rows if name == "hidden" else work.classes)
 
 
 def _has_gradient_apart(work: Work, name: str) -> bool:
@@ -175,7 +225,7 @@ def _has_gradient_apart(work: Work, name: str) -> bool:
         return True
     if work.backend.copies_scaled_gradients:
         return summed or work.path == FORWARD
-    if name == "hidden":
+    if name in {side.hidden for side in work.sides}:
         # The result has the order of rows, this one that of chunks. Where devices sum it, the array
         # that they sum lies between the two, so that this one may lie in the result.
         return work.tiling.chunks > 1 and not summed
@@ -189,15 +239,17 @@ def _beside_results(work: Work, terms: Terms, *, hold_gradients: bool) -> Terms:
     Args:
       work: the call.
       terms: what exists at one moment.
-      hold_gradients: whether a result may hold the gradient from which the other one is made.
+      hold_gradients: whether a result may hold the gradient from which the other one of its side
+        is made.
     """
     left = dict(terms)
-    gradients = {name: _gradient_name(work, name) for name in INPUTS}
-    for name in ("kernel", "hidden"):
-        apart = {gradients[name]} if hold_gradients else set(gradients.values())
-        fits = [t for t in left if t not in apart and left[t] <= work.input_bytes[name]]
-        if _has_gradient_apart(work, name) and fits:
-            del left[max(fits, key=left.__getitem__)]
+    gradients = {_gradient_name(work, name) for name in work.elements}
+    for side in work.sides:
+        for name, other in ((side.kernel, side.hidden), (side.hidden, side.kernel)):
+            apart = gradients - ({_gradient_name(work, other)} if hold_gradients else set())
+            fits = [t for t in left if t not in apart and left[t] <= work.input_bytes[name]]
+            if _has_gradient_apart(work, name) and fits:
+                del left[max(fits, key=left.__getitem__)]
     return left
 
 
@@ -206,8 +258,10 @@ def _after_loop(work: Work) -> list[Terms]:
     if not work.summed or not (work.path == FORWARD or work.is_narrow):
         return []
     what = "scaled" if work.path == FORWARD else "summed"
-    terms = _gradient(work, "kernel") | _gradient(work, "hidden")
-    more = {f"gradient of {name}, {what}": _gradient_bytes(work, name) for name in work.summed}
+    terms: Terms = {}
+    for side in work.sides:
+        terms |= _gradient(work, side.kernel) | _gradient(work, side.hidden)
+    more = {f"gradient of {name}, {what}": _wide(work, work.elements[name]) for name in work.summed}
     if work.kernel_parts == 1:
         return [terms | more]
     # The kernel's is scattered, before that of hidden is summed or after it.

@@ -20,7 +20,17 @@ from sxe._call.options import chunk_size as parse_chunk_size
 from sxe._call.options import implementation as parse_implementation
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._plan.memory import temporaries
-from sxe._plan.work import INPUTS, TILE_OPTIONS, Work
+from sxe._plan.work import (
+    INPUTS,
+    MODEL,
+    OF_DIVERGENCE,
+    OF_LOSS,
+    TARGET,
+    TARGET_INPUTS,
+    TILE_OPTIONS,
+    Side,
+    Work,
+)
 from sxe._rows.gpu_choice import has_state_kernel
 from sxe._rows.rules import RULES
 
@@ -64,7 +74,9 @@ class Floor(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call of ``sxe.linear_softmax_cross_entropy`` does, and its gradient, on each device.
+    """What a call of the head does, and its gradient, on each device.
+
+    For a divergence, what is said of hidden, kernel and logits counts both sides.
 
     Attributes:
       implementation: of the functions of rows, "xla" or "mosaic_gpu".
@@ -141,6 +153,7 @@ def plan(
     reduction: Literal["mean", "sum", "none"] = "mean",
     rule: Literal["vjp", "jvp", "autodiff"] = "vjp",
     chunk_size: int | None = None,
+    target_hidden: int | None = None,
     options: Sequence[str] = (),
     counting: float = 1.0,
     mesh: Mapping[str, int] | None = None,
@@ -153,20 +166,32 @@ def plan(
 ) -> Plan:
     """What ``linear_softmax_cross_entropy`` would do for inputs of that size.
 
+    Likewise ``linear_kl_divergence``, with ``target_hidden``. ``linear_log_prob_and_entropy`` does
+    what ``reduction="none"`` says, whether its entropy is used or not: on a CPU, the entropy's sum
+    is made of logits that are in a cache, and by XLA on a GPU in the read that makes the other
+    sums. After a kernel for GPUs it is one more read. Where devices split the classes, it is one
+    more number of a row that they sum.
+
     Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
     about 15 % of ``compiled.memory_analysis()``; so they are for a TPU, from libtpu 0.0.51 on, if
     no array fits into a core's vector memory, which is not counted. Elsewhere they are what the
-    parts take that the work is divided into, and XLA may need more. One thing is left out: JAX 0.10
-    writes out a chunk's dense targets [C, K] on a CPU.
+    parts take that the work is divided into, and XLA may need more. Two things are left out, on a
+    CPU: JAX 0.10 writes out a chunk's dense targets [C, K]; and where both kernels of a divergence
+    have the same shape and all four inputs gradients, one kernel's gradient may be there twice.
 
     Args:
       rows, hidden, classes: N, D and K, of all devices.
       dtype: of hidden and kernel.
-      differentiate: those of "hidden" and "kernel" for which there is a gradient.
+      differentiate: those of "hidden" and "kernel" for which there is a gradient; of a divergence
+        also "target_hidden" and "target_kernel".
       reduction, rule, chunk_size: as for the call.
+      target_hidden: D', for a divergence from a target with hidden states [N, D'] and a kernel
+        [D', K]. None: there are labels.
       options: the names of those options in use that make XLA write out more, or that a kernel does
         not serve: "where" (or weights, or ignore_index), "bias", "logit_scale", "softcap",
-        "class_mask", "label_smoothing" (or dense targets), "label_weights" (up to 16 in a row).
+        "class_mask"; for a loss "label_smoothing" (or dense targets), "label_weights" (up to 16 in
+        a row); for a divergence "jensen_shannon", its mode. Any other option of a divergence is
+        taken to be in use on both sides.
       counting: the share of the rows that count, on each device, where ``where``, ``ignore_index``
         or ``weights`` leave the others out. Rule "vjp" runs only those that count, in whole chunks
         and parts of one.
@@ -192,17 +217,27 @@ def plan(
       True
       >>> p.temporary_bytes < p.logits_bytes
       True
+
+      A student of half the size of its teacher, which has no gradient:
+
+      >>> p = sxe.plan(rows=8192, hidden=2048, classes=128256, target_hidden=4096)
+      >>> p.flops == (6 * 2048 + 2 * 4096) * 8192 * 128256
+      True
     """
     rows = arguments.integer("rows", rows)
     hidden = arguments.integer("hidden", hidden)
     classes = arguments.integer("classes", classes)
-    for name, size, least in (("rows", rows, 0), ("hidden", hidden, 1), ("classes", classes, 1)):
+    sides = [Side(hidden, *MODEL)]
+    if target_hidden is not None:
+        sides.append(Side(arguments.integer("target_hidden", target_hidden), *TARGET))
+    of_sides = [(side.hidden, side.size, 1) for side in sides]
+    for name, size, least in (("rows", rows, 0), ("classes", classes, 1), *of_sides):
         if size < least:
             raise ArgumentValueError(name, f"expected at least {least}, got {size}")
     arguments.one_of("reduction", reduction, REDUCTIONS)
     arguments.one_of("rule", rule, tuple(RULES))
     for argument, names, known in (
-        ("differentiate", differentiate, INPUTS),
+        ("differentiate", differentiate, INPUTS + TARGET_INPUTS),
         ("options", options, TILE_OPTIONS),
     ):
         if isinstance(names, str) or not isinstance(names, Iterable):
@@ -211,6 +246,7 @@ def plan(
             )
         for name in names:
             arguments.one_of(argument, name, known)
+    _check_names(tuple(differentiate), tuple(options), has_targets=target_hidden is not None)
     dtype = _dtype(dtype)
     given = parse_chunk_size("chunk_size", chunk_size)
     if backend is not None:
@@ -248,8 +284,8 @@ def plan(
     check_rule(rule, runs_on)
     call = Work(
         rows,
-        hidden,
         classes,
+        tuple(sides),
         dtype,
         differentiate=frozenset(differentiate),
         reduction=reduction,
@@ -273,6 +309,24 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
     except TypeError:
         known = None
     return arguments.check_dtype("dtype", dtype if known is None else known)
+
+
+def _check_names(
+    differentiate: tuple[str, ...], options: tuple[str, ...], *, has_targets: bool
+) -> None:
+    """Raises for what a divergence alone has, or a loss alone."""
+    given = [("differentiate", name) for name in differentiate]
+    given += [("options", name) for name in options]
+    for argument, name in given:
+        if name in TARGET_INPUTS + OF_DIVERGENCE and not has_targets:
+            raise ArgumentValueError(
+                argument,
+                f"expected {name!r} for a divergence alone; pass target_hidden, its D', besides",
+            )
+        if name in OF_LOSS and has_targets:
+            raise ArgumentValueError(
+                argument, f"expected no {name!r} with target_hidden: a divergence has no labels"
+            )
 
 
 def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> None:
@@ -350,7 +404,7 @@ def _plan(
     for argument, size, parts, axes in (
         ("rows", call.rows, groups, batch_axis_name),
         ("classes", call.classes, shards, axis_name),
-        ("hidden", call.hidden, gathered, fsdp),
+        *((side.hidden, side.size, gathered, fsdp) for side in call.sides),
     ):
         if size % parts:
             raise ArgumentValueError(
@@ -403,18 +457,24 @@ def _reason(work: Work) -> str:
 
 def _collectives(work: Work) -> tuple[Collective, ...]:
     groups, shards, parts = work.row_groups, work.class_shards, work.kernel_parts
-    wide, kernel = work.wide_itemsize, work.hidden * work.classes
-    gathered = kernel * (wide if work.backend.widens_what_it_exchanges else work.dtype.itemsize)
-    d_hidden, d_kernel = (wide * (name in work.differentiate) for name in INPUTS)
-    d_hidden, d_kernel = d_hidden * work.rows * work.hidden, d_kernel * kernel
+    wide = work.wide_itemsize
     sums = {"mean": 2, "sum": 1, "none": 0}[work.reduction]
-    exchanged = (
+    statistics = wide * work.rows * work.statistics
+    exchanged = [
         Collective("all-reduce", "sums of losses and weights", groups, wide * sums),
-        # The maximum; the sum, the number of maxima, and the label's part of the loss.
-        Collective("all-reduce", "statistics of rows", shards, 4 * wide * work.rows),
-        Collective("all-reduce", "gradient of hidden", shards, d_hidden),
-        Collective("all-gather", "kernel", parts, gathered),
-        Collective("reduce-scatter", "gradient of kernel", parts, d_kernel),
-        Collective("all-reduce", "gradient of kernel", groups // parts, d_kernel // parts),
-    )
+        Collective("all-reduce", "statistics of rows", shards, statistics),
+    ]
+    itemsize = wide if work.backend.widens_what_it_exchanges else work.dtype.itemsize
+    for side in work.sides:
+        of_hidden, of_kernel = f"gradient of {side.hidden}", f"gradient of {side.kernel}"
+        d_hidden, d_kernel = (
+            wide * work.elements[name] * (name in work.differentiate) for name in side.inputs
+        )
+        gathered = itemsize * work.elements[side.kernel]
+        exchanged += [
+            Collective("all-reduce", of_hidden, shards, d_hidden),
+            Collective("all-gather", side.kernel, parts, gathered),
+            Collective("reduce-scatter", of_kernel, parts, d_kernel),
+            Collective("all-reduce", of_kernel, groups // parts, d_kernel // parts),
+        ]
     return tuple(c for c in exchanged if c.devices > 1 and c.bytes)

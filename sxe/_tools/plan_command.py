@@ -12,7 +12,7 @@ from sxe._backend import PLATFORMS
 from sxe._call.options import IMPLEMENTATIONS, REDUCTIONS
 from sxe._errors import ArgumentError
 from sxe._plan.plan import Plan
-from sxe._plan.work import INPUTS, TILE_OPTIONS
+from sxe._plan.work import INPUTS, TARGET_INPUTS, TILE_OPTIONS
 from sxe._rows.rules import RULES
 from sxe._tools.arguments import positive, size
 
@@ -24,12 +24,16 @@ OPTIONS = {"memory_bytes": "memory"}  # those that are not named as the argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "What sxe.linear_softmax_cross_entropy does for hidden states [rows, hidden] and a kernel "
-        "[hidden, classes]: how it gets the gradients, in how many chunks, with how many FLOPs and "
-        "how much memory; and on a mesh what its devices exchange. Nothing is run."
+        "[hidden, classes], or sxe.linear_kl_divergence with --target-hidden: how it gets the "
+        "gradients, in how many chunks, with how many FLOPs and how much memory; and on a mesh "
+        "what its devices exchange. Nothing is run."
     )
     parser.add_argument("--rows", type=size, required=True, help="N, of all devices")
     parser.add_argument("--hidden", type=size, required=True, help="D")
     parser.add_argument("--classes", type=size, required=True, help="K, of all devices")
+    parser.add_argument(
+        "--target-hidden", type=size, help="D' of a target, for a divergence (default: labels)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32", "float64"),
@@ -39,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--differentiate",
         nargs="*",
-        choices=INPUTS,
+        choices=INPUTS + TARGET_INPUTS,
         default=INPUTS,
-        help="what gets a gradient (default: both; none of them: the value alone)",
+        help="what gets a gradient (default: hidden and kernel; none of them: the value alone)",
     )
     parser.add_argument("--reduction", choices=REDUCTIONS, default="mean")
     parser.add_argument("--rule", choices=tuple(RULES), default="vjp")
@@ -112,6 +116,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             reduction=arguments.reduction,
             rule=arguments.rule,
             chunk_size=arguments.chunk_size,
+            target_hidden=arguments.target_hidden,
             options=arguments.options,
             counting=arguments.counting,
             backend=arguments.backend,
@@ -123,8 +128,10 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         )
     except ArgumentError as error:
         parser.error(f"{_option(error.argument)}: {error.message}")
-    for name, text in _lines(plan, arguments.backend, rates):
-        print(f"{name:30}{text}")
+    lines = list(_lines(plan, arguments.backend, rates))
+    width = max(30, *(len(name) + 1 for name, _ in lines))
+    for name, text in lines:
+        print(f"{name:{width}}{text}")
     return 0
 
 
