@@ -167,7 +167,10 @@ class Backend:
 
     @property
     def reads_of_dense_cost(self) -> int:
-        """How often XLA reads logits from memory for what their dense targets cost, likewise."""
+        """How often XLA reads logits from memory for a cost by class, likewise.
+
+        That is what dense targets cost, and the sums of a divergence.
+        """
         return 1 if self.platform == "gpu" else 0
 
     @property
