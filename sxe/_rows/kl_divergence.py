@@ -152,16 +152,10 @@ def origin_of(side: Side, axis_name: AxisName) -> Array:
     return psum(jnp.sum(jnp.where(side.top, _finite(side.v), 0), axis=-1), axis_name)
 
 
-def sums_of(side: Side, origin: Array) -> Sums:
-    """The sums of a tile."""
+def mean_of(side: Side, origin: Array) -> Array:
+    """``Sums.mean`` of a tile, from the origin of its rows."""
     means = side.p * from_origin(side, vary_like(origin, side.p))
-    means = jnp.where(side.v == -jnp.inf, -jnp.inf, means)
-    return Sums(
-        divergence=jnp.sum(divergence_terms(side), axis=-1),
-        error=jnp.sum(difference(side), axis=-1),
-        mean=jnp.sum(means, axis=-1),
-        origin=origin,
-    )
+    return jnp.sum(jnp.where(side.v == -jnp.inf, -jnp.inf, means), axis=-1)
 
 
 def gradient_of_other(side: Side, sums: Sums) -> Array:
@@ -334,15 +328,16 @@ class KLDivergence:
         of_x, of_z = vary_like((of_x, of_z), x)
         # 0, or NaN in a row of which one side has no distribution.
         nothing = sum(a - a for a in (*of_x, *of_z))
-        sides, used = self._sides(x, z, of_x, of_z), [weight > 0 for weight in self._weights]
-        origins = [
-            origin_of(a, self.axis_name) if u else None for a, u in zip(sides, used, strict=True)
-        ]
-        of_x, of_z = _behind((of_x, of_z), origins)
-        sides, found = self._sides(x, z, of_x, of_z), []
-        for side, origin in zip(sides, origins, strict=True):
-            sums = None if origin is None else sums_of(side, origin)
-            found.append(sums and sums._replace(divergence=sums.divergence + nothing))
+        found: list[Sums | None] = []
+        for i, side in enumerate(self._sides(x, z, of_x, of_z)):
+            if not self._weights[i]:
+                found.append(None)
+                continue
+            origin = origin_of(side, self.axis_name)
+            behind = self._sides(x, z, *_behind((of_x, of_z), origin))[i]
+            divergence = jnp.sum(divergence_terms(side), axis=-1) + nothing
+            error = jnp.sum(difference(side), axis=-1)
+            found.append(Sums(divergence, error, mean_of(behind, origin), origin))
         return found
 
     def _sides(self, x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> tuple[Side, Side]:
