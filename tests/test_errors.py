@@ -1042,6 +1042,7 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
         ("rule", {"rule": "grad"}, ValueError, f"{ONE_OF}'grad'"),
         ("differentiate", {"differentiate": "hidden"}, TypeError, f"{NAMES}'hidden'"),
         ("differentiate", {"differentiate": None}, TypeError, f"{NAMES}None"),
+        ("differentiate", {"differentiate": iter(["hidden"])}, TypeError, f"{NAMES}<.*iterator.*>"),
         ("differentiate", {"differentiate": ["bias"]}, ValueError, "expected one of .* got 'bias'"),
         ("options", {"options": ["z_loss"]}, ValueError, "expected one of 'where', .*'z_loss'"),
         ("chunk_size", {"chunk_size": 0}, ValueError, "expected at least 1, .*, got 0"),

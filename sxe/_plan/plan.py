@@ -5,7 +5,7 @@ from __future__ import annotations  # so that help() names types shortly
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -240,7 +240,7 @@ def plan(
         ("differentiate", differentiate, INPUTS + TARGET_INPUTS),
         ("options", options, TILE_OPTIONS),
     ):
-        if isinstance(names, str) or not isinstance(names, Iterable):
+        if isinstance(names, str) or not isinstance(names, Collection):
             raise ArgumentTypeError(
                 argument, f"expected a sequence of names among {known}, got {names!r}"
             )
