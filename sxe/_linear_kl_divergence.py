@@ -287,7 +287,7 @@ def linear_kl_divergence(
       >>> loss, d_kernel = jax.value_and_grad(sxe.linear_kl_divergence, argnums=1)(
       ...     student, kernel, teacher, teacher_kernel)
       >>> print(f"{loss:.4f}")
-      0.0000
+      0.0983
     """
     return divergence_of_hidden(
         hidden,
