@@ -147,8 +147,11 @@ def test_entropies_of_many_classes(classes, rule):
         log1p_r, mean_gap = np.log1p(rest.sum()), (rest * gap).sum() / (1 + rest.sum())
         assert -log_prob[i] == pytest.approx(gap[labels[i]] + log1p_r, rel=LOG_PROB_BAR)
         assert entropy[i] == pytest.approx(log1p_r + mean_gap, rel=ENTROPY_BAR)
-        d = np.exp(-gap) / (1 + rest.sum()) * (gap - mean_gap)
-        atol = max(ENTROPY_GRADIENT_BAR * np.abs(d).max(), 1e-12)
+        q = np.exp(-gap) / (1 + rest.sum())
+        d = q * (gap - mean_gap)
+        # What JAX derives for rule "autodiff" is right beside terms of the size of q.
+        terms = q if rule == "autodiff" else d
+        atol = max(ENTROPY_GRADIENT_BAR * np.abs(terms).max(), 1e-12)
         np.testing.assert_allclose(d_entropy[i], d, rtol=0, atol=atol)
 
 
@@ -418,7 +421,8 @@ def test_divergences_of_16_bits(mode, dtype):
 def test_with_all_optimizations():
     """All of the above, compiled as users' programs are."""
     flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
-    flags += " --xla_cpu_use_fusion_emitters=true"
+    if jax.__version_info__ < (0, 11):  # conftest.py turns it off there
+        flags += " --xla_cpu_use_fusion_emitters=true"
     fresh.run_tests(__file__, XLA_FLAGS=flags)
 
 

@@ -226,8 +226,11 @@ class CrossEntropy:
         of_row = origin + lse, lax.stop_gradient(state.max_probability)
         if not self.with_entropy:
             return Results(loss, *of_row)
-        gaps = psum(gap_sum(x, vary_like(state.m, x), scale=1), self.axis_name) / (1 + state.r)
-        return Results(loss, *of_row, entropy(state, gaps))
+        m = vary_like(state.m, x)
+        plain, scaled = gap_sum(x, m, scale=1), gap_sum(*lax.stop_gradient((x, m)))
+        # As r has, the value in which nothing underflows, and the derivative of the plain one.
+        gaps = psum(plain + (scaled - lax.stop_gradient(plain)), self.axis_name)
+        return Results(loss, *of_row, entropy(state, gaps / (1 + state.r)))
 
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
         """w_i (loss_i + z lse_i^2)."""
