@@ -142,13 +142,12 @@ def spec(p, rows, classes):
     return {name: layouts.get(name, P()) for name in p}
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("place", ["outside", "inside"])
+@pytest.mark.parametrize(
+    ("place", "check_vma"), [("outside", True), ("outside", False), ("inside", True)]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_shard_map(rule, place, check_vma):
-    """The gradient is taken outside of it, or inside, which needs the types."""
-    if place == "inside" and not check_vma:
-        pytest.skip("as with lax.psum itself: see axis_name of the loss")
+    """The gradient is taken outside of it, or inside, which needs the types of check_vma."""
     mesh, calls, functions = make_mesh(2, 4), calls_of(rule), []
     for p, static in calls:
         static = static | {"axis_name": "model", "batch_axis_name": "data"}

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from sxe._arrays import AxisName, axis_names, vary, varying, wide_dtype
 from sxe._backend import Backend
-from sxe._call.options import Options
+from sxe._call.options import Options, of_each_row
 from sxe._call.rows import any_class
 from sxe._head.chunk import Head, Hidden, Projection, Shared
 from sxe._head.chunked import HiddenRows
@@ -49,8 +49,7 @@ class Linear(NamedTuple):
 
     @property
     def row_scale(self) -> Array | None:
-        scale = self.logit_scale
-        return scale if isinstance(scale, Array) and scale.ndim else None
+        return of_each_row(self.logit_scale)
 
     def has_loss(self, axis_name: AxisName, backend: Backend) -> Array:
         """Which rows have a loss as far as is known before their product, bool [...]."""

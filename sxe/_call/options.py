@@ -129,7 +129,8 @@ def chunk_size(name: str, value: Any) -> int | None:
     return size
 
 
-def _of_each_row(scale: Array | float | None) -> Array | None:
+def of_each_row(scale: Array | float | None) -> Array | None:
+    """The scale if each row has one of its own, [...]."""
     return scale if isinstance(scale, Array) and scale.ndim else None
 
 
@@ -175,12 +176,12 @@ class Options:
     @property
     def row_scale(self) -> Array | None:
         """The logit_scale if each row has one of its own, [...]."""
-        return _of_each_row(self.logit_scale)
+        return of_each_row(self.logit_scale)
 
     @property
     def target_row_scale(self) -> Array | None:
         """The target_logit_scale, likewise."""
-        return _of_each_row(self.target_logit_scale)
+        return of_each_row(self.target_logit_scale)
 
     @property
     def leaves_rows_out(self) -> bool:

@@ -261,25 +261,23 @@ class KLDivergence:
         return Results(self._weighed(of_p, of_q)), state
 
     def gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
-        state, g = vary_like((state, g), x)
-        states = _behind((state.of_x, state.of_z), (state.of_p, state.of_q))
-        of_p, of_q = self._sides(x, z, *states)
-        if state.of_q is None:
-            assert state.of_p is not None
-            d = gradient_of_other(of_p, state.of_p)
-        else:
-            d = self._weights[1] * gradient_of_own(of_q, state.of_q)
-        return _pulled_back(g.divergence[..., None], d)
+        return self._gradient(1, (x, z), state, g)
 
     def target_gradient(self, x: Array, z: Array, state: State, g: Results) -> Array:
+        return self._gradient(0, (x, z), state, g)
+
+    def _gradient(self, of: int, logits: tuple[Array, Array], state: State, g: Results) -> Array:
+        """The gradient for the logits of p, of which the number is 0, or of q, which is 1."""
+        (x, z), other = logits, 1 - of
         state, g = vary_like((state, g), x)
-        states = _behind((state.of_x, state.of_z), (state.of_p, state.of_q))
-        of_p, of_q = self._sides(x, z, *states)
-        if state.of_p is None:
-            assert state.of_q is not None
-            d = gradient_of_other(of_q, state.of_q)
+        sums = state.of_p, state.of_q
+        sides = self._sides(x, z, *_behind((state.of_x, state.of_z), sums))
+        if (own := sums[of]) is not None:
+            d = self._weights[of] * gradient_of_own(sides[of], own)  # K3, K5
         else:
-            d = self._weights[0] * gradient_of_own(of_p, state.of_p)
+            of_other = sums[other]
+            assert of_other is not None
+            d = gradient_of_other(sides[other], of_other)  # K1
         return _pulled_back(g.divergence[..., None], d)
 
     def target_tangent(self, x: Array, z: Array, state: State, z_dot: Any) -> Results:
