@@ -3,6 +3,7 @@
 On an accelerator: JAX_PLATFORMS=cuda python -m pytest
 """
 
+import gc
 import math
 import os
 
@@ -23,6 +24,10 @@ os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU
 
 jax.config.update("jax_platforms", platforms)
+
+# Tracing creates many objects that live on. With Python's thresholds the garbage collector takes a
+# tenth of the time, because it walks through them again and again.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])

@@ -96,3 +96,32 @@ def in_pairs(*factors):
     assert len(factors) <= len(fours), factors
     on = dict(zip(factors, fours, strict=False))
     return [compatible(name for name in factors if row in on[name]) for row in range(7)]
+
+
+def each_value(**values):
+    """Parametrizes a test over every combination of these values.
+
+    By default the test runs for the fewest combinations in which each value occurs: all lists are
+    read in step, and a shorter list starts again at its end. The other combinations are marked
+    slow, and CI runs them. A value is a list, or a dictionary of ids and values.
+    """
+    named = [
+        v if isinstance(v, dict) else dict(zip(map(str, v), v, strict=True))
+        for v in values.values()
+    ]
+    longest = max(map(len, named))
+    default = {tuple(list(v)[i % len(v)] for v in named) for i in range(longest)}
+    cases = [
+        pytest.param(
+            *(v[id_] for v, id_ in zip(named, ids, strict=True)),
+            id="-".join(ids),
+            marks=() if ids in default else pytest.mark.slow,
+        )
+        for ids in itertools.product(*named)
+    ]
+    return pytest.mark.parametrize(tuple(values), cases)
+
+
+def slow(*values):
+    """A parameter of the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)

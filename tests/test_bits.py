@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from option_cases import slow
 
 import sxe
 
@@ -88,12 +89,12 @@ def check_all(dtype):
             check(*of_head(*sizes, dtype, reduction, chunk_size))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
     check_all(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_on_one_device(dtype):
     """Where rows are taken in blocks, in a process of its own."""
     path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"

@@ -14,7 +14,7 @@ import pytest
 from distributions import MODES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from option_cases import RULES, every_rule, vjp_by_default
+from option_cases import RULES, each_value, every_rule, vjp_by_default
 from oracle import naming
 from tolerances import (
     CLOSE_LOGITS,
@@ -238,20 +238,19 @@ def check_divergences(found, x, z, mode, beta=0.5, *, distance=1.0, rule="vjp", 
 DISTANCES = (10, 3, 1, 0.3, 0.1, 1e-2, 1e-3, 1e-4)
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
 @every_mode
-def test_divergences_by_distance(mode, distance):
+def test_divergences_by_distance(mode):
+    """All distances in one test, because each beta compiles a program of its own."""
     for classes in (2, 13):
-        x, z = pairs(classes, distance)
-        # Each beta compiles a program of its own.
         for beta in BETAS if mode == "jensen_shannon" else BETAS[:1]:
-            found = program_of_divergence("vjp", mode, beta)(x, z)
-            check_divergences(found, x, z, mode, beta, distance=distance)
+            run = program_of_divergence("vjp", mode, beta)
+            for distance in DISTANCES:
+                x, z = pairs(classes, distance)
+                check_divergences(run(x, z), x, z, mode, beta, distance=distance)
 
 
 @every_way
-@every_rule
-@every_mode
+@each_value(mode=MODES, rule=RULES)
 def test_divergences_by_every_rule(mode, rule, way):
     """All distances in one call."""
     each = [pairs(7, distance, seed=i) for i, distance in enumerate(DISTANCES)]
@@ -298,8 +297,7 @@ def test_divergences_of_confident_rows_that_disagree(mode):
             check_divergences(program_of_divergence("vjp", mode, 0.3)(a, b), a, b, mode, 0.3)
 
 
-@pytest.mark.parametrize("classes", [1009, 32768])
-@every_mode
+@each_value(mode=MODES, classes=[1009, 32768])
 def test_divergences_of_many_classes(mode, classes):
     """The float64 oracle keeps enough digits where no row is confident."""
     rng = np.random.default_rng(2)
@@ -365,8 +363,7 @@ def test_no_divergence_is_negative(seed, classes, scale, offset, distance, of):
 
 
 @every_way
-@every_rule
-@every_mode
+@each_value(mode=MODES, rule=RULES)
 def test_equal_logits_have_no_divergence(mode, rule, way):
     """Exactly 0, and so are both gradients; of logits that are shifted, too, if that is exact."""
     z = some_rows(7)
@@ -386,8 +383,7 @@ def test_equal_logits_have_no_divergence(mode, rule, way):
         assert not np.asarray(d)[equal].any()
 
 
-@pytest.mark.parametrize("classes", [7, 1000, 32768])
-@every_mode
+@each_value(mode=MODES, classes=[32768, 7, 1000])
 def test_a_shift_within_the_program(mode, classes):
     """XLA may compute the sum again, in each loop over the classes that needs it."""
     z = np.random.default_rng(4).integers(-4096, 4096, size=(5, classes)) / 1024
@@ -402,8 +398,7 @@ def test_a_shift_within_the_program(mode, classes):
             assert not np.asarray(value).any()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@every_mode
+@each_value(mode=MODES, dtype=["bfloat16", "float16"])
 def test_divergences_of_16_bits(mode, dtype):
     """The logits are exact, and so the value has float32's digits; gradients are rounded once."""
     x, z = (np.asarray(jnp.asarray(a[:4], dtype)) for a in pairs(33, 0.3))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 from jax.test_util import check_grads
-from option_cases import FORWARD_RULES, RULES, vjp_by_default
+from option_cases import FORWARD_RULES, RULES, each_value, vjp_by_default
 from oracle import assert_close, naming
 from problems import at, floats, normal, wide_dtype, with_gradients
 from programs import all_of, quick_jit
@@ -69,8 +69,7 @@ def jacobian_of(f, x, step=1e-5):
 # jit, and none of it
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@every_function
+@each_value(f=FUNCTIONS, dtype=["float32", "bfloat16", "float16", "float64"])
 def test_dtypes(f, dtype):
     """Results are wide, and each gradient is in its input's dtype, rounded once."""
     with jax.enable_x64(dtype == "float64"):
@@ -83,8 +82,7 @@ def test_dtypes(f, dtype):
             f.assert_matches((value, gradients), p, g)
 
 
-@pytest.mark.parametrize("x", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", MODES)
+@each_value(mode=MODES, x=["float32", "bfloat16"])
 def test_a_teacher_of_another_dtype(mode, x):
     """Both are taken in float32, and each gradient is in its input's dtype."""
     f = FUNCTIONS[mode]

@@ -131,6 +131,7 @@ def test_language_model_in_bfloat16_with_more_classes_than_the_vocabulary(tmp_pa
     assert "--classes: expected at least the vocabulary's 16384" in too_few.stderr
 
 
+@pytest.mark.slow
 def test_language_model_measures_the_speed_of_both_losses(tmp_path):
     done = run_example("language_model.py", tmp_path, "--smoke", "--measure=speed")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,6 +150,7 @@ def test_language_model_measures_the_speed_of_both_losses(tmp_path):
     assert list(tmp_path.iterdir()) == []  # no figure
 
 
+@pytest.mark.slow
 def test_language_model_finds_the_largest_batch(tmp_path):
     options = ("--smoke", "--vocabulary=4096", "--measure=largest-batch")
     done = run_example("language_model.py", tmp_path, *options, "--batch-size=32", "--memory=0.5")

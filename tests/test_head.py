@@ -17,6 +17,7 @@ from option_cases import (
     EVERY_OF_HEAD,
     FORWARD_RULES,
     RULES,
+    each_value,
     in_fours,
     vjp_by_default,
     with_row_scale,
@@ -137,7 +138,11 @@ EVERY = [(*EVERY_OF_HEAD, "ignore_index"), (*with_row_scale(EVERY_OF_HEAD), "den
 @pytest.mark.parametrize(
     ("case", "chunk_size", "rule"),
     [
-        *zip(CASES, itertools.cycle(CHUNK_SIZES), itertools.repeat("vjp")),
+        *(
+            # Any three factors meet in the first half. In both, any four do.
+            pytest.param(case, size, "vjp", marks=() if i < 12 else pytest.mark.slow)
+            for i, (case, size) in enumerate(zip(CASES, itertools.cycle(CHUNK_SIZES)))
+        ),
         *((case, 4, rule) for case in EVERY for rule in FORWARD_RULES),
     ],
 )
@@ -235,15 +240,16 @@ def test_dtypes(hidden, kernel, x64):
         assert_close(a, right_gradients[name], None if name in p else "float32")
 
 
-@pytest.mark.parametrize(
-    ("rule", "reduction"), [("vjp", "mean"), ("vjp", "none"), ("jvp", "none"), ("autodiff", "mean")]
+@each_value(
+    of=[("vjp", "mean"), ("vjp", "none"), ("jvp", "none"), ("autodiff", "mean")],
+    dtype=["bfloat16", "float16"],
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_precision(dtype, rule, reduction):
+def test_precision(of, dtype):
     """As precise as float32 logits of the same inputs, and one rounding.
 
     A gradient of the kernel that is added up in the inputs' dtype is not, by this same measure.
     """
+    rule, reduction = of
     n, width, classes, chunk_size = 257, 24, 61, 16
     hidden = jnp.asarray(3 * normal(n, width), dtype)
     kernel = jnp.asarray(normal(width, classes) + 0.5, dtype)
@@ -492,19 +498,19 @@ def precisions(f, *arguments):
     return {name for both in found for name in both}
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
 @vjp_by_default
-@pytest.mark.parametrize(
-    ("hidden", "kernel", "precision"),
-    [
+@each_value(
+    of=[
         ("float32", "float32", "HIGHEST"),
         ("bfloat16", "float32", "HIGHEST"),
         ("float16", "float16", "HIGH"),
         ("bfloat16", "bfloat16", "DEFAULT"),
     ],
+    reduction=["mean", "none"],
 )
-def test_precision_of_products(hidden, kernel, precision, rule, reduction):
+def test_precision_of_products(of, reduction, rule):
     """By the dtype of the inputs, whose digits none of the products drops, unless asked to."""
+    hidden, kernel, precision = of
     p = {"hidden": jnp.zeros((N, D), hidden), "kernel": jnp.zeros((D, K), kernel)}
     labels = problem()["labels"]
 

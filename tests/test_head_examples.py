@@ -12,6 +12,7 @@ import pytest
 from jax import export
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from option_cases import each_value
 from oracle import assert_close
 from problems import head_problem, normal
 
@@ -77,8 +78,7 @@ def head(p, **static):
     return sxe.linear_softmax_cross_entropy(**p, chunk_size=SIZE, **static)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("way", ["where", "ignore_index", "weights"])
+@each_value(way=["where", "ignore_index", "weights"], reduction=["mean", "sum", "none"])
 def test_chunks_without_a_row_that_counts_are_not_run(way, reduction, rows_multiplied):
     """Neither for the value nor for gradients; the loss and gradients are those of all chunks."""
     p = head_problem("bias", shape=(N, D, K), seed=3)
@@ -308,8 +308,7 @@ def test_a_number_of_rows_that_is_a_symbol():
             assert_close(gradient, right[name])
 
 
-@pytest.mark.parametrize("size", [1, SIZE, N])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each_value(size=[1, SIZE, N], reduction=["mean", "none"])
 def test_nan_in_rows_that_do_not_count_in_reverse_over_reverse(reduction, size):
     p = head_problem(shape=(N, D, K), seed=3)
     mask, _ = masks(17)
@@ -325,7 +324,8 @@ def test_nan_in_rows_that_do_not_count_in_reverse_over_reverse(reduction, size):
         return jax.grad(lambda kernel: jnp.vdot(jax.grad(loss)(kernel), direction))(p["kernel"])
 
     dirty = np.where(mask[:, None], p["hidden"], np.float32(np.nan))
-    np.testing.assert_allclose(product(dirty), product(p["hidden"]), rtol=2e-5, atol=1e-6)
+    run = jax.jit(product)
+    np.testing.assert_allclose(run(dirty), run(p["hidden"]), rtol=2e-5, atol=1e-6)
 
 
 # Examples of a vmap.
@@ -361,8 +361,7 @@ def by_example(p, mapped):
 
 
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("mapped", MAPPED, ids="-".join)
+@each_value(mapped={"-".join(names): names for names in MAPPED}, reduction=["mean", "none"])
 def test_vmap_over_any_arguments(mapped, reduction, dense):
     """Values, a gradient of the vmap, and a vmap of the gradient, example by example."""
     p = examples_problem(mapped, dense)
@@ -390,10 +389,12 @@ def test_vmap_over_any_arguments(mapped, reduction, dense):
     right = np.stack([oracle.head_loss(**one, reduction=reduction) for one in each])
     assert_close(value, right)
     assert_close(again, right)
-    expected = [
-        jax.vjp(lambda given, one=one: loss(one | given), {k: one[k] for k in by})[1](g[i])[0]
-        for i, one in enumerate(each)
-    ]
+
+    @jax.jit
+    def of_one(one, g):
+        return jax.vjp(lambda given: loss(one | given), {k: one[k] for k in by})[1](g)[0]
+
+    expected = [of_one(one, g[i]) for i, one in enumerate(each)]
     for name in by:
         of_each = np.stack([e[name] for e in expected])
         scale = np.abs(of_each).max() + 1e-30

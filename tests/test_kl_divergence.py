@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from distributions import FUNCTIONS, MODES
-from option_cases import every_rule, in_pairs, vjp_by_default
+from option_cases import RULES, each_value, in_pairs, vjp_by_default
 from oracle import assert_close, naming
 from problems import cotangent, divergence_problem, floats, normal, with_gradients
 from programs import all_of, quick_jit
@@ -111,8 +111,7 @@ def test_limits_of_the_jensen_shannon_divergence():
     )
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
-@every_mode
+@each_value(shape=[(), (1,), (2, 3), (0,), (2, 0)], mode=MODES)
 def test_leading_dimensions(mode, shape):
     for classes in (1, 2, K):
         p = {
@@ -127,11 +126,9 @@ def test_leading_dimensions(mode, shape):
                 assert not np.any(result[0])
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis"), [((3, K, 2), 1), ((K, 3, 2), 0), ((2, 4, 3, 3), (3, 1))]
-)
-@every_mode
-def test_class_axes(mode, shape, axis):
+@each_value(mode=MODES, of=[((3, K, 2), 1), ((K, 3, 2), 0), ((2, 4, 3, 3), (3, 1))])
+def test_class_axes(mode, of):
+    shape, axis = of
     axes = axis if isinstance(axis, tuple) else (axis,)
     rows = [n for i, n in enumerate(shape) if i not in axes]
     classes = int(np.prod([shape[a] for a in axes]))
@@ -165,9 +162,8 @@ def test_benign_rows_against_the_textbook():
     np.testing.assert_allclose(right["forward"], loss - entropy, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("by", ["logits", "target_logits"])
+@each_value(mode=MODES, by=["logits", "target_logits"])
 @vjp_by_default
-@every_mode
 def test_the_gradient_of_one_side_alone(mode, rule, by):
     """The other is a constant, as a teacher's or a reference's."""
     p = divergence_problem("weights", shape=(N, K))
@@ -195,9 +191,8 @@ def bad_rows(p, content):
     return bad
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each_value(mode=MODES, reduction=["mean", "none"])
 @vjp_by_default
-@every_mode
 def test_a_row_that_does_not_count_contributes_nothing(mode, rule, reduction):
     """Whatever stands in it, on either side or on both."""
     p = divergence_problem(shape=(N, K))
@@ -234,8 +229,7 @@ def test_second_derivatives_of_a_row_that_does_not_count(mode, rule):
                 assert_close(d[COUNTS], np.asarray(right[name], np.float64)[COUNTS])
 
 
-@every_rule
-@every_mode
+@each_value(mode=MODES, rule=RULES)
 def test_a_weight_of_zero_has_its_divergence_as_derivative(mode, rule):
     """Learned weights may start at 0; a row without a divergence then has a derivative of 0."""
     p = divergence_problem(shape=(N, K))
@@ -299,8 +293,7 @@ def rows_with_impossible_classes():
     return {"logits": x, "target_logits": z}
 
 
-@every_rule
-@every_mode
+@each_value(mode=MODES, rule=RULES)
 def test_classes_that_cannot_occur(mode, rule):
     """0 log 0 is 0; what the one may be and the other cannot costs infinity, in that order."""
     p = rows_with_impossible_classes()
@@ -336,9 +329,8 @@ def test_masked_classes_are_logits_of_minus_infinity_on_both_sides(mode):
             assert not np.asarray(result[1][name])[~mask].any()
 
 
-@pytest.mark.parametrize("classes", [5, 1024])
+@each_value(mode=MODES, classes=[5, 1024])
 @vjp_by_default
-@every_mode
 def test_a_row_without_a_distribution_is_nan_alone(mode, rule, classes):
     """All -inf, a +inf, a NaN, which a maximum may lose: on either side, or on both."""
     p = {"logits": normal(14, classes), "target_logits": normal(14, classes, seed=1)}

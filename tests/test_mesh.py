@@ -17,7 +17,7 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from option_cases import EVERY_OF_HEAD, in_pairs
+from option_cases import EVERY_OF_HEAD, each_value, in_pairs, slow
 from oracle import assert_close, naming
 from problems import apart, cotangent, floats, head_problem, logits_problem, with_gradients
 from programs import all_of, quick_jit
@@ -91,6 +91,7 @@ def options_of(static):
 
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = {"auto": AUTO, "explicit": EXPLICIT}
 OTHERS = [(shape, kind) for shape in SHAPES for kind in (AUTO, EXPLICIT)]
 EACH = [((1, 8), AUTO), ((2, 4), EXPLICIT), ((4, 2), AUTO), ((8, 1), EXPLICIT)]
 
@@ -124,9 +125,8 @@ def test_sharded_equals_dense(loss, shape, kind, rule):
 # Layouts
 
 
-@pytest.mark.parametrize(
-    ("batch", "classes", "fsdp"),
-    [
+@each_value(
+    axes=[
         (None, None, None),
         ("a", None, "a"),
         (None, "a", None),
@@ -136,11 +136,11 @@ def test_sharded_equals_dense(loss, shape, kind, rule):
         (P("a", "c"), "b", "a"),
         (P(None, ("c", "b")), None, None),
     ],
-    ids=str,
+    kind=KINDS,
 )
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-def test_axes(batch, classes, fsdp, kind):
+def test_axes(axes, kind):
     """None, one, several; rows [B, T]; metrics, and what the results are split like."""
+    batch, classes, fsdp = axes
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"), kind=kind)
     p = head_problem("class_weights", "weights", "bias", shape=(4, 4, D, K))
     static = {"return_metrics": True, "chunk_size": 1, "label_smoothing": 0.2}
@@ -423,9 +423,11 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
     return collectives(text)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("metrics", [WITHOUT_RANKS, ALL_METRICS], ids=["sums", "ranks"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_value(
+    shape=SHAPES,
+    reduction=["mean", "none"],
+    metrics={"ranks": ALL_METRICS, "sums": WITHOUT_RANKS},
+)
 def test_collectives(shape, metrics, reduction):
     """d hidden and d kernel once a call, and else a number a row or less.
 
@@ -500,7 +502,7 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize("way", ["over_mesh", "shard_map"])
+@pytest.mark.parametrize("way", ["over_mesh", slow("shard_map")])
 @pytest.mark.parametrize(
     ("loss", "rule"),
     [

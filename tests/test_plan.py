@@ -18,6 +18,7 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from option_cases import each_value
 
 import sxe
 from sxe.__main__ import main
@@ -255,9 +256,11 @@ def test_what_the_forward_pass_keeps(reduction, by):
     assert sxe.plan(640, 32, 300, "bfloat16", differentiate=()).kept_bytes == 0
 
 
-@pytest.mark.parametrize("by", [BOTH, ALL, ("target_hidden",)], ids="-".join)
-@pytest.mark.parametrize("mode", ["forward", "reverse", "jensen_shannon"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each_value(
+    by=[BOTH, ALL, ("target_hidden",)],
+    mode=["forward", "reverse", "jensen_shannon"],
+    reduction=["mean", "none"],
+)
 def test_what_the_forward_pass_of_a_divergence_keeps(reduction, mode, by):
     shapes = (640, 32), (32, 300), (640, 16), (16, 300)
     given = {n: jnp.ones(s, jnp.bfloat16) for n, s in zip(ALL, shapes, strict=True)}

@@ -13,6 +13,7 @@ from pathlib import Path
 import fresh
 import numpy as np
 import pytest
+from option_cases import slow
 from tolerances import SAME_FLOAT32, ZERO
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def assert_same(run, right, **tolerance):
         np.testing.assert_allclose(a, right[name][-len(a) :], **tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [slow(1), 2, slow(4)])
 def test_processes_train_as_one_device(one_device, unbroken, processes):
     run = unbroken(processes)
     assert run["losses"].shape == (STEPS,)
@@ -121,6 +122,7 @@ def test_processes_train_as_one_device(one_device, unbroken, processes):
     np.testing.assert_array_equal(run["weight_sums"], one_device["weight_sums"])
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(broken):
     _, statuses, logs = broken
     assert statuses[1] == -signal.SIGKILL, logs[1]
@@ -128,6 +130,7 @@ def test_a_lost_process_ends_the_others(broken):
     assert re.search(r"another task died|[Cc]onnection (reset|closed) by peer", logs[0]), logs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
 def test_a_checkpoint_goes_on(one_device, unbroken, broken, processes, tmp_path):
     """The last before the loss: in as many processes, to the last bit, or in another number."""

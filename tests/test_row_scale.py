@@ -161,6 +161,7 @@ def check_confident_rows():
                     assert 0 < np.abs(gradient).max() < 1000 * losses.max()
 
 
+@pytest.mark.slow
 def test_confident_rows_on_one_device():
     """With XLA's optimizations, in a process of its own."""
     path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"

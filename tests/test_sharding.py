@@ -13,7 +13,7 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, make_mesh, use_mesh
-from option_cases import EVERY_OF_LOGITS, RULES, every_rule, of_logits
+from option_cases import EVERY_OF_LOGITS, RULES, each_value, every_rule, of_logits, slow
 from oracle import assert_close, naming
 from problems import apart, cotangent, logits_problem
 from programs import all_of, quick_jit
@@ -207,7 +207,7 @@ def calls_of(cases, **more):
 
 @pytest.mark.parametrize(
     ("cases", "rule"),
-    [(CASES[:12], "vjp"), (CASES[12:], "vjp"), (CASES[:12], "jvp")],
+    [(CASES[:12], "vjp"), slow(CASES[12:], "vjp"), slow(CASES[:12], "jvp")],
     ids=["vjp-first half", "vjp-second half", "jvp-first half"],
 )
 def test_option_cases(cases, rule):
@@ -236,12 +236,12 @@ def test_gradient_inside(rule):
 @pytest.mark.parametrize(
     ("rows", "classes"),
     [
-        ("a", None),
+        slow("a", None),
         (None, "a"),
         (("a", "c"), None),
-        (None, ("b", "a")),
+        slow(None, ("b", "a")),
         ("b", ("c", "a")),
-        (("c", "b"), "a"),
+        slow(("c", "b"), "a"),
     ],
 )
 def test_one_axis_or_several(rows, classes):
@@ -377,8 +377,7 @@ def test_gradients_of_the_rest(rule):
 # Rows at the edges. Each is a row of its own, so that a leak into another shows.
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@every_rule
+@each_value(rule=RULES, dense={"integer": False, "dense": True})
 def test_infinities_and_bad_labels(rule, dense):
     c = a_call(reduction="none", rule=rule, seed=7)
     logits, labels = c.logits, c.labels
@@ -699,8 +698,7 @@ def placed(mesh, rows, classes, replicated=()):
     return place
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@each_value(layout=list(LAYOUTS), kind=["auto", "explicit"])
 def test_global_arrays(kind, layout):
     mesh, context = use_mesh(kind)
     rows, classes = LAYOUTS[layout]
@@ -720,8 +718,7 @@ def test_global_arrays(kind, layout):
                 assert jax.typeof(value).sharding.spec == P(rows)
 
 
-@pytest.mark.parametrize("replicated", [["class_weights"], ["labels", "where", "weights"]])
-@pytest.mark.parametrize("kind", KINDS)
+@each_value(kind=KINDS, replicated=[["class_weights"], ["labels", "where", "weights"]])
 def test_replicated_arrays(kind, replicated):
     """Logits in parts, and some of the other arrays whole on every device."""
     mesh, context = use_mesh(kind)
@@ -834,7 +831,7 @@ def test_collectives_finds_gathered_logits():
     assert [(c.opcode, c.size) for c in collectives(program)] == [("all-gather", N // 2 * K)]
 
 
-@pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
+@pytest.mark.parametrize("kind", ["shard_map", slow("auto"), "explicit"])
 def test_collectives_move_statistics_of_rows(kind):
     """Nothing with both rows and classes: a number a row, and gathered class weights."""
     calls = [

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from option_cases import EVERY_OF_HEAD, EVERY_OF_LOGITS, every_rule, vjp_by_default
+from option_cases import EVERY_OF_HEAD, EVERY_OF_LOGITS, each_value, every_rule, vjp_by_default
 from oracle import assert_close, naming
 from problems import at, floats, head_problem, logits_problem
 from programs import quick_jit
@@ -20,7 +20,8 @@ import sxe
 
 B, N, D, K = 8, 4, 3, 8
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
-BOTH = pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+LOSSES = {"head": HEAD, "logits": LOGITS}
+BOTH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 slow = pytest.mark.slow
 EXPLICIT = functools.partial(make_mesh, kind=AxisType.Explicit)
 
@@ -151,10 +152,10 @@ def mesh_of(shape):
     return EXPLICIT(*shape, names=("data", "model")[: len(shape)])
 
 
-@BOTH
-@pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[3]], ids=str)
-def test_examples_that_a_mesh_splits(loss, shape, layout):
-    """On one device, and with classes split as well."""
+@each_value(loss=LOSSES, on=[LAYOUTS[0], LAYOUTS[3]])
+def test_examples_that_a_mesh_splits(loss, on):
+    """On one device, and with classes sharded as well."""
+    shape, layout = on
     check(loss, examples(loss, *EVERY[loss]), {"ignore_index": 1}, mesh_of(shape), layout)
 
 
@@ -496,8 +497,7 @@ def test_types_of_a_mesh_inside_shard_map_over_another_axis():
         assert_close(quick_jit(f)(q), oracle.head_loss(**p, reduction="sum"))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@BOTH
+@each_value(loss=LOSSES, devices=[1, 8])
 def test_labels_alone_are_mapped(loss, devices):
     """Several targets for the same logits: no example has logits of its own."""
     p, mesh = examples(loss, own=("labels",)), EXPLICIT(devices, names=("data",))
