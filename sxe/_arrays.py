@@ -47,8 +47,8 @@ def keep(mask: Array | None, x: Array) -> Array:
 @jax.custom_jvp
 def keep_tangent(mask: Array, x: Array) -> Array:
     """x, whose tangents and cotangents are 0 in rows where the mask is False."""
-    # Don't return x itself: if vmap maps only the mask, the result must be mapped as its tangents
-    # from the rule below are. XLA removes the select.
+    # Don't return x itself. If vmap maps only the mask, the rule below gives mapped tangents, so
+    # the result must be mapped too. XLA removes the select.
     return jnp.where(mask if x.ndim == mask.ndim else mask[..., None], x, x)
 
 

@@ -119,7 +119,7 @@ def _fill_rests(x: Array, state: Normalizer, missing: Array, backend: Backend) -
 
 
 def _normalize_all(x: Array, backend: Backend) -> Normalizer:
-    """The state of rows that may be sharded over devices, without a condition on all rows."""
+    """The state of rows that may be sharded over devices, without ``lax.cond`` on all rows."""
     x = wide(x)
     m = jnp.max(x, axis=-1)
     shift = finite_shift(m)

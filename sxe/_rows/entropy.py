@@ -19,7 +19,7 @@ LARGEST_GAP = 1000.0
 
 
 def bounded_gap(x: Array, m: Array) -> Array:
-    """m - x, bounded so that its product with e = 0 is 0, not NaN, where x is -inf."""
+    """m - x, bounded so that e (m - x) is 0, not NaN, where x is -inf and e is 0."""
     return jnp.minimum(m - x, LARGEST_GAP)
 
 
@@ -48,5 +48,5 @@ def entropy(row: Normalizer, mean_gap: Array) -> Array:
 
 
 def slope(x: Array, m: Array, mean_gap: Array) -> Array:
-    """E1 divided by q_l, (m - x_l) - S, for a tile of logits [..., K]."""
+    """(m - x_l) - S, which is E1 divided by q_l, for a tile of logits [..., K]."""
     return bounded_gap(x, m[..., None]) - mean_gap[..., None]

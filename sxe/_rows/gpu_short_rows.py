@@ -35,7 +35,7 @@ from sxe._rows.gpu_terms import (
     uniform_gap,
 )
 
-RINGS_BYTES = 200 * 1024  # of the 227 KiB of shared memory that a program may have
+RINGS_BYTES = 200 * 1024  # of the 227 KiB of shared memory that a program may use
 
 
 def short_launch(

@@ -13,8 +13,8 @@ beta p + (1 - beta) q for Jensen-Shannon. With v_k = log M_k - log p_k and phi(v
     K3, K5      d KL(p || M)/d z_l  = p_l (sum_k p_k v_k - v_l)     = p_l (-v_l - KL(p || M))
 
 For KL(q || M), swap p and q, and x and z. phi is never negative. Where p and M nearly agree, an
-error e of the states changes all v_k by the same amount. Because sum_k M_k = sum_k p_k, it changes
-the divergence by only e^2 / 2. So the divergence is accurate even where the usual formula,
+error of the states shifts all v_k by the same e. Because sum_k M_k = sum_k p_k, this changes the
+divergence by only e^2 / 2. So the divergence is accurate even where the usual formula,
 sum_k p_k (log p_k - log q_k), has no correct digits. In K3 and K5 such an error cancels. In K1 it
 does not. But the exact sum_k p_k expm1(v_k) is 0, so the computed sum is used to correct K1.
 """

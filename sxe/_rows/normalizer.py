@@ -6,10 +6,10 @@ For the logits x_1 .. x_K of one row:
     r   = sum_k e_k with one maximal element left out, so that 1 + r = sum_k e_k
     lse = m + log1p(r)                  q_k = e_k / (1 + r)
 
-The maximum's 1 and the rest r are kept apart, because 1 + r would round a small r away. So the loss
-and the gradient of a confident row, such as one with r = 1e-20, keep full relative precision.
-States form a monoid under ``merge``. So the same type describes a whole row, a tile of its classes,
-and a shard of its classes on a mesh.
+The maximum's 1 and the rest r are kept apart, because 1 + r would round a small r away. In a
+confident row the largest logit leads by far, and r may be 1e-20. Its loss and gradient then still
+have full relative precision. States form a monoid under ``merge``, so that a state can describe a
+whole row, a tile of its classes, or a shard of its classes on a mesh.
 """
 
 from typing import NamedTuple
@@ -106,7 +106,7 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
     # If the maximum is the lowest finite number, all other logits are equal to it or -inf.
     # exp_difference treats -inf as that number, so set the rest to 0 here. Keep its derivative.
     rest = jnp.where(m <= jnp.finfo(x.dtype).min, rest - lax.stop_gradient(rest), rest)
-    # An accelerator computes both sums in one read of x, because they share only x, no exponential.
+    # The two sums share x but no exponential, so an accelerator computes both in one read of x.
     count = jnp.sum(near, axis=-1, dtype=rest.dtype)
     return Normalizer(m, rest + (count - 1))
 

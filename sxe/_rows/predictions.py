@@ -32,8 +32,8 @@ def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
     if label is not None:
         found, inside = (a[..., 0] for a in take_labels(x, label[..., None]))
         x_label = psum(jnp.where(inside, found, 0), axis_name)  # only one shard has the class
-        # Leave the label's own class out: XLA may recompute the logits for the comparison, from the
-        # caller's inputs, and round them differently.
+        # Exclude the label's own class, which might compare as larger than itself: XLA may
+        # recompute the logits for the comparison and round them differently.
         is_larger = (x > x_label[..., None]) & ~is_label(label, x.shape[-1])
         larger = jnp.sum(is_larger, axis=-1, dtype=jnp.int32)
     return Ranking(best, jnp.max(x, axis=-1), larger)

@@ -37,7 +37,8 @@ class RowFunction(Protocol):
 
     Logits x are a tile [..., K]: all classes of the rows, or one shard of the classes. Results,
     parts and states are named tuples of arrays [...]. Only these methods contain the mathematics of
-    a function. The differentiation rules, the head and the code for meshes are shared by all.
+    a function. All functions share the differentiation rules, the code for meshes, and the head
+    (the fused final linear layer and loss).
     """
 
     @property
@@ -49,7 +50,7 @@ class RowFunction(Protocol):
         """The backend that the function runs on."""
 
     def tile(self, x: Array, targets: Any, /) -> Any:
-        """The part of each row's results that the classes of a tile contribute."""
+        """The part that the classes of a tile contribute to each row."""
 
     def merge(self, part: Any, targets: Any, /) -> tuple[Any, Any]:
         """The results, and the state for the gradient, from the parts of all shards."""
@@ -85,11 +86,11 @@ def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]
 
 
 def values_and_wanted(*inputs: Any) -> tuple[Any, Any]:
-    """The values of a rule's inputs, and whether each of them is differentiated.
+    """The values of the inputs of a rule with symbolic zeros, and whether each is differentiated.
 
-    The rule is one with symbolic zeros. JAX may take the structure of its residuals from another
-    call of the same function, where other inputs were differentiated. So a rule always returns the
-    same structure, with empty arrays for gradients that are not needed.
+    JAX may take the structure of a rule's residuals from another call of the same function, where
+    other inputs were differentiated. So a rule always returns residuals with the same structure,
+    and uses empty arrays for gradients that are not needed.
     """
     leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
     values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))

@@ -63,7 +63,7 @@ class Targets(NamedTuple):
     Attributes:
       label: [...], counted from the first class of the tile. It may be outside of the tile.
       label_target: [...].
-      dense: has as many axes as the logits, and is broadcast along axes of size 1.
+      dense: targets with as many axes as the logits, broadcast along axes of size 1.
       total: T, [...]. NaN marks an invalid label, and makes the row's loss and gradient NaN.
       sparse: several labels per row, instead of ``label``.
 
@@ -90,9 +90,9 @@ class Rows(NamedTuple):
     Where the mask is False, the targets and the weight are 0, and ``keep`` sets the logits to 0.
 
     Attributes:
-      targets: the targets of the row function. In the head they are None where they are logits
-        computed from hidden states.
-      weight: multiplies the row's results.
+      targets: the targets of the row function. In the head (the fused final linear layer and loss)
+        they are None if they are logits computed from hidden states.
+      weight: the factor of the row's results.
       norm: the row's part of the denominator of the mean, or None if it is not needed.
       mask: bool, False for rows that are masked out or ignored, or None if there are none. A row of
         weight 0 stays True where it may have a loss, which is the derivative for its weight.
