@@ -1,4 +1,4 @@
-"""Primitives around an inner program, for rules of our own for what JAX does with a call."""
+"""JAX primitives that call an inner program (a jaxpr), with transformation rules of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,19 +25,19 @@ class CallPrimitive(Primitive):
         mlir.register_lowering(self, mlir.lower_fun(self.run, multiple_results=True))
 
     def run(self, *inputs: Any, call_jaxpr: Any, **params: Any) -> Any:
-        """The outputs."""
+        """Evaluates the inner program."""
         return jaxpr_as_fun(call_jaxpr)(*inputs)
 
     def bind(self, *inputs: Any, subfuns: tuple[Any, ...] = (), **params: Any) -> Any:
-        # From checkify, which rewrites the inner program of a primitive that it does not know: that
-        # program, with the error as an argument.
+        # ``subfuns`` comes from checkify. For a primitive that it does not know, checkify rewrites
+        # the inner program, with the error as an argument, and passes it here.
         if subfuns:
             return subfuns[0].call_wrapped(*inputs)
         return super().bind(*inputs, **params)
 
 
 class TransparentCall(CallPrimitive):
-    """One with the rules that JAX would apply to the equations of the inner program."""
+    """A call that JAX transforms as it would transform the equations of the inner program."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -46,7 +46,7 @@ class TransparentCall(CallPrimitive):
         pe.dce_rules[self] = _without_dead_code
 
     def of(self, f: Callable[..., Any], *inputs: Any, **params: Any) -> Any:
-        """f(*inputs) as one equation with these parameters besides."""
+        """Computes f(*inputs) as a single equation with these additional parameters."""
         leaves, tree = jax.tree.flatten(inputs)
 
         def of_leaves(*leaves: Any) -> Any:
@@ -57,7 +57,7 @@ class TransparentCall(CallPrimitive):
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     def batch(self, inputs: Any, axes: Any, *, call_jaxpr: Any, **params: Any) -> tuple[Any, Any]:
-        """The outputs for all examples, and their axes of examples."""
+        """The batching rule: the outputs for all examples, and their batch axes."""
         outputs = jax.vmap(jaxpr_as_fun(call_jaxpr), axes)(*inputs)
         return outputs, [0] * len(outputs)
 
@@ -72,11 +72,12 @@ def _jvp(primals: Any, tangents: Any, *, call_jaxpr: Any, **params: Any) -> tupl
 
 
 def _without_dead_code(*given: Any) -> tuple[Any, Any]:
-    """The rule of JAX's own calls, which some versions of JAX give an argument more."""
+    """The rule of JAX's own calls. Some versions of JAX pass it one more argument."""
     used, equation = pe.dce_jaxpr_closed_call_rule(*given)
     if equation is None:
         return used, None
-    # What is left has other inputs and outputs than the call had, for which its rules are made.
+    # The rules of this primitive don't fit the reduced call, which has other inputs and outputs.
+    # ``_undivided_p`` has only the general rules.
     call_jaxpr = equation.params["call_jaxpr"]
     return used, equation.replace(primitive=_undivided_p, params={"call_jaxpr": call_jaxpr})
 
@@ -85,8 +86,9 @@ _undivided_p = TransparentCall("undivided")
 
 
 def undivided(f: Callable[..., Any], *inputs: Any) -> Any:
-    """f(*inputs), which JAX does not divide into a part before differentiation and one after it.
+    """Computes f(*inputs) so that JAX's partial evaluation does not split f into two parts.
 
-    It would divide a loop of a forward pass, and keep a widened copy of what the loop reads.
+    JAX would split a loop of the forward pass into a part before differentiation and one after it,
+    and keep a widened copy of the arrays that the loop reads.
     """
     return _undivided_p.of(f, *inputs)

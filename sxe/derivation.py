@@ -1,20 +1,23 @@
-"""The gradient of softmax cross-entropy, and what else is read off a softmax, in lines that run.
+"""The derivation of the gradients of cross-entropy, entropy and divergences, as code that runs.
 
 Logits x in R^{N x K}: N rows, K classes. Targets y in R^{N x K}. Softmax s_k(x_i) = exp(x_ik) / S
-with S = sum_h exp(x_ih), and q in R^{N x K} for all its values. [i=j] is 1 where i = j, else 0.
+with S = sum_h exp(x_ih). q in R^{N x K} is the matrix of all s_k(x_i). [i=j] is 1 where i = j, and
+0 elsewhere.
 
-`d0` ... `d9` derive the gradient of the mean loss. `e0` and `e1` are the entropy H and its
-gradient, of logits x alone. `k0` ... `k5` are divergences from p = softmax(z) of target logits
-z [N, K], and their gradients, with u_k = log q_k - log p_k, phi(u) = exp(u) - 1 - u and
-M = beta p + (1 - beta) q. E and K are of each row by itself: their formulas leave out the row's
-index, values are [N], and gradients [N, K].
+Lines `d0` ... `d9` derive the gradient of the mean loss. `e0` and `e1` are the entropy H of the
+logits x and its gradient. `k0` ... `k5` are divergences between q and p = softmax(z), with target
+logits z [N, K], and their gradients. They use u_k = log q_k - log p_k, phi(u) = exp(u) - 1 - u, and
+M = beta p + (1 - beta) q. The E and K lines apply to each row separately: their formulas leave out
+the row index, their values are [N], and their gradients are [N, K].
 
-Each function is one line: its docstring is the formula, its body the same formula, and nothing
-more. Where a formula has two forms the body is the first one, but of K0 and K2 the second, which is
-`kl`; D4 runs the second of D2 and D3. So the lines overflow where exp does, from logits of 88 in
-float32. `sxe` has the arithmetic that does not: `jax.grad(sxe.softmax_cross_entropy)(x, y).T` is D9
-at every magnitude. `LINES` and `ROW_LINES` say what each line is compared with and what it assumes;
-`python -m sxe check` measures them all. A line raises ValueError where its arrays are not all
+Each function is one line of the derivation. Its docstring is the formula, and its body computes the
+formula as written. If a formula has two forms, the body computes the first one, with these
+exceptions: K0 and K2 compute the second form, `kl`, and D4 computes the second form of D2 and D3.
+So the lines overflow where exp overflows, for logits above 88 in float32. The functions of `sxe` do
+not: `jax.grad(sxe.softmax_cross_entropy)(x, y).T` is D9 for logits of any magnitude.
+
+`LINES` and `ROW_LINES` list what each line is compared with and what it assumes.
+`python -m sxe check` measures all of them. A line raises ValueError if its arrays are not all
 [N, K], because NumPy would broadcast labels [N].
 
 >>> import jax
@@ -36,15 +39,15 @@ ClosedForm = Callable[..., Array]
 
 def softmax(x: Array) -> Array:
     """s_k(x_i) = exp(x_ik) / sum_h exp(x_ih)"""
-    # Not jax.nn.softmax: it brings a rule of its own, so that autodiff of it would be D4 already.
+    # jax.nn.softmax has a custom derivative rule, so that its autodiff would already be D4.
     return jnp.exp(x) / jnp.sum(jnp.exp(x), axis=1, keepdims=True)
 
 
 def kl(p: Array, q: Array) -> Array:
     """KL(p || q) = sum_k p_k phi(u_k), with u_k = log q_k - log p_k and phi(u) = exp(u) - 1 - u"""
-    # It is sum_k p_k (log p_k - log q_k), for sum_k p_k (exp(u_k) - 1) = sum_k (q_k - p_k) = 0.
-    # No term is negative here, so that the sum does not cancel where p and q nearly agree. phi as
-    # it is written cancels there: sxe has a series for it.
+    # It equals sum_k p_k (log p_k - log q_k), because sum_k p_k (exp(u_k) - 1) = sum_k (q_k - p_k)
+    # = 0. No term is negative, so the sum does not cancel where p and q nearly agree. phi as
+    # written here still cancels there. sxe computes it by its power series.
     u = jnp.log(q) - jnp.log(p)
     phi = jnp.exp(u) - 1 - u
     return jnp.sum(p * phi, axis=1)
@@ -58,7 +61,7 @@ def mixture(p: Array, q: Array, beta: Array | float) -> Array:
 
 
 def _line_of_x(formula: ClosedForm) -> ClosedForm:
-    """The line, for x that fits."""
+    """Makes a line check the shape of x."""
 
     @functools.wraps(formula)
     def line(x: Array) -> Array:
@@ -68,15 +71,15 @@ def _line_of_x(formula: ClosedForm) -> ClosedForm:
 
 
 def _line_of_xy(formula: ClosedForm) -> ClosedForm:
-    """The line, for x and y that fit alone."""
+    """Makes a line check the shapes of x and y."""
 
     @functools.wraps(formula)
     def line(x: Array, y: Array) -> Array:
         x, y = _logits(x), jnp.asarray(y)
         if y.shape != x.shape:
             raise ValueError(
-                f"y: expected targets [N, K] as the logits are, {x.shape}, got {y.shape}; "
-                f"of labels [N] pass jax.nn.one_hot(y, {x.shape[1]})"
+                f"y: expected targets [N, K] with the logits' shape, {x.shape}, got {y.shape}; "
+                f"for labels [N] pass jax.nn.one_hot(y, {x.shape[1]})"
             )
         return formula(x, y)
 
@@ -84,14 +87,14 @@ def _line_of_xy(formula: ClosedForm) -> ClosedForm:
 
 
 def _line_of_xz(formula: ClosedForm) -> ClosedForm:
-    """The line, for x and z that fit alone."""
+    """Makes a line check the shapes of x and z."""
 
     @functools.wraps(formula)
     def line(x: Array, z: Array, **beta: Array | float) -> Array:
         x, z = _logits(x), jnp.asarray(z)
         if z.shape != x.shape:
             raise ValueError(
-                f"z: expected target logits [N, K] as the logits are, {x.shape}, got {z.shape}"
+                f"z: expected target logits [N, K] with the logits' shape, {x.shape}, got {z.shape}"
             )
         return formula(x, z, **beta)
 
@@ -244,18 +247,19 @@ def k5(x: Array, z: Array, *, beta: Array | float = 0.5) -> Array:
 
 
 class Line(NamedTuple):
-    """A line of the derivation, what it is compared with, and where they are equal.
+    """A line of the derivation, the reference it is compared with, and the entries to compare.
 
     Attributes:
-      name: "D0" to "D9", "E0" to "K5".
+      name: "D0" to "D9", "E0", "E1", or "K0" to "K5".
       formula: the line as text.
       closed_form: the line as a function.
-      takes: the names of its arguments: x and y of a D line, x of an E line, x and z of a K line,
-        and beta.
-      compared_with: the reference that has to give the same numbers, as text.
-      assumption: what the line needs to be true, as text.
-      entries: einsum subscripts, from the indices of the reference to those of the line.
-      kept: a function of x that gives a mask of the entries which the assumption keeps; None: all.
+      takes: the names of its arguments: x and y for a D line, x for an E line, x and z for a K
+        line, and beta for K4 and K5.
+      compared_with: the reference that must give the same numbers, as text.
+      assumption: the condition under which the line is true, as text.
+      entries: einsum subscripts, from the indices of the reference to the indices of the line.
+      kept: a function from x to a mask of the entries for which the assumption is true. If None,
+        compare all entries.
     """
 
     name: str
@@ -294,7 +298,7 @@ LINES = (
     _line(d8, "grad of D0", "sum_k y_jk = 1", "jl->jl"),
     _line(d9, "(grad of D0)^T", "sum_k y_jk = 1", "lj->lj"),
 )
-ROW_LINES = (  # the gradients are of the rows' sum: row j of it is that of row j's value
+ROW_LINES = (  # row j of the gradient of the rows' sum is the gradient of row j's value
     _line(e0, "sxe's entropy", "none", "j->j"),
     _line(e1, "grad of E0", "none", "jl->jl"),
     _line(k0, "sxe's KL(p || q)", "none", "j->j"),

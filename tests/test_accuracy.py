@@ -1,4 +1,4 @@
-"""Against 60-digit arithmetic, where rounding destroys the textbook formulas."""
+"""Comparison with 60-digit arithmetic, for rows where rounding ruins the textbook formulas."""
 
 import functools
 
@@ -17,7 +17,7 @@ import sxe
 
 
 def extreme_rows(dtype, classes=8):
-    """Rows with scales up to 80, offsets up to 1e8 and leads up to 80, rounded to dtype."""
+    """Rows with scales up to 80, offsets up to 1e8, and leads up to 80, rounded to the dtype."""
     rng = np.random.default_rng(0)
     rows = [rng.normal(size=classes) * scale for scale in (1, 3, 10, 30, 80)]
     offsets = (1e4, -1e4, 1e8, -1e8)
@@ -35,7 +35,7 @@ def extreme_rows(dtype, classes=8):
 
 @functools.cache
 def problem(dtype):
-    """Every extreme row, with its maximum and another class as label, and the exact answers."""
+    """Each extreme row with two labels, its maximum and another class, and the exact results."""
     x = extreme_rows(dtype)
     best = np.argmax(x.astype(np.float64), axis=-1)
     labels = np.concatenate([best, (best + 3) % x.shape[1]])
@@ -45,7 +45,7 @@ def problem(dtype):
 
 
 def worst(actual, exact):
-    """The largest relative error among the entries whose exact magnitude is not negligible."""
+    """The largest relative error among entries whose exact magnitude is not negligible."""
     pairs = [(a, e) for a, e in zip(actual, exact, strict=True) if abs(e) > SMALLEST]
     assert pairs
     return max(oracle.relative_error(a, e) for a, e in pairs)
@@ -101,7 +101,7 @@ def test_low_precision_rounds_once(rule, dtype):
     assert loss.dtype == np.float32
     assert gradient.dtype == jnp.dtype(dtype)
     assert worst(loss, [row_loss for row_loss, _ in exact]) < LOSS_BAR
-    # Half a unit in the last place for the one rounding, and the error before it.
+    # Half a unit in the last place for the final rounding, plus the error before it.
     info = jnp.finfo(dtype)
     exact_gradient = [d for _, row in exact for d in row]
     normal = [
@@ -118,14 +118,14 @@ def test_low_precision_rounds_once(rule, dtype):
 def test_equal_logits(rule, value):
     loss, gradient = value_and_gradients(np.full((1, 2048), value, np.float32), [5], rule, True)
     assert loss[0] == pytest.approx(np.log(2048), rel=LOSS_BAR)
-    # A quotient of exact numbers, which is as precise as a loss.
+    # This is a quotient of exact numbers, so it is as precise as a loss.
     assert np.delete(gradient[0], 5) == pytest.approx(1 / 2048, rel=LOSS_BAR)
     assert gradient[0].astype(np.float64).sum() == pytest.approx(0, abs=ZERO)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_confident_row_sums_to_zero_among_others(rule):
-    """A row whose loss is 1e-8 keeps its label's gradient, beside rows that do not need it."""
+    """A row with loss 1e-8 has an accurate gradient at its label, among rows that need no care."""
     x = np.zeros((3, 5), np.float32)
     x[1, 3] = 20
     loss, gradient = value_and_gradients(x, [0, 3, 1], rule, True)
@@ -134,13 +134,13 @@ def test_a_confident_row_sums_to_zero_among_others(rule):
 
 
 def soft_targets(dtype="float32"):
-    """Logits and dense targets of which one class holds most, none does, or several tie for it."""
+    """Logits and dense targets where one class has most of the sum, none has, or several tie."""
     rng = np.random.default_rng(11)
     few = [([20, 0, -np.inf, -np.inf], [1, 1e-9, 0, 0]), ([9, 0, 0, 0], [1, 1e-4, 1e-4, 0])]
     few += [([0, 9, 0, 1], [1e-4, 3e4, 1e-4, 1]), ([5, 0, 0, 0], [1000, 0, 3, 1])]
     few += [([30, 30, 0, 1], [1, 1, 1e-8, 0]), ([0, 0, 0, 0], [0, 0, 0, 0])]
     many = []
-    for sharpness in (1, 8, 20, 40):  # teachers, and students who agree and who do not
+    for sharpness in (1, 8, 20, 40):  # teachers, with students who agree or disagree
         for lead in (0, 5, 20):
             z = rng.normal(size=37)
             z[4] = z.max() + sharpness
@@ -153,14 +153,14 @@ def soft_targets(dtype="float32"):
 
 
 def worst_soft(gradients, x, t):
-    """The largest error of any row's gradient, in units of D7's terms. Of a NaN it is NaN."""
+    """The largest error of any row's gradient, in units of the terms of D7. NaN if one is NaN."""
     rows = zip(np.asarray(gradients), x, t, strict=True)
     return np.max([oracle.gradient_errors(*row) for row in rows])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_dense_targets_of_which_one_class_holds_most(rule):
-    """T - t_l is not a difference: beside a target of 1, one of 1e-9 is half of the gradient."""
+    """T - t_l must not be a difference: next to a target of 1, one of 1e-9 is half the gradient."""
     for x, t in soft_targets():
         loss, gradient = value_and_gradients(x, t, rule, jit=True)
         assert worst_soft(gradient, x, t) < GRADIENT_BAR
@@ -183,7 +183,7 @@ WEIGHTS = [None, [1000, 0.001, 0.001, 0.001], [0.001, 1000, 0.001, 0.001], [2, 3
 
 
 def smoothed(call):
-    """Errors for small smoothings, and for class weights of which the label has most, or least."""
+    """Errors for small label smoothings, with class weights that are largest or smallest at y."""
     x = np.array([[40, 0, 0, 0], [0, 12, 3, -2], [1, 2, 3, 4], [2, 2, 2, 2]], np.float32)
     labels = np.array([0, 1, 0, 0])
     for a in SMOOTHINGS:
@@ -233,7 +233,7 @@ def test_with_gradient_is_as_exact_for_soft_targets():
 @pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
 @pytest.mark.parametrize("rule", RULES)
 def test_soft_targets_over_shards_of_classes(rule, head):
-    """The class that holds most is on one device, the rest of the targets on another."""
+    """The class with the largest target is on one device, the other targets are on another."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     loss = sxe.linear_softmax_cross_entropy if head else sxe.softmax_cross_entropy
     loss = sxe.over_mesh(loss, mesh, classes="model")
@@ -253,7 +253,7 @@ def test_soft_targets_over_shards_of_classes(rule, head):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_targets_of_either_sign(rule):
-    """An advantage times a one-hot row is a target as well: D7 holds for every t."""
+    """D7 is true for every t. A target may be an advantage times a one-hot row."""
     rng = np.random.default_rng(12)
     t = rng.normal(size=(30, 5)).astype(np.float32)
     t[:10] *= np.eye(5)[rng.integers(5, size=10)]
@@ -283,7 +283,7 @@ def test_any_dense_targets(seed, classes, scale, sharpness, size, ties, rule):
     t[t < 1e-30] = 0
     _, gradient = compiled(rule, classes)(x, t)
     exact = oracle.exact_row(x[0], t[0])[1]
-    # As for labels: what JAX adds up for rule "autodiff" may be below float32's normal numbers.
+    # As for labels: with rule "autodiff", JAX may add up numbers below float32's normal range.
     normal = [rule != "autodiff" or abs(d) > 1e-31 for d in exact]
     errors = np.array(oracle.gradient_errors(np.asarray(gradient[0]), x[0], t[0]))[normal]
     assert np.max(errors, initial=0.0) < GRADIENT_BAR
@@ -304,7 +304,7 @@ def test_many_classes(rule, classes):
 @pytest.mark.parametrize("lead", [0.3, 5.0, 20.0, 40.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_second_derivative_of_a_confident_row(rule, lead):
-    """The Hessian at a confident label is q - q q^T: its entries are small, not zero."""
+    """The Hessian at a confident label is diag(q) - q q^T. Its entries are small, but not 0."""
     x = np.zeros(4, np.float32)
     x[1] = lead
     f = functools.partial(sxe.softmax_cross_entropy, labels=np.array(1), rule=rule)
@@ -346,8 +346,8 @@ def test_any_row(seed, classes, scale, offset, lead, ties, rule):
     label = rng.integers(classes)
     row_loss, row = oracle.exact_row(x[0], np.eye(classes)[label])
     loss, gradient = compiled(rule, classes)(x, np.array([label]))
-    # Without a closed form, the gradient at the largest logit is a sum of others', of which those
-    # below float32's normal numbers are 0.
+    # Without a closed form, the gradient at the largest logit is a sum over other classes. Terms
+    # below float32's normal range are 0.
     smallest = 1e-31 if rule == "autodiff" else SMALLEST
     for actual, exact, bar, least in [
         (loss[0], row_loss, LOSS_BAR, SMALLEST),
@@ -361,27 +361,27 @@ def test_any_row(seed, classes, scale, offset, lead, ties, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_leads_that_float32_rounds(rule):
-    """x - m is not a float32 here; taken as one, it would cost the loss up to 4e-6."""
+    """x - m is no float32 number here. Rounding it would change the loss by up to 4e-6."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(200, 2))
     x[:, 0] = x.max(-1) + rng.uniform(0, 80, size=200)
     x = x.astype(np.float32)
     loss, gradient = value_and_gradients(x, np.zeros(200, int), rule, True)
     exact = [oracle.exact_row(row, [1, 0]) for row in x]
-    # Below LOSS_BAR, to show that the rounded difference, off by up to 4e-6, is far away.
+    # The bound is below LOSS_BAR, to exclude the error of a rounded difference, up to 4e-6.
     assert worst(loss, [row_loss for row_loss, _ in exact]) < 5e-7
     assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < GRADIENT_BAR
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_terms_too_small_for_float32_add_up(rule):
-    """exp(-88), 61 times, is 1 % of the loss and of the gradient at the largest logit."""
+    """61 terms of exp(-88) are 1 % of the loss and of the gradient at the largest logit."""
     x = np.array([[0.0, -80.0, -80.0] + 61 * [-88.0]], np.float32)
     row_loss, row = oracle.exact_row(x[0], np.eye(64)[0])
     loss, gradient = compiled(rule, 64)(x, np.array([0]))
     assert oracle.relative_error(loss[0], row_loss) < LOSS_BAR
     assert worst(gradient[0, 1:3], row[1:3]) < GRADIENT_BAR
-    if rule != "autodiff":  # JAX sums derivatives that are each 0
+    if rule != "autodiff":  # here JAX sums derivatives that are each flushed to 0
         assert oracle.relative_error(gradient[0, 0], row[0]) < GRADIENT_BAR
 
 
@@ -394,14 +394,14 @@ def test_with_gradient_is_as_exact():
 
 @pytest.mark.slow
 def test_with_all_optimizations():
-    """All of the above, compiled as users' programs are."""
+    """Runs all tests above with XLA's default optimizations, as in users' programs."""
     flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
     flags += " --xla_cpu_use_fusion_emitters=true"
     fresh.run_tests(__file__, XLA_FLAGS=flags)
 
 
 def test_on_one_device():
-    """The same where confident rows are summed from their second largest logit: with one device."""
+    """The same tests on one device, where confident rows use their second largest logit."""
     flags = "--xla_force_host_platform_device_count=1"
-    others = ("-k", "not test_on_one_device")  # this one would start itself again
+    others = ("-k", "not test_on_one_device")  # this test would start itself again
     fresh.run_tests(*others, __file__, XLA_FLAGS=flags)

@@ -1,4 +1,4 @@
-"""D0 ... K5: each line holds, and an error in any one of them is found, in that line alone."""
+"""Lines D0 ... K5 of the derivation are right, and a mistake in one line is found in that line."""
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ ROW_NAMES = ["E0", "E1", *(f"K{n}" for n in range(6))]
 
 @pytest.fixture
 def problem():
-    """Logits, and targets that sum to one, in float64."""
+    """Logits, and targets that sum to 1, in float64."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(3)
         y = rng.dirichlet(np.ones(5), size=3)
@@ -37,7 +37,7 @@ def failed(report):
     return [line.name for line in (*report.lines, *report.row_lines) if not line.passed]
 
 
-slow = pytest.mark.slow  # a new size compiles anew
+slow = pytest.mark.slow  # each new size is compiled again
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (-8, 2**70))])
@@ -229,7 +229,7 @@ def test_d8_fails_where_targets_do_not_sum_to_one_and_d7_holds(problem):
     assert d7.error < 1e-13 < 0.1 < d8.error
 
 
-# Mistakes, for 4 rows and 4 classes: where a transpose has the right shape, only numbers tell.
+# Mistakes, with as many rows as classes, so that a transpose differs only in its values.
 
 
 LINES = {line.name: line for line in (*derivation.LINES, *derivation.ROW_LINES)}
@@ -280,7 +280,7 @@ def s(x):
 
 
 def rows_meet(x, y):
-    """D4 without its [i=j]."""
+    """D4 without the factor [i=j]."""
     k_is_l = jnp.eye(4)[None, :, None, :]
     ds_dx = s(x)[:, :, None, None] * (k_is_l - s(x)[:, None, None, :])
     return jnp.broadcast_to(ds_dx, (4, 4, 4, 4))
@@ -368,7 +368,7 @@ def test_a_wrong_rule_is_found(monkeypatch):
 
 
 def test_a_wrong_rule_of_rows_is_found(monkeypatch):
-    """It exchanges the cotangents of log-probability and entropy."""
+    """The wrong rule swaps the cotangents of log-probability and entropy."""
     right = sxe.log_prob_and_entropy
 
     def exchanged(logits, labels, *, rule="vjp"):
@@ -396,7 +396,7 @@ def test_a_loss_that_rounds_away_is_found(monkeypatch):
             return jnp.mean(lse - logits[:, 0])
         return jnp.mean(jnp.sum(labels, axis=1) * lse - jnp.sum(labels * logits, axis=1))
 
-    # Not the whole check: its other parts would only compile anew, for another loss.
+    # Don't run the whole check: its other parts would only be compiled again for this loss.
     monkeypatch.setattr(precision, "softmax_cross_entropy", textbook)
     assert tuple(row.name for row in precision.check_precision() if not row.passed) == (
         "1e8, 1e8: loss",
@@ -414,7 +414,7 @@ def test_a_gradient_that_loses_a_small_target_is_found(monkeypatch):
     right = sxe.softmax_cross_entropy
 
     def difference(logits, labels, **options):
-        """Its gradient takes T - t as a difference."""
+        """A loss whose gradient computes T - t as a difference."""
         if logits.dtype != jnp.float32:
             return right(logits, labels, **options)
         t = labels
@@ -423,7 +423,7 @@ def test_a_gradient_that_loses_a_small_target_is_found(monkeypatch):
             t = (1 - a) * jax.nn.one_hot(t, logits.shape[1]) + a / logits.shape[1]
         x = jax.lax.stop_gradient(logits)
         e = jnp.exp(x - x.max(1, keepdims=True))
-        r = e[:, 1:].sum(1, keepdims=True)  # in every row here class 0 is a largest one
+        r = e[:, 1:].sum(1, keepdims=True)  # class 0 has the largest logit in every row here
         slope = (e * (t.sum(1, keepdims=True) - t) - t * ((1 - e) + r)) / (1 + r)
         return right(x, labels, **options) + jnp.sum(slope * (logits - x))
 
@@ -459,13 +459,13 @@ def test_a_divergence_is_judged_by_the_distance(monkeypatch, at, error, passed):
 
 
 def test_sixty_digits_of_a_divergence():
-    """Of two classes with probabilities 1/2 and 1/2, 1/4 and 3/4; and where only digits tell."""
+    """Two classes with probabilities (1/2, 1/2) and (1/4, 3/4), and a very small divergence."""
     zero, log_3 = 0.0, math.log(3)
     forward = precision.kl_in_sixty_digits((zero, log_3), (zero, zero))
     assert forward == pytest.approx(math.log(4 / 3) / 2, rel=1e-15)
     reverse = precision.kl_in_sixty_digits((zero, zero), (zero, log_3))
     assert reverse == pytest.approx(math.log(27 / 16) / 4, rel=1e-15)
-    a = 2.0**-40  # a^2 / 8, and terms of the order a^4
+    a = 2.0**-40  # the divergence is a^2 / 8, plus terms of order a^4
     assert precision.kl_in_sixty_digits((a, 0.0), (0.0, 0.0)) == pytest.approx(a**2 / 8, rel=1e-15)
 
 

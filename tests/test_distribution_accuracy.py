@@ -1,6 +1,6 @@
-"""Log-probability, entropy and divergences against 60-digit arithmetic.
+"""Log-probability, entropy and divergences compared with 60-digit arithmetic.
 
-The textbook forms lose all digits where rows are confident, and where two distributions are close.
+The textbook formulas lose all digits for confident rows, and for two distributions that are close.
 """
 
 import functools
@@ -48,7 +48,7 @@ def run(way, f, *arguments):
 
 
 def some_rows(classes, dtype="float32", seed=0):
-    """Uniform rows, random ones of several sizes, with leads of 5 to 80, ties, and offsets."""
+    """Uniform and random rows of several scales, with leads of 5 to 80, ties, and offsets."""
     rng = np.random.default_rng(seed)
     rows = [rng.normal(size=classes) * size for size in (0, 1e-3, 0.1, 1, 3, 10, 20)]
     for lead in (5, 10, 15, 20, 30, 50, 80):
@@ -66,7 +66,7 @@ def some_rows(classes, dtype="float32", seed=0):
 
 
 def with_gradients(rule, labels):
-    """Of logits [N, K]: log_prob, entropy, and the gradient of each row's."""
+    """A function of logits [N, K] to log_prob, entropy, and the gradients of both for each row."""
 
     def call(x):
         f = functools.partial(sxe.log_prob_and_entropy, labels=labels, rule=rule)
@@ -78,9 +78,9 @@ def with_gradients(rule, labels):
 
 
 def check_entropies(found, x, labels, rule="vjp", unit=1.0):
-    """Each result is within the bars of float32, or within ``unit`` of them.
+    """Checks each result against the bars of float32, times ``unit``.
 
-    What JAX derives for rule "autodiff" is right beside terms of size 1, and no better.
+    With rule "autodiff", the gradient of the entropy is only accurate relative to terms of size 1.
     """
     for i, (row, label) in enumerate(zip(x, labels, strict=True)):
         log_prob, entropy, d_log_prob, d_entropy = (np.asarray(a)[i] for a in found)
@@ -91,7 +91,7 @@ def check_entropies(found, x, labels, rule="vjp", unit=1.0):
                 assert error < LOG_PROB_BAR * unit
             if exact_entropy > SMALLEST:
                 assert oracle.relative_error(entropy, exact_entropy) < ENTROPY_BAR * unit
-            # Equal logits have no gradient but what rounding leaves.
+            # For equal logits, the gradient is 0 except for rounding errors.
             if rule == "autodiff" or max(map(abs, exact)) < 1e-12:
                 np.testing.assert_allclose(d_entropy, np.array(exact, float), atol=1e-5 * unit)
             else:
@@ -106,7 +106,7 @@ def check_entropies(found, x, labels, rule="vjp", unit=1.0):
 @every_way
 @every_rule
 def test_entropies_in_float32(rule, way):
-    """The label is the largest class or another."""
+    """The label is the class of the largest logit in every other row."""
     for classes in (2, 7):
         x = some_rows(classes)
         labels = (x.argmax(-1) + np.arange(len(x)) % 2) % classes
@@ -124,7 +124,7 @@ def test_entropies_in_float64(rule):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_entropies_of_16_bits(dtype):
-    """The logits are exact, and so the results have float32's digits."""
+    """The logits are cast exactly, so the results are as accurate as with float32 logits."""
     rng = np.random.default_rng(1)
     x = np.asarray(jnp.asarray(rng.normal(size=(6, 33)) * 10, dtype))
     log_prob, entropy = jax.jit(sxe.log_prob_and_entropy)(x, np.arange(6))
@@ -141,7 +141,7 @@ def test_entropies_of_many_classes(classes, rule):
     labels = np.arange(len(x)) * 31 % classes
     log_prob, entropy, _, d_entropy = jax.jit(with_gradients(rule, labels))(x)
     for i, row in enumerate(x):
-        # In float64, but without the largest logit: the textbook form has no digit of some rows.
+        # Sum without the largest logit: even in float64 the textbook formula fails for some rows.
         gap = row.max() - row.astype(np.float64)
         rest = np.where(np.arange(classes) == row.argmax(), 0, np.exp(-gap))
         log1p_r, mean_gap = np.log1p(rest.sum()), (rest * gap).sum() / (1 + rest.sum())
@@ -149,7 +149,7 @@ def test_entropies_of_many_classes(classes, rule):
         assert entropy[i] == pytest.approx(log1p_r + mean_gap, rel=ENTROPY_BAR)
         q = np.exp(-gap) / (1 + rest.sum())
         d = q * (gap - mean_gap)
-        # What JAX derives for rule "autodiff" is right beside terms of the size of q.
+        # With rule "autodiff", the gradient is accurate only relative to terms of the size of q.
         terms = q if rule == "autodiff" else d
         atol = max(ENTROPY_GRADIENT_BAR * np.abs(terms).max(), 1e-12)
         np.testing.assert_allclose(d_entropy[i], d, rtol=0, atol=atol)
@@ -186,7 +186,7 @@ def test_entropies_of_any_row(seed, classes, scale, offset, lead, ties, rule):
 
 
 def pairs(classes, distance, seed=0, dtype="float32"):
-    """Rows of logits, and others that differ from them by this distance: confident ones too."""
+    """Pairs of rows of logits that differ by this distance. Some rows are confident."""
     rng = np.random.default_rng(seed)
     z = np.stack([rng.normal(size=classes) * size for size in (0, 1, 1, 4)])
     for lead in (5, 20, 50):
@@ -198,7 +198,7 @@ def pairs(classes, distance, seed=0, dtype="float32"):
 
 
 def divergence(rule, mode, beta=0.5):
-    """Of logits and target logits: the divergence of each row, and both of its gradients."""
+    """A function of logits and target logits to the divergence of each row and both gradients."""
 
     def call(x, z):
         static = {"mode": mode, "beta": beta, "reduction": "none", "rule": rule}
@@ -214,7 +214,7 @@ def program_of_divergence(rule, mode, beta=0.5):
 
 
 def check_divergences(found, x, z, mode, beta=0.5, *, distance=1.0, rule="vjp", unit=1.0):
-    """As ``check_entropies``. The logits differ by this distance, or by a little less."""
+    """The same check as ``check_entropies``, for logits that differ by about this distance."""
     for i, (x_i, z_i) in enumerate(zip(x, z, strict=True)):
         value, *gradients = (np.asarray(a)[i] for a in found)
         exact, *exact_gradients = oracle.exact_divergence(x_i, z_i, mode, beta)
@@ -252,7 +252,7 @@ def test_divergences_by_distance(mode):
 @every_way
 @each_value(mode=MODES, rule=RULES)
 def test_divergences_by_every_rule(mode, rule, way):
-    """All distances in one call."""
+    """One call covers all distances."""
     each = [pairs(7, distance, seed=i) for i, distance in enumerate(DISTANCES)]
     x, z = (np.concatenate(a) for a in zip(*each, strict=True))
     found = run(way, divergence(rule, mode, 0.3), jnp.asarray(x), jnp.asarray(z))
@@ -265,7 +265,7 @@ def test_divergences_by_every_rule(mode, rule, way):
 @vjp_by_default
 @every_mode
 def test_divergences_of_rows_with_another_offset(mode, rule):
-    """A constant that float32 does not add exactly, on one side: it is far above the distance."""
+    """One side has an offset far above the distance, which float32 does not add exactly."""
     for distance in (1, 1e-2, 1e-3):
         x, z = pairs(13, distance)
         for offset in (1, -30, 1e4):
@@ -286,7 +286,7 @@ def test_divergences_in_float64(mode):
 
 @every_mode
 def test_divergences_of_confident_rows_that_disagree(mode):
-    """Probabilities that float32 rounds to 0 count by their logits, which it does not."""
+    """A probability that float32 rounds to 0 still contributes, because its logit is finite."""
     lead = np.array([0, 5, 30, 80, 200], np.float32)
     first, second = np.eye(5, dtype=np.float32)[:2]
     rest = np.random.default_rng(0).normal(size=5).astype(np.float32)
@@ -299,7 +299,7 @@ def test_divergences_of_confident_rows_that_disagree(mode):
 
 @each_value(mode=MODES, classes=[1009, 32768])
 def test_divergences_of_many_classes(mode, classes):
-    """The float64 oracle keeps enough digits where no row is confident."""
+    """The float64 reference is accurate enough here, because no row is confident."""
     rng = np.random.default_rng(2)
     for distance in (3, 1e-1, 1e-3, 1e-4):
         z = np.concatenate([rng.normal(size=(2, classes)), np.zeros((1, classes))])
@@ -365,11 +365,14 @@ def test_no_divergence_is_negative(seed, classes, scale, offset, distance, of):
 @every_way
 @each_value(mode=MODES, rule=RULES)
 def test_equal_logits_have_no_divergence(mode, rule, way):
-    """Exactly 0, and so are both gradients; of logits that are shifted, too, if that is exact."""
+    """The divergence of equal logits and its gradients are exactly 0.
+
+    The divergence is also 0 if one side is shifted by a constant and the shift is exact.
+    """
     z = some_rows(7)
     z = np.concatenate([z, np.where(np.arange(7) % 3 == 0, -np.inf, z)])
     x = [z]
-    # 1/1024 is the last place of these numbers, and of their sums.
+    # These numbers and their sums are multiples of 1/1024, so that the sums are exact.
     few = np.random.default_rng(3).integers(-4096, 4096, size=(20, 7)).astype(np.float32) / 1024
     for shift in (1.0, -64.0, 8192.0):
         moved = few + np.float32(shift)
@@ -385,7 +388,7 @@ def test_equal_logits_have_no_divergence(mode, rule, way):
 
 @each_value(mode=MODES, classes=[32768, 7, 1000])
 def test_a_shift_within_the_program(mode, classes):
-    """XLA may compute the sum again, in each loop over the classes that needs it."""
+    """XLA may recompute the sum in each loop over the classes that needs it."""
     z = np.random.default_rng(4).integers(-4096, 4096, size=(5, classes)) / 1024
 
     @jax.jit
@@ -400,7 +403,7 @@ def test_a_shift_within_the_program(mode, classes):
 
 @each_value(mode=MODES, dtype=["bfloat16", "float16"])
 def test_divergences_of_16_bits(mode, dtype):
-    """The logits are exact, and so the value has float32's digits; gradients are rounded once."""
+    """The value is as accurate as with float32 logits, and gradients are rounded only once."""
     x, z = (np.asarray(jnp.asarray(a[:4], dtype)) for a in pairs(33, 0.3))
     value, *gradients = program_of_divergence("vjp", mode, 0.3)(x, z)
     once = float(jnp.finfo(dtype).eps) / 2 + DIVERGENCE_GRADIENT_BAR
@@ -414,14 +417,14 @@ def test_divergences_of_16_bits(mode, dtype):
 
 @pytest.mark.slow
 def test_with_all_optimizations():
-    """All of the above, compiled as users' programs are."""
+    """Runs all tests above with XLA's default optimizations, as in users' programs."""
     flags = "--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false"
-    if jax.__version_info__ < (0, 11):  # conftest.py turns it off there
+    if jax.__version_info__ < (0, 11):  # conftest.py turns this off for these versions
         flags += " --xla_cpu_use_fusion_emitters=true"
     fresh.run_tests(__file__, XLA_FLAGS=flags)
 
 
 @pytest.mark.slow
 def test_on_one_device():
-    """The same where XLA's loops over rows and classes are those of one device."""
+    """Runs all tests above with the loops over rows and classes of a single device."""
     fresh.run_tests(__file__, XLA_FLAGS="--xla_force_host_platform_device_count=1")

@@ -20,13 +20,13 @@ from tolerances import DIVERGENCE_BAR, ENTROPY_BAR, LOG_PROB_BAR
 
 import sxe
 
-N, D, K = 8, 3, 16  # what every mesh of eight devices divides
+N, D, K = 8, 3, 16  # every mesh of eight devices divides N and K
 SIZES = {"rows": (N,), "width": D, "classes": K}
 INF, NAN = np.inf, np.nan
 
 
 def specs(p, rows, classes):
-    """How the arguments lie on a mesh that splits rows and classes along these axes."""
+    """The specs of the arguments, with rows and classes sharded over these mesh axes."""
     of = {
         **dict.fromkeys(("logits", "target_logits"), P(rows, classes)),
         "hidden": P(rows),
@@ -41,7 +41,7 @@ def specs(p, rows, classes):
 
 
 def outside(f, p, mesh, rows, classes, rule="vjp", **options):
-    """The gradient of the function in shard_map."""
+    """The gradient of a function wrapped in shard_map."""
     call = f(rule=rule, axis_name=classes)
     out = P(rows) if f.is_divergence else sxe.LogProbAndEntropy(P(rows), P(rows))
     shards = jax.shard_map(
@@ -51,7 +51,7 @@ def outside(f, p, mesh, rows, classes, rule="vjp", **options):
 
 
 def inside(f, p, mesh, rows, classes, rule="vjp"):
-    """The gradient in shard_map."""
+    """The gradient, computed inside of shard_map."""
     layout = specs(p, rows, classes)
     out = P(rows) if f.is_divergence else sxe.LogProbAndEntropy(P(rows), P(rows))
     return jax.shard_map(
@@ -67,7 +67,7 @@ def unchecked(*arguments):
 
 
 def over(f, p, mesh, rows, classes, rule="vjp"):
-    """The gradient of the function over global arrays."""
+    """The gradient of a function wrapped in over_mesh."""
     of_mesh = sxe.over_mesh(f.function, mesh, batch=rows, classes=classes)
     return with_gradients(lambda p: of_mesh(**p, **f.static, rule=rule))
 
@@ -76,7 +76,7 @@ TRANSFORMS = (outside, inside, unchecked, over)
 
 
 def placed(mesh, rows, classes):
-    """Puts the arguments of a call on the mesh, and its cotangents."""
+    """A function that puts the arguments and cotangents of a call on the mesh."""
 
     def put(a, spec):
         return jax.device_put(a, NamedSharding(mesh, spec))
@@ -90,7 +90,7 @@ def placed(mesh, rows, classes):
 
 
 def check_all(functions, fs, place=lambda *arguments: arguments):
-    """One program for these functions, each with every option."""
+    """Runs all of these functions in one program, and checks their results."""
     arguments = [(p, f.cotangent(p)) for f, p in fs]
     results = quick_jit(all_of(functions))([place(*each) for each in arguments])
     for (f, _), (p, g), result in zip(fs, arguments, results, strict=True):
@@ -102,7 +102,7 @@ def check_all(functions, fs, place=lambda *arguments: arguments):
 @each_value(f=FUNCTIONS, transform={t.__name__: t for t in TRANSFORMS})
 @vjp_by_default
 def test_every_option(f, rule, transform):
-    """Rows and classes split; the gradient outside, with check_vma on and off, and inside."""
+    """The gradient outside of shard_map (check_vma on and off), inside of it, and of over_mesh."""
     p = f.problem(**SIZES)
     check_all([transform(f, p, make_mesh(2, 4), "data", "model", rule)], [(f, p)])
 
@@ -138,7 +138,10 @@ def test_one_axis_or_several(rows, classes):
 
 @each_value(layout=[("data", "model"), (None, "model"), ("data", None)], kind=["explicit", "auto"])
 def test_global_arrays(kind, layout):
-    """Which JAX splits, or the types say how; gradients lie as their arguments do."""
+    """JAX shards global arrays on Auto and Explicit meshes.
+
+    On an Explicit mesh, gradients are sharded as their arguments are.
+    """
     mesh, context = use_mesh(kind)
     fs = [(f, f.problem(**SIZES)) for f in FUNCTIONS.values()]
     with context:
@@ -154,7 +157,7 @@ def test_global_arrays(kind, layout):
 
 @each_value(mode=MODES, way=["shard_map", "over_mesh", "explicit"])
 def test_sums_and_means_over_all_rows(mode, way):
-    """With weights of which one shard's are all 0, and rows that count in some shards only."""
+    """All weights of one shard are 0, and some shards have no row that counts."""
     p = divergence_problem(shape=(N, K))
     weights = np.array([0, 0, 1, -3, 2, 0.5, 0, 1], np.float32)
     static = {"mode": mode} | ({"beta": 0.3} if mode == "jensen_shannon" else {})
@@ -198,14 +201,14 @@ def test_sums_and_means_over_all_rows(mode, way):
 @vjp_by_default
 @of_logits
 def test_edges_over_shards(f, rule):
-    """A shard of nothing but -inf, the label in no shard, rows without a distribution."""
+    """Shards with only -inf, labels outside of all shards, and rows without a distribution."""
     p = {name: np.array(a) for name, a in f.plain(**SIZES).items()}
     sides = [name for name in ("logits", "target_logits") if name in p]
     for name in sides:
         p[name][0, 4:8] = -INF
         p[name][1, :12] = -INF
         p[name][1, 13] = 30
-    p[sides[-1]][2, 9] = -INF  # on one side alone, of two
+    p[sides[-1]][2, 9] = -INF  # on one side only, if there are two
     p[sides[0]][3], p[sides[0]][4, 7], p[sides[-1]][5, 15] = -INF, INF, NAN
     bad = np.isin(np.arange(N), [3, 4, 5])
     if "labels" in p:
@@ -224,7 +227,7 @@ def test_edges_over_shards(f, rule):
         with naming(transform.__name__):
             for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(right), strict=True):
                 assert_close(a, np.where(bad, NAN, b))
-            # Where a divergence is infinite, its own gradient is, too, or NaN.
+            # Skip rows with an infinite divergence, whose gradient may be infinite or NaN.
             rows = np.isfinite(jax.tree.leaves(right)[0]) if f.is_divergence else ~bad | bad
             for name in sides:
                 expected = np.where(bad[:, None], NAN, right_gradients[name])
@@ -234,7 +237,7 @@ def test_edges_over_shards(f, rule):
 @vjp_by_default
 @every_function
 def test_rows_that_do_not_count(f, rule):
-    """Whatever stands in them; where no row of a shard counts, and where none does."""
+    """They may contain NaN. In some cases no row of a shard counts, or no row at all."""
     p = f.plain(**SIZES)
     out = np.array([1, 2, 5, 6])
     clean, g = p, f.cotangent(p)
@@ -250,7 +253,7 @@ def test_rows_that_do_not_count(f, rule):
 
 
 def test_digits_over_shards():
-    """As many as on one device: of confident rows, and of two that are close."""
+    """Confident rows and close pairs of rows are as accurate as on one device."""
     rng = np.random.default_rng(10)
     z = rng.normal(size=(8, 64))
     z[[1, 3, 5], [8, 33, 60]] += (10, 30, 60)
@@ -282,7 +285,7 @@ def test_digits_over_shards():
 
 @each_value(f=FUNCTIONS, rule=["jvp", "autodiff"])
 def test_forward_mode_and_second_derivatives(f, rule):
-    """The same inside, outside and over global arrays as on one device."""
+    """shard_map and over_mesh give the same derivatives as a single device."""
     p = f.plain(**SIZES)
     g, mesh = f.cotangent(p), make_mesh(2, 4)
     by = ("hidden", "kernel") if f.is_head else tuple(floats(p))
@@ -311,12 +314,12 @@ def test_forward_mode_and_second_derivatives(f, rule):
             assert_close(a, np.asarray(b, np.float64), scale=max(1, float(np.abs(b).max())))
 
 
-# What a compiled program moves
+# Communication of compiled programs
 
 
 @pytest.mark.parametrize("way", ["shard_map", slow("over_mesh"), "explicit"])
 def test_collectives_of_logits_are_numbers_of_rows(way):
-    """Values and gradients of [32, 256] logits; all functions, and all of their options."""
+    """Values and gradients for [32, 256] logits, with all functions and all of their options."""
     sizes = {"rows": (32,), "classes": 256}
     fs = [(f, f.problem(**sizes)) for f in FUNCTIONS.values() if not f.is_head]
     kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
@@ -337,7 +340,7 @@ def test_collectives_of_logits_are_numbers_of_rows(way):
 
 @pytest.mark.parametrize("shape", [(2, 4), slow((1, 8)), slow((8, 1))], ids=str)
 def test_collectives_of_the_head(shape):
-    """d hidden and d kernel once a call; in the loop over chunks nothing, or a number a row."""
+    """One all-reduce each of d hidden and d kernel. In the loop, at most one number per row."""
     rows, width, classes = 64, 24, 512
     f = FUNCTIONS["head"]
     p = f.problem(rows=(rows,), width=width, classes=classes)
@@ -389,7 +392,7 @@ def test_wrong_axis_names(f):
 
 
 def test_target_logits_that_are_not_split_as_the_logits():
-    """One side in parts and the other whole is no pair of rows."""
+    """It raises an error if only one side is sharded over the classes."""
     p = FUNCTIONS["forward"].plain(**SIZES)
     layout = specs(p, "data", "model") | {"target_logits": P("data")}
     call = FUNCTIONS["forward"](axis_name="model")

@@ -1,6 +1,7 @@
-"""Log-probability, entropy and divergences under every transformation of JAX.
+"""Log-probability, entropy and divergences under all transformations of JAX.
 
-Those of logits and those of the head, alone and composed, against the float64 oracle.
+The tests compare functions of logits and of the head, with single and composed transformations,
+with the float64 reference.
 """
 
 import functools
@@ -22,7 +23,7 @@ from tolerances import SAME_FLOAT32
 
 import sxe
 
-# One rule for each function, where more would say no more: the rules share the arithmetic.
+# One rule for each function, where more rules would test nothing new: they share the arithmetic.
 SOME = list(zip(FUNCTIONS.values(), ("vjp", "vjp", "jvp", "autodiff", "vjp"), strict=True))
 some_rules = pytest.mark.parametrize(("f", "rule"), SOME, ids=FUNCTIONS)
 some_forward_rules = pytest.mark.parametrize(
@@ -33,7 +34,7 @@ some_forward_rules = pytest.mark.parametrize(
 
 
 def edges(f, dtype="float32"):
-    """Tied maxima, classes at -inf on both sides, a confident row, and NaN in a row left out."""
+    """Tied maxima, classes at -inf on both sides, a confident row, and NaN in a masked row."""
     p = f.plain(dtype=dtype)
     for name in ("logits", "target_logits"):
         if name in p:
@@ -66,25 +67,25 @@ def jacobian_of(f, x, step=1e-5):
     return np.stack(columns, axis=-1).reshape(*columns[0].shape, *x.shape)
 
 
-# jit, and none of it
+# With and without jit
 
 
 @each_value(f=FUNCTIONS, dtype=["float32", "bfloat16", "float16", "float64"])
 def test_dtypes(f, dtype):
-    """Results are wide, and each gradient is in its input's dtype, rounded once."""
+    """Results are float32 or float64. Each gradient has its input's dtype and is rounded once."""
     with jax.enable_x64(dtype == "float64"):
         for rule in RULES if dtype == "float32" else RULES[:1]:
             p = f.problem(dtype=dtype)
             g = f.cotangent(p)
             value, gradients = quick_jit(with_gradients(f(rule=rule)))(p, g)
             assert {a.dtype for a in jax.tree.leaves(value)} == {jnp.dtype(wide_dtype(dtype))}
-            # The head's loop gives the gradients of numbers in float32.
+            # The head's loop computes the gradients of scalars in float32.
             f.assert_matches((value, gradients), p, g)
 
 
 @each_value(mode=MODES, x=["float32", "bfloat16"])
 def test_a_teacher_of_another_dtype(mode, x):
-    """Both are taken in float32, and each gradient is in its input's dtype."""
+    """Both sides are cast to float32, and each gradient has its input's dtype."""
     f = FUNCTIONS[mode]
     p = f.problem()
     p["logits"] = p["logits"].astype(x)
@@ -109,7 +110,7 @@ def test_eager_equals_jitted(f, rule):
 @vjp_by_default
 @every_function
 def test_edges_without_jit_and_with(f, rule):
-    """No result is NaN, and without jit, where JAX looks at every primitive, none on the way."""
+    """No result is NaN. Without jit, debug_nans checks that no intermediate value is NaN either."""
     p = edges(f)
     g = f.cotangent(p)
     call = with_gradients(f(rule=rule))
@@ -138,7 +139,7 @@ def test_eval_shape(f):
 
 @some_rules
 def test_vmap_over_each_argument(f, rule):
-    """One program for all: over one argument, over the cotangents, and over everything."""
+    """A single program maps over each argument, over the cotangents, and over everything."""
     batch = f.problem(lead=(B,))
     g = jax.tree.map(lambda *a: jnp.stack(a), *(f.cotangent(at(batch, 0), i) for i in range(B)))
     names = [*batch, None]
@@ -220,12 +221,12 @@ def test_rule_vjp_has_no_forward_mode(f):
         jax.jvp(lambda q: f()(p | q), (floats(p),), (floats(p),))
 
 
-# The second derivative
+# Second derivatives
 
 
 @some_rules
 def test_derivatives_of_the_gradient_in_every_argument(f, rule):
-    """Of the derivative by each argument, with respect to each: mixed ones are included."""
+    """Second derivatives with respect to all pairs of arguments."""
     with jax.enable_x64(True):
         p = f.problem(dtype="float64")
         g = f.cotangent(p)
@@ -239,7 +240,7 @@ def test_derivatives_of_the_gradient_in_every_argument(f, rule):
 
             right = jacobian_of(gradients, np.asarray(p[by]))
             found = [j[by].reshape(-1, *p[by].shape) for j in jacobian.values()]
-            # As far as central differences go.
+            # The tolerance is limited by the accuracy of central differences.
             assert_close(np.concatenate(found), right, "float32")
 
 
@@ -258,7 +259,7 @@ FORWARD_HESSIANS = {
 @vjp_by_default
 @every_function
 def test_hessian(f, rule):
-    """Every way to it, at edges: of logits or hidden states, and of target logits."""
+    """All ways to compute Hessian products for logits, hidden states and target logits."""
     with jax.enable_x64(True):
         p = edges(f, "float64")
         g = f.cotangent(p)
@@ -275,7 +276,7 @@ def test_hessian(f, rule):
 
             x = np.array(p[name])
             v = normal(*x.shape, dtype="float64", seed=4)
-            # A central difference leaves out what cannot move.
+            # Central differences leave out infinite and NaN entries.
             still = ~np.isfinite(x)
             v[still] = 0
             ways = HESSIANS | (FORWARD_HESSIANS if rule in FORWARD_RULES else {})
@@ -312,7 +313,7 @@ def test_checkpoint(f, rule):
 
 @pytest.mark.parametrize("name", ["logits", "head", "forward"])
 def test_control_flow(name):
-    """In a scan with weights of the steps, in a map whose batches do not divide, and in a cond."""
+    """A scan, a map whose batch size does not divide the examples, and a cond."""
     f = FUNCTIONS[name]
     batch = f.problem(lead=(B,))
     g = jax.tree.map(lambda *a: jnp.stack(a), *(f.cotangent(at(batch, 0), i) for i in range(B)))
@@ -336,7 +337,7 @@ def test_control_flow(name):
 
 @every_function
 def test_descent_through_its_own_gradient(f):
-    """A gradient through a scan of gradient steps, as central differences have it."""
+    """A gradient through a scan of gradient steps agrees with central differences."""
     with jax.enable_x64(True):
         p = f.plain(dtype="float64")
         g = f.cotangent(p)
@@ -380,7 +381,7 @@ some_wrappers = st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=2)
     outer=some_wrappers,
 )
 def test_composition(name, rule, options, inner, outer):
-    """Some transformations of the function, then its gradient, then some more."""
+    """Some transformations of the function, then the gradient, then more transformations."""
     f = FUNCTIONS[name]
     lead = (2,) * sum(name in ("vmap", "map", "scan") for name in inner + outer)
     some = [option for i, option in enumerate(f.options) if options >> i & 1]
@@ -417,7 +418,7 @@ def test_float32_stays_float32_where_x64_is_on(f):
 
 @every_function
 def test_export(f):
-    """For every platform, through bytes, and its gradient with it; for an open number of rows."""
+    """Export for all platforms, with serialization, including the gradient."""
     p = f.problem(rows=(8,))
     g = f.cotangent(p)
     exported = export.export(jax.jit(f()), platforms=["cpu", "cuda", "tpu"])(p)

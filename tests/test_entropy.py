@@ -1,4 +1,4 @@
-"""Log-probability and entropy, of logits and of the head: what each argument does, and errors."""
+"""Log-probability and entropy of logits and of the head: effects of each argument, and errors."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ OF_HEAD = ("where", "class_mask", "ignore_index", "bias", "logit_scale", "softca
 
 
 def run(f, p, g=None, **static):
-    """(value, gradients) of a jitted call, and the cotangents."""
+    """The (value, gradients) of a jitted call, and the cotangents."""
     p, numbers = apart(p)
     g = f.cotangent(p) if g is None else g
     return quick_jit(with_gradients(f(**static, **numbers)))(p, g), g
@@ -57,7 +57,7 @@ def test_option_cases_of_logits(rule):
 
 @vjp_by_default
 def test_option_cases_of_head(rule):
-    """Chunks of one row, of some that divide the rows or do not, of more rows than there are."""
+    """Chunk sizes of 1, sizes that divide N or do not, and sizes larger than N."""
     functions, arguments, calls = [], [], []
     for i, case in enumerate(in_pairs(*OF_HEAD)):
         if i % 2:
@@ -114,7 +114,7 @@ def test_every_label_dtype(dtype, x64):
 
 
 def test_benign_rows_against_jax():
-    """jax.nn's textbook forms do for logits of size 1."""
+    """For logits of size 1, the textbook formulas with jax.nn are accurate enough."""
     p = LOGITS.problem("none", rows=(64,), classes=50)
     log_q = jax.nn.log_softmax(p["logits"])
     log_prob = jnp.take_along_axis(log_q, p["labels"][:, None], axis=-1)[:, 0]
@@ -140,7 +140,7 @@ def test_a_pair_with_names():
 @vjp_by_default
 @both
 def test_the_gradient_of_one_result_alone(f, rule, result):
-    """As an entropy bonus, or a log-probability, without the other."""
+    """For example, an entropy bonus without the log-probability."""
     p = f.problem()
 
     def one(q):
@@ -160,7 +160,7 @@ def test_the_gradient_of_one_result_alone(f, rule, result):
 
 
 def filled(f, p, rows, value):
-    """These rows of the logits, or of the hidden states, hold the value."""
+    """The arguments p with these rows of the logits or hidden states set to the value."""
     name = "hidden" if f is HEAD else "logits"
     return p | {name: p[name].at[np.array(rows)].set(value)}
 
@@ -175,7 +175,7 @@ def filled(f, p, rows, value):
 @pytest.mark.parametrize("content", [NAN, INF, -INF])
 @vjp_by_default
 def test_a_row_that_does_not_count_is_zero(f, rule, content, reason):
-    """In results and gradients, the second as well, whatever stands in it."""
+    """Its results, gradients and second derivatives are 0, whatever the row contains."""
     p, out = f.problem("none"), [1, 3]
     counts = ~np.isin(np.arange(len(p["labels"])), out)
     static, bad = {"rule": rule}, filled(f, p, out, content)
@@ -254,13 +254,13 @@ def test_checkify_names_position_label_and_classes(f):
 
 @every_rule
 def test_a_class_that_cannot_occur(rule):
-    """Its gradient is 0; if it is the label's, log_prob is -inf and its gradient there 1."""
+    """Its gradient is 0. If it is the label, log_prob is -inf and has the gradient 1 there."""
     p = {"logits": normal(4, 5), "labels": np.array([1, 2, 4, 0])}
     p["logits"][:, 3] = p["logits"][1, [0, 2]] = p["logits"][3, 1:] = -INF
     (value, gradients), g = run(LOGITS, p, rule=rule)
     LOGITS.assert_matches((value, gradients), p, g)
     assert value.log_prob[1] == -INF
-    assert value.log_prob[3] == value.entropy[3] == 0  # one class is left
+    assert value.log_prob[3] == value.entropy[3] == 0  # only one class is left
     d = np.asarray(gradients["logits"])
     assert not d[:, 3].any()
     assert not d[3].any()
@@ -269,7 +269,7 @@ def test_a_class_that_cannot_occur(rule):
 
 @every_rule
 def test_a_masked_class_is_a_logit_of_minus_infinity(rule):
-    """But for its gradient, which is 0, the label's too."""
+    """The gradient of a masked class is 0, even if it is the label."""
     p = {"logits": normal(4, 5), "labels": np.array([1, 2, 4, 0])}
     mask = np.ones((4, 5), bool)
     mask[:, 3] = mask[0, 0] = mask[1, 2] = False  # row 1's label is masked
@@ -340,7 +340,7 @@ def test_what_stands_in_masked_classes_does_not_matter(f):
 
 @pytest.mark.parametrize("rule", ["vjp", pytest.param("jvp", marks=pytest.mark.slow)])
 def test_the_head_never_makes_the_logits(rule):
-    """Value and gradients of 512 rows and classes in chunks of 16 rows."""
+    """Memory for value and gradients of 512 rows and 512 classes, in chunks of 16 rows."""
     n = 512
     p = HEAD.problem("none", rows=(n,), width=4, classes=n)
     static = {"chunk_size": 16, "rule": rule}
@@ -428,7 +428,7 @@ def test_what_the_loss_has_is_no_argument_here(function):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @every_rule
 def test_entropy_among_the_metrics(rule, reduction, head):
-    """That of each row, 0 where it does not count; no gradient passes through it."""
+    """The entropy of each row, or 0 where the row does not count. It has no gradient."""
     hidden, kernel, labels = normal(N, D), normal(D, K), np.arange(N)
     where = np.arange(N) != 3
     static = {"where": where, "return_metrics": True, "rule": rule, "reduction": reduction}

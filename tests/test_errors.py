@@ -1163,7 +1163,7 @@ def test_rates_of_a_plan(argument):
 
 @pytest.mark.parametrize("line", sxe.derivation.LINES, ids=lambda line: line.name)
 def test_lines_of_the_derivation(line):
-    message = r"expected targets .*\(6, 5\), got {}; of labels \[N\] pass jax.nn.one_hot\(y, 5\)"
+    message = r"expected targets .*\(6, 5\), got {}; for labels \[N\] pass jax.nn.one_hot\(y, 5\)"
     for y in (LABELS, zeros(K), zeros(1, K), zeros(N, 1)):
         with says("y", ValueError, message.format(re.escape(str(y.shape)))):
             line.closed_form(LOGITS, y)
@@ -1176,7 +1176,7 @@ def test_lines_of_entropy_and_divergences(line):
     others = [LOGITS] * ("z" in line.takes)
     with says("x", ValueError, r"expected logits \[N, K\], got shape \(5,\)"):
         line.closed_form(LOGITS[0], *others)
-    message = r"expected target logits \[N, K\] as the logits are, \(6, 5\), got {}"
+    message = r"expected target logits \[N, K\] with the logits' shape, \(6, 5\), got {}"
     for z in (zeros(K), zeros(1, K), zeros(N, 1)) if others else ():
         with says("z", ValueError, message.format(re.escape(str(z.shape)))):
             line.closed_form(LOGITS, z)

@@ -1,6 +1,6 @@
-"""Programs for an H100 that is not here: what the compilers of XLA and of Pallas make of them.
+"""Programs compiled for an H100 by the compilers of XLA and Pallas, without a GPU.
 
-These need no GPU, but JAX's CUDA plugin: see contributing.md. Nothing that they compile runs here.
+The tests need JAX's CUDA plugin: see contributing.md. They do not run what they compile.
 """
 
 import functools
@@ -23,7 +23,7 @@ from sxe._rows import gpu_gradient, gpu_state
 
 
 def missing():
-    """What these tests need and this environment lacks, or None."""
+    """What the tests need and this environment lacks, or None."""
     if not any(map(find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         return "JAX's CUDA plugin is not installed: pip install 'jax[cuda13]'"
     if jax.__version_info__ < (0, 11, 2):
@@ -39,9 +39,9 @@ if reason := missing():
 pytestmark = pytest.mark.cuda
 
 N = 1024
-KERNEL = "mosaic_gpu_v2"  # the target of the custom call that is the row kernel
+KERNEL = "mosaic_gpu_v2"  # the target of the custom call of a row kernel
 
-# What a compiler asks about a GPU.
+# The description of the GPU for the compiler.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -69,7 +69,7 @@ dnn_version_info { major: 9 minor: 12 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-# Without a GPU no algorithm can be tried. The others undo what conftest.py sets for a CPU.
+# Autotuning needs a GPU. The other options undo what conftest.py sets for a CPU.
 COMPILER_OPTIONS = {
     "xla_gpu_autotune_level": 0,
     "xla_backend_optimization_level": 3,
@@ -84,13 +84,13 @@ kernel_gradient = functools.partial(
 
 @pytest.fixture(scope="module")
 def sharding():
-    """Of arrays on one H100."""
+    """The sharding of arrays on one H100."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="H100", topology="1x1x1", target_config=H100
     )
     mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
     with pytest.MonkeyPatch.context() as patch:
-        # As in a process with one GPU, where every array is whole on it.
+        # As in a process with a single GPU, which holds all arrays whole.
         patch.setattr("sxe._backend.device_count", lambda: 1)
         jax.clear_caches()
         yield NamedSharding(mesh, P())
@@ -98,7 +98,7 @@ def sharding():
 
 @pytest.fixture
 def compiled(sharding):
-    """Compiles a function for arguments of these shapes and dtypes."""
+    """A function that compiles a program for arguments of the given shapes and dtypes."""
 
     def compile_(f, *arguments):
         structs = [jax.ShapeDtypeStruct(*each, sharding=sharding) for each in arguments]
@@ -112,7 +112,7 @@ def of_logits(classes, dtype):
 
 
 class Assembled(NamedTuple):
-    """What ptxas, which compiles last, says of one kernel."""
+    """The report of ptxas, the last compiler, on one kernel."""
 
     architecture: str
     stack_bytes: int
@@ -122,7 +122,7 @@ class Assembled(NamedTuple):
 
 
 def assembled(report):
-    """Of each Pallas kernel that ptxas has compiled."""
+    """The ``Assembled`` of each Pallas kernel that ptxas has compiled."""
     pattern = (
         r"Compiling entry function '\w+' for '(\w+)'\n(?s:.*?)"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
@@ -156,7 +156,7 @@ def smoothed(logits, labels, d_dtype=None):
 
 
 def with_targets(dtype, rows=N, d_dtype=None):
-    """The kernel with a target for each class, whose array has that dtype and so many rows."""
+    """The kernel with an array of dense targets of this dtype and this number of rows."""
 
     def f(logits, labels):
         dense = jnp.ones((rows, logits.shape[1]), dtype)
@@ -196,9 +196,9 @@ KERNELS = [
 
 @pytest.mark.parametrize(("function", "dtype", "classes"), KERNELS)
 def test_kernels_stay_in_registers(compiled, capfd, monkeypatch, function, dtype, classes):
-    """A multiprocessor has 65,536 of them, for the 384 or 512 threads of a program.
+    """A multiprocessor has 65,536 registers, for the 384 or 512 threads of a program.
 
-    What does not fit into a thread's registers is spilled: written to memory and read again.
+    Values that do not fit into a thread's registers would be written to memory and read again.
     """
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     launches = []
@@ -215,16 +215,16 @@ def test_kernels_stay_in_registers(compiled, capfd, monkeypatch, function, dtype
     found = assembled(report)
     assert len(found) == 1, f"expected the report of one kernel, got {report!r}"
     assert found[0][:4] == ("sm_90a", 0, 0, 0)
-    # Of a loss that is differentiated, JAX traces the value first, and then what it compiles.
+    # For a differentiated loss, JAX first traces the value alone. The last launch is compiled.
     groups, *grid = launches[-1]
-    programs = 1 if len(grid) > 1 else -(-grid[0] // 132)  # of the gradient kernel, on one core
+    programs = 1 if len(grid) > 1 else -(-grid[0] // 132)  # per core, for the gradient kernel
     assert 0 < programs * groups * 128 * found[0].registers <= 65536
     if function is kernel_alone and classes in (1032, 32000):
-        # So many share a multiprocessor.
+        # The number of programs that share a multiprocessor, and of their warpgroups.
         assert (programs, groups) == ((2, 3) if classes == 1032 or dtype != "float32" else (1, 4))
 
 
-# How often a program reads and writes arrays with as many elements as the logits.
+# The number of reads and writes of arrays with as many elements as the logits
 
 IN_XLA = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -236,7 +236,7 @@ def logits_passes(program, classes):
 @pytest.mark.parametrize("classes", [1000, 32000])
 @pytest.mark.parametrize(("function", "dtype"), SERVED)
 def test_the_row_kernel_alone_touches_logits(compiled, function, dtype, classes):
-    """It reads them once, and writes the gradient once, in their dtype."""
+    """It reads the logits once, and writes the gradient once, in their dtype."""
     program = compiled(FUNCTIONS[function], *of_logits(classes, dtype))
     once = (IN_XLA[dtype],)
     assert logits_passes(program, classes) == [Pass(KERNEL, once, once)]
@@ -275,7 +275,7 @@ def test_long_rows_with_targets_of_classes(compiled, classes, option):
 @pytest.mark.parametrize(("dtype", "in_xla"), [("float32", "f32"), ("bfloat16", "bf16")])
 @pytest.mark.parametrize("classes", [1000, 32000])
 def test_dense_targets_are_read_once(compiled, classes, dtype, in_xla, option):
-    """As they are given: no copy is widened or masked."""
+    """They are read in their own dtype, without a widened or masked copy."""
     options = {name: OPTIONS[name] for name in option.split()}
     f = jax.value_and_grad(functools.partial(kernel_loss, **options))
     program = compiled(f, ((N, classes), "bfloat16"), ((N, classes), dtype))
@@ -298,7 +298,7 @@ STATE_FIRST = [
 
 @pytest.mark.parametrize(("f", "classes", "dtype"), STATE_FIRST)
 def test_what_the_state_kernel_leaves_to_xla(compiled, f, classes, dtype):
-    """It reads the logits once. The gradient takes one more pass."""
+    """The state kernel reads the logits once. XLA computes the gradient in one more pass."""
     once = (IN_XLA[dtype],)
     program = compiled(f, *of_logits(classes, dtype))
     assert logits_passes(program, classes) == [
@@ -318,7 +318,7 @@ def scaled_by(logits, labels, scale):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("f", "more"), [(scaled, []), (scaled_by, [((), "float32")])])
 def test_another_cotangent_takes_one_more_pass(compiled, f, more, dtype):
-    """The kernel wrote the gradient for a cotangent of 1."""
+    """The kernel writes the gradient for a cotangent of 1, which is then scaled."""
     program = compiled(f, *of_logits(1000, dtype), *more)
     once = (IN_XLA[dtype],)
     expected = [Pass(KERNEL, once, once), Pass("fusion", once, once)]
@@ -338,7 +338,7 @@ BY_XLA = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", BY_XLA)
 def test_xla_reads_logits_three_times(compiled, function, dtype, classes):
-    """For the largest one, for both sums of exponentials, and for the gradient."""
+    """For the maximum, for both sums of exponentials, and for the gradient."""
     program = compiled(BY_XLA[function], *of_logits(classes, dtype))
     once = (IN_XLA[dtype],)
     reading = Pass("fusion", once, ())
@@ -352,9 +352,9 @@ def of_head(rows, hidden, classes, dtype):
 @pytest.mark.parametrize(("dtype", "gradient"), [("bfloat16", "bf16"), ("float32", "f32")])
 @pytest.mark.parametrize("option", [{}, {"label_smoothing": 0.1}], ids=["label", "smoothing"])
 def test_how_often_the_head_reads_the_logits_of_a_chunk(compiled, dtype, gradient, option):
-    """For their maximum, for their sums, for what their targets cost, and for their gradient.
+    """For the maximum, for the sums, for the cost of the targets, and for the gradient.
 
-    Two products read the gradient.
+    Two matrix products read the gradient.
     """
     sizes = (4096, 384, 32768)
     plan = sxe.plan(*sizes, dtype, backend="gpu", options=tuple(option))
@@ -384,7 +384,7 @@ def test_how_often_the_head_reads_the_logits_of_a_chunk(compiled, dtype, gradien
     ids=" ".join,
 )
 def test_the_kernel_reads_the_logits_of_a_chunk_once(compiled, dtype, gradient, option):
-    """It writes their gradient in the dtype of the products."""
+    """It writes the gradient of the logits in the dtype of the matrix products."""
     sizes = (4096, 384, 32768)
     chunk_size = sxe.plan(*sizes, dtype, backend="gpu").chunk_size
     loss = functools.partial(
@@ -426,11 +426,11 @@ def test_temporaries_of_the_head_are_those_of_its_plan(
     assert found == pytest.approx(plan.temporary_bytes, rel=0.05)
 
 
-# Derivatives of what the kernel computes.
+# Derivatives of the kernel's results
 
 
 def tangent_of_gradient(logits, labels, v):
-    """The gradient by the kernel, and its derivative along v by XLA, with the state's kernel."""
+    """The gradient by the kernel, and its tangent along v by XLA and the state kernel."""
     return jax.jvp(lambda x: jax.grad(kernel_loss)(x, labels), (logits,), (v,))
 
 

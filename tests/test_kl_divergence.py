@@ -1,4 +1,4 @@
-"""The divergences of two rows of logits: what each argument does, infinities, and errors."""
+"""Divergences of two rows of logits: the effect of each argument, infinite logits, and errors."""
 
 import functools
 
@@ -37,7 +37,7 @@ def program(by=None, **static):
 
 
 def run(p, g=None, **static):
-    """(value, gradients) of a jitted call, and the cotangents."""
+    """The (value, gradients) of a jitted call, and the cotangents."""
     g = cotangent(p, static["reduction"]) if g is None else g
     return program(**static)(p, g), g
 
@@ -47,7 +47,7 @@ def expected(p, g, rule=None, **static):
 
 
 def check(result, p, g, by=None, **static):
-    """Value and gradients, those of all floats or of these."""
+    """Checks the value and the gradients for ``by``, or for all floating arguments."""
     value, gradients = result
     right, right_gradients = expected(p, g, **static)
     assert_close(value, right)
@@ -87,7 +87,7 @@ def test_option_cases(mode, rule):
 
 @pytest.mark.parametrize("beta", [1e-4, 0.1, 0.5, 0.9, 0.9999])
 def test_beta(beta):
-    """The weight of the targets' distribution in the mean of both, and of their divergence."""
+    """beta weights the target distribution in the mixture, and its divergence in the sum."""
     p = divergence_problem("weights", shape=(N, K))
     for reduction in ("mean", "none"):
         static = static_of("jensen_shannon", reduction=reduction) | {"beta": beta}
@@ -96,7 +96,7 @@ def test_beta(beta):
 
 
 def test_limits_of_the_jensen_shannon_divergence():
-    """Divided by beta it tends to the forward, and by 1 - beta to the reverse divergence."""
+    """JS / beta approaches the forward divergence, and JS / (1 - beta) the reverse one."""
     x, z = normal(N, K), normal(N, K, seed=1)
     f = functools.partial(sxe.kl_divergence, x, z, reduction="none")
     near_0 = f(mode="jensen_shannon", beta=1e-6) / 1e-6
@@ -141,7 +141,7 @@ def test_class_axes(mode, of):
 
 
 def test_benign_rows_against_the_textbook():
-    """As optax.kl_divergence and its like have them."""
+    """The textbook formulas, as in optax.kl_divergence."""
     x, z = (jnp.asarray(normal(64, 50, seed=i)) for i in (0, 1))
     log_q, log_p = jax.nn.log_softmax(x), jax.nn.log_softmax(z)
     q, p = jnp.exp(log_q), jnp.exp(log_p)
@@ -156,7 +156,7 @@ def test_benign_rows_against_the_textbook():
         np.testing.assert_allclose(found, value, rtol=1e-4)
         np.testing.assert_allclose(sxe.kl_divergence(x, z, mode=mode), value.mean(), rtol=1e-4)
     np.testing.assert_allclose(sxe.kl_divergence(x, z), right["forward"].mean(), rtol=1e-4)
-    # With the teacher's entropy it is the cross-entropy of the student.
+    # The divergence plus the teacher's entropy is the student's cross-entropy.
     loss = sxe.softmax_cross_entropy(x, p, reduction="none")
     entropy = sxe.log_prob_and_entropy(z, jnp.zeros(64, int)).entropy
     np.testing.assert_allclose(right["forward"], loss - entropy, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_benign_rows_against_the_textbook():
 @each_value(mode=MODES, by=["logits", "target_logits"])
 @vjp_by_default
 def test_the_gradient_of_one_side_alone(mode, rule, by):
-    """The other is a constant, as a teacher's or a reference's."""
+    """The other side is a constant, such as the logits of a teacher or a reference model."""
     p = divergence_problem("weights", shape=(N, K))
     static, g = static_of(mode, rule), cotangent(p, "none")
     check(program(by=(by,), **static)(p, g), p, g, by=(by,), **static)
@@ -175,7 +175,7 @@ def test_the_gradient_of_one_side_alone(mode, rule, by):
 
 
 COUNTS = ~np.isin(np.arange(N), [1, 4, 6])
-# Options with which three of the rows do not count. They have the same structure.
+# Options that leave three rows out. All have the same structure, so they share a program.
 REASONS = {
     "where": (COUNTS, np.full(N, 1.5, np.float32)),
     "weights": (np.full(N, True), np.where(COUNTS, 1.5, 0).astype(np.float32)),
@@ -184,7 +184,7 @@ REASONS = {
 
 
 def bad_rows(p, content):
-    """The rows that do not count: one is bad in the logits, one in the targets', one in both."""
+    """p with bad rows that do not count: bad in the logits, in the target logits, or in both."""
     bad = {name: a.copy() for name, a in p.items()}
     bad["logits"][[1, 6]] = content
     bad["target_logits"][[4, 6]] = content
@@ -194,7 +194,7 @@ def bad_rows(p, content):
 @each_value(mode=MODES, reduction=["mean", "none"])
 @vjp_by_default
 def test_a_row_that_does_not_count_contributes_nothing(mode, rule, reduction):
-    """Whatever stands in it, on either side or on both."""
+    """Whatever it contains, on one side or on both."""
     p = divergence_problem(shape=(N, K))
     static = static_of(mode, rule, reduction)
     for where, weights in REASONS.values():
@@ -231,10 +231,10 @@ def test_second_derivatives_of_a_row_that_does_not_count(mode, rule):
 
 @each_value(mode=MODES, rule=RULES)
 def test_a_weight_of_zero_has_its_divergence_as_derivative(mode, rule):
-    """Learned weights may start at 0; a row without a divergence then has a derivative of 0."""
+    """Learned weights may start at 0. For a row without a divergence the derivative is then 0."""
     p = divergence_problem(shape=(N, K))
     p["logits"][1], p["target_logits"][2], p["logits"][3] = NAN, INF, -INF
-    p["logits"][4, 2] = p["target_logits"][5, 3] = -INF  # whose divergence may be infinite
+    p["logits"][4, 2] = p["target_logits"][5, 3] = -INF  # the divergence may be infinite here
     p["weights"] = np.zeros(N, np.float32)
     static = static_of(mode, rule, "sum")
     (value, gradients), _ = run(p, np.float32(1), **static)
@@ -277,7 +277,7 @@ def test_weights_of_both_signs(mode):
             static = static_of(mode, reduction=reduction)
             result, g = run(p, **static)
             check(result, p, g, **static)
-    p["weights"] = np.array([1, -3, 2, 0], np.float32)  # a mean that has no value
+    p["weights"] = np.array([1, -3, 2, 0], np.float32)  # the sum is 0, so the mean is NaN
     (value, gradients), _ = run(p, **static_of(mode, reduction="mean"))
     assert np.isnan(value)
     assert np.isnan(gradients["logits"][:3]).all()
@@ -287,7 +287,7 @@ def test_weights_of_both_signs(mode):
 
 
 def rows_with_impossible_classes():
-    """Logits and target logits: a class at -inf on neither side, on one, on the other, on both."""
+    """Rows with a class at -inf on neither side, in the logits, in the target logits, in both."""
     x, z = normal(4, 5), normal(4, 5, seed=1)
     x[[1, 3], 2] = z[[2, 3], 2] = -INF
     return {"logits": x, "target_logits": z}
@@ -295,7 +295,7 @@ def rows_with_impossible_classes():
 
 @each_value(mode=MODES, rule=RULES)
 def test_classes_that_cannot_occur(mode, rule):
-    """0 log 0 is 0; what the one may be and the other cannot costs infinity, in that order."""
+    """0 log 0 is 0. KL(p || q) is infinite if a class has probability 0 in q but not in p."""
     p = rows_with_impossible_classes()
     static = static_of(mode, rule)
     ((value, gradients), g) = run(p, **static)
@@ -308,7 +308,7 @@ def test_classes_that_cannot_occur(mode, rule):
         d = np.asarray(gradients[name])
         assert_close(d[finite], right_gradients[name][finite])
         assert d[3, 2] == 0
-    # For the side that only normalises, the gradient is finite in an infinite row too.
+    # For the second argument of KL, the gradient is finite even where the divergence is infinite.
     other = {"forward": "logits", "reverse": "target_logits"}.get(mode)
     if other:
         assert_close(gradients[other], right_gradients[other])
@@ -316,7 +316,7 @@ def test_classes_that_cannot_occur(mode, rule):
 
 @every_mode
 def test_masked_classes_are_logits_of_minus_infinity_on_both_sides(mode):
-    """But for the gradients, which are 0, and for what stands there."""
+    """The gradients of masked classes are 0, whatever their logits are."""
     p = divergence_problem("class_mask", "where_class", shape=(N, K))
     static = static_of(mode)
     g = cotangent(p, "none")
@@ -332,7 +332,7 @@ def test_masked_classes_are_logits_of_minus_infinity_on_both_sides(mode):
 @each_value(mode=MODES, classes=[5, 1024])
 @vjp_by_default
 def test_a_row_without_a_distribution_is_nan_alone(mode, rule, classes):
-    """All -inf, a +inf, a NaN, which a maximum may lose: on either side, or on both."""
+    """Rows with only -inf, a +inf, or a NaN (which a maximum may lose), on one or both sides."""
     p = {"logits": normal(14, classes), "target_logits": normal(14, classes, seed=1)}
     right, right_gradients = expected(p, normal(14), **static_of(mode))
     for i, fill in enumerate((-INF, INF, NAN, INF)):
@@ -348,7 +348,7 @@ def test_a_row_without_a_distribution_is_nan_alone(mode, rule, classes):
 
 @every_mode
 def test_disjoint_distributions(mode):
-    """The Jensen-Shannon divergence has a largest value; the others have none."""
+    """The Jensen-Shannon divergence is bounded. The others are not."""
     p = {"logits": np.array([[0, -INF], [0, -200]], np.float32)}
     p["target_logits"] = p["logits"][:, ::-1].copy()
     value = sxe.kl_divergence(**p, **static_of(mode))
@@ -357,7 +357,7 @@ def test_disjoint_distributions(mode):
         np.testing.assert_allclose(value, [largest] * 2, rtol=1e-6)
     else:
         np.testing.assert_allclose(value, [INF, 200], rtol=1e-6)
-        # A probability that float32 rounds to 0 is not 0.
+        # A probability that float32 rounds to 0 does not count as 0.
         p = {"logits": p["logits"][:1], "target_logits": p["logits"][1:]}
         p = p if mode == "forward" else dict(zip(p, reversed(p.values()), strict=True))
         assert sxe.kl_divergence(**p, **static_of(mode))[0] == INF
@@ -365,7 +365,7 @@ def test_disjoint_distributions(mode):
 
 @every_mode
 def test_the_ends_of_float32(mode):
-    """Equal logits of any size have no divergence, and no difference of two overflows."""
+    """The divergence of equal logits is 0 at any magnitude, and no difference overflows."""
     x = np.full((6, 4), 3e38, np.float32)
     x[2:4], x[4:] = -3e38, 1e30
     x[::2, 2] = 0
@@ -452,7 +452,7 @@ def test_what_is_no_argument():
 
 @pytest.mark.parametrize("f", [f for f in FUNCTIONS.values() if f.is_divergence], ids=MODES)
 def test_an_option_that_is_off_does_nothing(f):
-    """The program is that of a call without it."""
+    """The call compiles to the same program as a call without the option."""
     p = f.problem("none")
     off = {"logit_scale": 1.0, "target_logit_scale": 1, "where": None, "weights": None}
 

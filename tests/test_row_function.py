@@ -1,6 +1,6 @@
-"""A second function of rows is one class: rules, head and mesh serve it as they serve the loss.
+"""A new row function is a single class. The rules, the head and meshes work with it as they are.
 
-It is the entropy H of the softmax, with H = log1p(r) + sum_k q_k (m - x_k) and the gradient
+This one is the entropy H of the softmax, with H = log1p(r) + sum_k q_k (m - x_k) and the gradient
 dH/dx_l = q_l ((m - x_l) - sum_k q_k (m - x_k)).
 """
 
@@ -109,7 +109,7 @@ def test_rules(rule):
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("by", ["vjp", "jvp", "autodiff", "sum"])
 def test_head_and_mesh(by, shards):
-    """Single rows by each rule, and a sum that takes its gradient in the forward pass."""
+    """Row results with each rule, and a sum whose gradient is computed in the forward pass."""
     hidden, kernel, weight, g = inputs()
     kernel = jnp.pad(kernel, ((0, 0), (0, 3)))
     mesh = jax.make_mesh((shards,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))

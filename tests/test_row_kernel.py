@@ -1,4 +1,4 @@
-"""The row kernel for GPUs: on a GPU, or else interpreted, and compiled as far as JAX alone does."""
+"""The row kernels for GPUs: on a GPU, or interpreted on a CPU, and lowered by JAX alone."""
 
 import dataclasses
 import functools
@@ -32,10 +32,10 @@ kernel_gradient = functools.partial(
 
 @pytest.fixture
 def backend(monkeypatch):
-    """Calls as they are traced for a GPU. What is measured is the result of the kernel."""
+    """Makes calls trace as for a GPU, so that the kernels compute the results."""
     for module in (_softmax_cross_entropy, _linear_softmax_cross_entropy):
         monkeypatch.setattr(module, "backend_of", lambda *arrays: BACKEND)
-    jax.clear_caches()  # of calls that were traced for a CPU
+    jax.clear_caches()  # forget calls that were traced for a CPU
     yield BACKEND
     jax.clear_caches()
 
@@ -58,13 +58,13 @@ def test_two_runs_give_the_same_bits(rows, classes):
 
 
 def bound(dtype):
-    """Of a gradient's relative error, and below which numbers of the dtype lose digits."""
+    """The relative tolerance of a gradient, and the absolute one for its subnormal numbers."""
     info = jnp.finfo(dtype)
     return {"rtol": max(2e-5, float(info.eps)), "atol": float(info.smallest_normal)}
 
 
-# Short rows and long ones: of one fragment and of several, of whole blocks and ragged ones, of
-# fewer blocks than there are warpgroups, and of more than the ring has slots, which are read twice.
+# Short and long rows, with one or several fragments, with whole or ragged blocks, with fewer blocks
+# than warpgroups, and with more blocks than the ring has slots, so that some are read twice.
 SIZES = [
     (5, 8, "bfloat16"),
     (6, 1000, "bfloat16"),
@@ -92,7 +92,7 @@ def test_it_agrees_with_the_oracle(rows, classes, dtype):
 
 
 def targets_of(kind, labels, classes):
-    """Labels or dense targets, and the options about them."""
+    """Labels or dense targets, and options for them."""
     rng, shape = np.random.default_rng(11), (len(labels), classes)
     options = {}
     if "weights" in kind:
@@ -100,9 +100,9 @@ def targets_of(kind, labels, classes):
     if "smoothing" in kind:
         options["label_smoothing"] = np.float32(0.1)
     if "dense" in kind:
-        # Of very different sizes, of any sum, and 0 for some classes.
+        # Targets of very different sizes, with any sum, and 0 for some classes.
         labels = np.exp(rng.normal(0, 8, shape)) * (rng.random(shape) < 0.8)
-        # In float16, XLA would be as inexact with the smallest ones.
+        # For the smallest ones, float16 gradients would be inexact with XLA as well.
         labels = np.where(labels < 1e-3, 0, labels / labels.sum(axis=-1, keepdims=True))
         labels = jnp.asarray(labels, "bfloat16" if "bfloat16" in kind else "float32")
     return labels, options
@@ -117,7 +117,7 @@ KINDS = [
 ]
 
 
-# Of one fragment and of several, ragged, and of long rows those that are read twice in part.
+# Rows with one or several fragments, ragged rows, and long rows that are partly read twice.
 SIZES_OF_TARGETS = [
     *((5, 64, "bfloat16"), (6, 1000, "bfloat16"), (3, 392, "float32")),
     *((2, 1064, "float16"), (3, 1064, "float32"), (3, 5000, "bfloat16")),
@@ -140,7 +140,7 @@ QUICK = [
     ],
 )
 def test_targets_of_classes_agree_with_the_oracle(rows, classes, dtype, kind):
-    """With a z-loss, and weights, of which one is 0."""
+    """With and without a z-loss and weights, one of which is 0."""
     logits, labels = problem(rows, classes, dtype)
     labels, options = targets_of(kind, labels, classes)
     weights = np.random.default_rng(1).random(rows, np.float32) + 0.5
@@ -151,15 +151,15 @@ def test_targets_of_classes_agree_with_the_oracle(rows, classes, dtype, kind):
         np.testing.assert_allclose(loss, oracle.loss(*given, **options, **more), rtol=1e-6)
         assert gradient.dtype == logits.dtype
         expected = oracle.gradient(*given, **options, **more)
-        # The oracle's difference T q - t cancels, in float64.
+        # The float64 reference computes the difference T q - t, which cancels.
         np.testing.assert_allclose(
             np.asarray(gradient, np.float64), expected, **bound(dtype) | {"atol": 1e-7}
         )
 
 
 def targets_for_digits(classes):
-    """One class has nearly all of the target, or all have as much, or some have none."""
-    for most in (7, 8):  # the largest logit's, and another one's
+    """One class has nearly the whole target, all classes have equal targets, or some have none."""
+    for most in (7, 8):  # the class of the largest logit, and another class
         t = np.full(classes, 1e-9)
         t[most] = 3
         yield t
@@ -176,7 +176,7 @@ def test_its_digits_with_dense_targets(classes):
     for x in np.array(list(exact_rows(classes)), np.float32):
         for t in np.array(list(targets_for_digits(classes)), np.float32):
             loss, (gradient,) = by_kernel(jnp.asarray(x)[None], jnp.asarray(t)[None])
-            if np.isinf(x[t > 0]).any():  # a class that has a target cannot occur
+            if np.isinf(x[t > 0]).any():  # a class with a target has probability 0
                 assert loss == np.inf
                 continue
             exact, _ = oracle.exact_row(x, t)
@@ -189,7 +189,7 @@ def test_its_digits_with_dense_targets(classes):
 @pytest.mark.parametrize("classes", [64, pytest.param(1064, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_by_dense_targets(classes, dtype):
-    """First and second ones, with a row that does not count and holds NaN, and with weights."""
+    """First and second derivatives, with weights and a masked row that contains NaN."""
     rng = np.random.default_rng(12)
     x, t = rng.standard_normal((5, classes)), rng.random((5, classes))
     x[1], t[1] = np.nan, np.nan
@@ -222,7 +222,7 @@ def test_derivatives_by_dense_targets(classes, dtype):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("classes", [64, 1064])
 def test_the_derivative_by_label_smoothing_beside_bad_labels(classes):
-    """Nothing that the kernel has not written gets into it."""
+    """Memory that the kernel has not written has no effect on it."""
     logits, labels = problem(4, classes, "float32")
     labels = labels.at[1].set(classes).at[2].set(-1)
 
@@ -239,7 +239,7 @@ def test_the_derivative_by_label_smoothing_beside_bad_labels(classes):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("classes", [64, pytest.param(1064, marks=pytest.mark.slow)])
 def test_dense_targets_that_are_not_finite(classes, bad):
-    """Their row is NaN, and no other. So it is where their sum overflows."""
+    """Only their row is NaN. The same is true if the sum of targets overflows."""
     logits, labels = problem(3, classes, "float32")
     targets = jax.nn.one_hot(labels, classes).at[1, 4:6].set(bad)
     loss, gradient = kernel_gradient(logits, targets)
@@ -277,7 +277,7 @@ def test_derivatives_by_options_beside_targets_that_do_not_count(mask):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gradients_for_narrow_targets_are_rounded_once(dtype):
-    """After a loss scale, which keeps what is below float16's numbers."""
+    """They are rounded after a loss scale, which keeps values below the range of float16."""
     x, t = jnp.zeros((4, 64)).at[1, 0].set(3), jnp.full((4, 64), 1 / 64, dtype)
     weights = jnp.full(4, 1e-9)
 
@@ -308,7 +308,7 @@ def test_the_lse_of_a_row_of_minus_infinity(classes):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("mapped", ["logits", "targets", "both", "class weights"])
 def test_examples_with_targets_of_classes(mapped):
-    """Of vmap, in which one kernel has the rows of all examples."""
+    """With vmap, a single kernel computes the rows of all examples."""
     rng = np.random.default_rng(13)
     x = jnp.asarray(rng.standard_normal((2, 3, 64)), jnp.float32)
     t = jnp.asarray(rng.random((2, 3, 64)), jnp.float32)
@@ -335,7 +335,7 @@ def test_examples_with_targets_of_classes(mapped):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("rows", "classes", "dtype"), [(5, 67, "float32"), (7, 1001, "bfloat16")])
 def test_single_rows_agree_with_the_oracle(rows, classes, dtype):
-    """Of sizes that no vector divides, with a cotangent for each row."""
+    """With sizes that no vector divides, and a cotangent for each row."""
     logits, labels = problem(rows, classes, dtype)
     g = np.random.default_rng(9).standard_normal(rows).astype(np.float32)
     options = {"reduction": "none", "z_loss": 0.01}
@@ -349,7 +349,7 @@ def test_single_rows_agree_with_the_oracle(rows, classes, dtype):
 @needs_pallas
 @pytest.mark.parametrize("classes", [1032, 3000, pytest.param(16384, marks=pytest.mark.slow)])
 def test_a_gradient_that_is_narrower_than_the_logits(classes):
-    """As a head in bfloat16 wants it."""
+    """As a head in bfloat16 needs it."""
     from sxe._rows import gpu_gradient
 
     logits, labels = problem(3, classes, "float32")
@@ -368,10 +368,10 @@ TARGETS = ["label", "uniform", "dense", "shared"]
 
 
 def run_alone(rows, classes, dtypes, targets):
-    """What the gradient kernel finds on one multiprocessor, where a program has many rows.
+    """Runs the gradient kernel on one multiprocessor, where a program has many rows.
 
-    The gradient, the losses of its rows, and both by the oracle. One row in the middle has no
-    gradient.
+    Returns the gradient and the row losses, and the same from the float64 reference. One row in
+    the middle has no gradient.
     """
     from sxe._rows import gpu_gradient
 
@@ -406,15 +406,15 @@ def run_alone(rows, classes, dtypes, targets):
 
 
 def assert_alone(found, expected, targets):
-    """Each component of the gradient, and each loss."""
+    """Checks each entry of the gradient, and each loss."""
     (d, losses), (gradient, expected_losses) = found, expected
     limits = bound(d.dtype)
-    # The oracle's difference T q - t cancels, and so does the kernel's, where T is about 1000 or
-    # 20,000. A label alone has no difference but its own.
+    # The reference's difference T q - t cancels, and so does the difference in the kernel, where T
+    # is about 1000 or 20,000. With only a label there is just the label's own difference.
     limits["atol"] = max(1e-14, limits["atol"]) if targets == "label" else 1e-5
     np.testing.assert_allclose(np.asarray(d, np.float64), gradient, **limits)
     assert not np.any(np.asarray(d[len(d) // 2], np.float64))
-    # Of a confident row float64 has no more digits.
+    # For a confident row, float64 is not more precise than this.
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-6, atol=1e-14)
 
 
@@ -446,7 +446,7 @@ def test_rows_that_follow_each_other_through_the_ring(rows, classes, dtypes, tar
     ],
 )
 def test_blocks_that_are_read_again(dtypes, targets, monkeypatch):
-    """As of 131,072 classes, here with two slots for each warpgroup, and several rows."""
+    """As with 131,072 classes, but here with two slots per warpgroup and several rows."""
     from sxe._rows import gpu_long_rows
 
     monkeypatch.setattr(gpu_long_rows, "MOST_SLOTS", 2)
@@ -456,7 +456,7 @@ def test_blocks_that_are_read_again(dtypes, targets, monkeypatch):
 @pytest.mark.parametrize("dense", [0, 2, 4])
 @pytest.mark.parametrize(("x", "d"), [(2, 2), (4, 4), (4, 2)])
 def test_what_a_multiprocessor_holds(x, d, dense):
-    """A program may have 227 KiB, of 228, of which 1 is lost to each program; and 32 barriers."""
+    """A program may use 32 barriers and 227 KiB. Programs share 228 KiB, each with 1 KiB lost."""
     from sxe._rows import gpu_long_rows, gpu_short_rows
     from sxe._rows.gpu_terms import ItemSizes
 
@@ -489,7 +489,7 @@ def test_what_a_multiprocessor_holds(x, d, dense):
 
 
 def assert_gradient(actual, expected):
-    """Where float64 has digits for it: those of a confident label have a test of their own."""
+    """Compares gradients as far as float64 is precise. Other tests cover confident labels."""
     actual, limits = np.asarray(actual, np.float64), bound(actual.dtype)
     np.testing.assert_allclose(
         actual, expected, rtol=limits["rtol"], atol=max(1e-14, limits["atol"])
@@ -497,7 +497,7 @@ def assert_gradient(actual, expected):
 
 
 def exact_rows(classes):
-    """A lead of 5 to 80, an offset, ties, and classes that cannot occur."""
+    """Rows with leads of 5 to 80, offsets, ties, and classes with probability 0."""
     rng = np.random.default_rng(2)
     for lead, offset in [(0, 0), (5, 1e4), (20, 0), (40, 0), (80, 0), (11, 1e8)]:
         row = rng.standard_normal(classes)
@@ -506,7 +506,7 @@ def exact_rows(classes):
     yield np.full(classes, 1e30)
     yield np.where(np.arange(classes) % 3 == 0, -np.inf, 2.0)
     yield np.full(classes, float(np.finfo(np.float32).min))
-    yield np.where(np.arange(classes) == 7, 60, 1.8e-6)  # the differences are not float32 numbers
+    yield np.where(np.arange(classes) == 7, 60, 1.8e-6)  # differences that float32 rounds
 
 
 @needs_pallas
@@ -523,7 +523,7 @@ def test_its_digits_are_those_of_60(classes, kinds):
             loss, (gradient,) = by_kernel(*given)
             targets = np.arange(classes) == label
             exact, _ = oracle.exact_row(x, targets)
-            # Of a lead of 80, exponentials are near the end of float32.
+            # With a lead of 80, exponentials are near the smallest float32 numbers.
             assert oracle.relative_error(loss, exact) < 1e-6 if exact > 1e-30 else loss < 1e-29
             assert max(oracle.gradient_errors(np.asarray(gradient), x, targets)) < 2e-5
 
@@ -537,7 +537,7 @@ def test_its_digits_with_label_smoothing(smoothing):
         for label in (7, 8):
             loss, (gradient,) = jax.jit(by_kernel)(jnp.asarray(x)[None], jnp.array([label]))
             targets = oracle.exact_targets(label, 96, np.float32(smoothing))
-            if np.isinf(x).any():  # a class that has a target cannot occur
+            if np.isinf(x).any():  # a class with a target has probability 0
                 assert loss == np.inf
                 continue
             exact, _ = oracle.exact_row(x, targets)
@@ -550,7 +550,7 @@ def test_its_digits_with_label_smoothing(smoothing):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("classes", [64, 67])
 def test_examples_that_share_their_logits(classes, reduction):
-    """A vmap that maps weights alone, inside of a derivative."""
+    """A vmap over only the weights, inside of a derivative."""
     logits, labels = problem(4, classes, "float32")
     weights = jnp.asarray(np.random.default_rng(8).random((2, 4)), jnp.float32).at[0, 1].set(0)
 
@@ -580,7 +580,7 @@ def test_vmap_where_x64_is_on():
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_row_without_a_loss_whose_label_weighs_nothing(bad):
-    """It has a weight of its own, so that its gradient is NaN as its loss is."""
+    """The row's weight is not 0, only its class weight, so loss and gradient are NaN."""
     logits, labels = problem(3, 64, "float32")
     logits, labels = logits.at[1, 4].set(bad), labels.at[1].set(2)
     class_weights = jnp.ones(64).at[2].set(0)
@@ -593,7 +593,7 @@ def test_a_row_without_a_loss_whose_label_weighs_nothing(bad):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("smoothing", [1e-8, 0.1])
 def test_label_smoothing_over_the_smallest_logits(smoothing):
-    """The sum of their gaps would overflow, that of what they cost does not."""
+    """The sum of the gaps would overflow, but the sum of the costs does not."""
     logits = jnp.zeros((3, 64)).at[:, ::3].set(jnp.finfo(jnp.float32).min)
     labels, options = jnp.array([1, 2, 4]), {"label_smoothing": smoothing, "reduction": "sum"}
     loss, gradient = jax.value_and_grad(kernel_loss)(logits, labels, **options)
@@ -607,7 +607,7 @@ def test_label_smoothing_over_the_smallest_logits(smoothing):
 @needs_pallas
 @pytest.mark.usefixtures("backend")
 def test_derivatives_where_nothing_is_spread():
-    """0 log 0 = 0, also beside a class that cannot occur, and in its derivatives."""
+    """With smoothing 0, 0 log 0 is 0 for a class with probability 0, also in derivatives."""
     logits, labels = problem(4, 64, "float32")
     logits = logits.at[1, 5].set(-jnp.inf)
 
@@ -624,7 +624,7 @@ def test_derivatives_where_nothing_is_spread():
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("classes", [96, pytest.param(1060, marks=pytest.mark.slow)])
 def test_rows_of_infinities_and_bad_labels(classes):
-    """The same rows are NaN as without the kernel, and no others."""
+    """Exactly the rows that are NaN without the kernel are NaN with it."""
     logits, _ = problem(8, classes, "float32")
     logits = logits.at[1, 3].set(jnp.nan).at[2, 5].set(jnp.inf).at[3].set(-jnp.inf)
     logits = logits.at[4, 9].set(-jnp.inf)
@@ -670,17 +670,17 @@ FLOATS = ("weights", "class_weights", "z_loss", "label_smoothing")
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
-# One kernel for state and gradient; and the state's, which some of the options take anyway.
+# 64 and 1064 use the gradient kernel, and 67 the state kernel, which some options always use.
 @pytest.mark.parametrize(
     "classes", [64, *(pytest.param(k, marks=pytest.mark.slow) for k in (67, 1064))]
 )
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "none")
 def test_options_as_without_it(options, classes):
-    """Values, metrics and the gradient for all that has one, times a cotangent."""
+    """Values, metrics, and the gradients for all differentiable arguments, with a cotangent."""
     rng = np.random.default_rng(3)
     logits, labels = rng.standard_normal((3, 2, classes)), rng.integers(0, classes, (3, 2))
     labels[1, 1] = 3
-    # Whatever stands in a row that does not count.
+    # A row that does not count may contain NaN.
     logits[1, 1] = np.nan if options.get("ignore_index") else logits[1, 1]
     options = dict(options)
     if options.pop("labels", None):
@@ -713,7 +713,7 @@ def test_options_as_without_it(options, classes):
     for i in range(0, len(results), 2):
         for a, b in zip(results[i], results[i + 1], strict=True):
             assert np.isfinite(b).all()
-            # The derivative by a class weight is a difference of losses, which are of log K.
+            # The derivative for a class weight is a difference of losses of about log K.
             atol = 1e-7 if classes < 1000 else 5e-7
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=atol)
 
@@ -746,7 +746,7 @@ HEAD_OPTIONS = [
 )
 @pytest.mark.parametrize("options", HEAD_OPTIONS, ids=lambda options: " ".join(options) or "none")
 def test_the_head_as_without_it(options, classes, dtype):
-    """In two chunks, with a row that does not count and has a NaN."""
+    """In two chunks, with a row that does not count and contains NaN."""
     rng = np.random.default_rng(7)
     hidden, kernel = rng.standard_normal((5, 4)), rng.standard_normal((4, classes)) / 2
     labels = np.array([1, 3, 0, 60, 7])
@@ -781,7 +781,7 @@ def test_the_head_as_without_it(options, classes, dtype):
     for a, b in zip(ours, xla, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(b).all()
-        # Of bfloat16, gradients are sums of terms that were rounded to it.
+        # In bfloat16, gradients are sums of terms that were rounded to bfloat16.
         tolerance = 2e-5 if dtype == "float32" else 1e-2
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max() + 1e-7)
 
@@ -813,7 +813,7 @@ def test_single_rows_times_cotangents(classes):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("classes", [64, pytest.param(67, marks=pytest.mark.slow)])
 def test_rows_of_weight_0(classes):
-    """One has a loss, which is its weight's derivative, and others have none, or a bad label."""
+    """One row has a loss, which is its weight's gradient. Others have none, or an invalid label."""
     logits, labels = problem(6, classes, "float32")
     logits = logits.at[1].set(jnp.nan).at[2, 3].set(jnp.inf).at[3].set(-jnp.inf)
     labels = labels.at[4].set(classes)
@@ -842,9 +842,9 @@ def test_rows_of_weight_0(classes):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_under_a_loss_scale(reduction):
-    """The gradient is rounded after the scale, which keeps what is below float16's numbers."""
+    """The gradient is rounded after the scale, which keeps values below the range of float16."""
     logits, labels = problem(3, 64, "float16")
-    logits = (0.1 * logits).at[0, labels[0]].set(16)  # the others have 1e-7 each
+    logits = (0.1 * logits).at[0, labels[0]].set(16)  # the other probabilities are about 1e-7
 
     def scaled(f):
         return jax.grad(lambda x: jnp.sum(2.0**15 * f(x, labels, reduction=reduction)))(logits)
@@ -857,7 +857,7 @@ def test_float16_under_a_loss_scale(reduction):
 @needs_pallas
 @pytest.mark.usefixtures("backend", "double")
 def test_it_stays_in_32_bits_where_x64_is_on():
-    """Of long rows the interpreter itself fails there; below they are compiled."""
+    """For long rows the interpreter fails with x64. A test below compiles long rows instead."""
     logits, labels = problem(5, 64, "float32")
     loss, gradient = kernel_gradient(logits, labels.astype(jnp.int64))
     assert loss.dtype == gradient.dtype == jnp.float32
@@ -867,12 +867,12 @@ def test_it_stays_in_32_bits_where_x64_is_on():
 
 
 def same_state(ours, plain):
-    """As the plain twin has it. Of a row that is NaN, r alone has to say so."""
+    """Checks the state against the plain implementation. For a NaN row, only r has to be NaN."""
     np.testing.assert_array_equal(*(jnp.where(jnp.isnan(a.r), 0, a.m) for a in (ours, plain)))
     np.testing.assert_allclose(ours.r, plain.r, rtol=1e-6, atol=1e-37)
 
 
-# Every width of a vector; rows of one warp, of less than a warpgroup, and of parts that merge.
+# All widths of a vector, rows for one warp, rows for less than a warpgroup, and parts to merge.
 @needs_pallas
 @pytest.mark.parametrize(
     ("rows", "classes", "dtype", "cores"),
@@ -914,7 +914,7 @@ def test_the_state_of_extreme_rows(classes, cores, monkeypatch):
 
 @needs_pallas
 def test_examples_of_vmap_share_one_state_kernel():
-    """Each alone would leave three warps of four without a row."""
+    """A kernel for each example would leave three of four warps without a row."""
     from sxe._rows import gpu_state
 
     x = jnp.asarray(np.random.default_rng(6).standard_normal((2, 3, 40)), jnp.float32)
@@ -971,7 +971,7 @@ def test_transformations(classes, reduction):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_second_derivatives(dtype):
-    """Of the loss, and of the gradient that comes with it: both go through XLA."""
+    """Derivatives of the gradient, from jax.grad and from with_gradient. XLA computes both."""
     logits, labels = problem(4, 64, dtype)
     rng = np.random.default_rng(4)
     v = jnp.asarray(rng.standard_normal((4, 64)), dtype)
@@ -1055,7 +1055,7 @@ def test_an_unknown_implementation_is_an_error():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Calls as they are traced for a GPU, which are not run."""
+    """Makes calls trace as for a GPU. They are not run."""
     monkeypatch.setattr(
         _softmax_cross_entropy, "backend_of", lambda *arrays: Backend("gpu", is_local=True)
     )
@@ -1074,7 +1074,7 @@ def lowered(f, classes, dtype="float32", rows=64):
 @pytest.mark.parametrize("classes", [1000, 131072])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_lowers_for_a_gpu(classes, dtype):
-    """As far as JAX alone compiles. No exponential is left to XLA."""
+    """JAX alone lowers it. The program has no exponential for XLA."""
     text = lowered(jax.value_and_grad(kernel_loss), classes, dtype)
     assert text.count("@mosaic_gpu") == 1
     assert "stablehlo.exponential" not in text
@@ -1092,7 +1092,7 @@ def test_xla_is_what_is_taken_by_default(options):
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=["fused", "state"])
 def test_export(options):
-    """For a GPU with a kernel. JAX has none in a program for several platforms."""
+    """Kernels are exported for a GPU. JAX supports none in programs for several platforms."""
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in problem(4, 64, "float32")]
 
     def exported(loss, *platforms):
@@ -1132,7 +1132,7 @@ def test_it_lowers_under_transformations():
 @pytest.mark.parametrize("classes", [None, "model"])
 @pytest.mark.parametrize("loss", [sxe.softmax_cross_entropy, sxe.linear_softmax_cross_entropy])
 def test_it_lowers_over_a_mesh_of_gpus(loss, classes):
-    """Each device has its rows and classes to itself, so that nothing has to be patched."""
+    """Inside of over_mesh, arrays are per-device, so the test needs no patched backend."""
     device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh(
         (2, 4),
@@ -1161,7 +1161,7 @@ def test_it_lowers_over_a_mesh_of_gpus(loss, classes):
 @pytest.mark.parametrize("split", [P("data"), P("data", "model"), P(None, "model"), P()])
 @pytest.mark.parametrize("loss", [sxe.softmax_cross_entropy, sxe.linear_softmax_cross_entropy])
 def test_it_lowers_for_gpus_of_an_explicit_mesh(loss, split, reduction):
-    """Types say what each device has, so that no shard_map has to be written."""
+    """The arrays' types say how they are sharded, so users need no shard_map."""
     device = jax.sharding.AbstractDevice(device_kind="some", num_cores=None, platform="cuda")
     mesh = jax.sharding.AbstractMesh(
         (2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device
@@ -1192,7 +1192,7 @@ def test_it_lowers_for_gpus_of_an_explicit_mesh(loss, split, reduction):
 @needs_pallas
 @pytest.mark.parametrize("split", [P("data", None), P("data", "model"), P(None, None)])
 def test_rows_and_classes_that_an_explicit_mesh_splits(split, monkeypatch):
-    """By the state kernel: the interpreter has no barriers on several devices at once."""
+    """With the state kernel only: the interpreter has no barriers on several devices at once."""
     monkeypatch.setattr(
         _softmax_cross_entropy,
         "backend_of",

@@ -1,4 +1,4 @@
-"""Functions of rows, one by one: the state and its merge, D0 and D7, and twins of both."""
+"""Tests of the functions of rows: states, merge, D0 and D7, and the implementations of each."""
 
 import itertools
 
@@ -52,13 +52,13 @@ def true_state(x):
 
 
 def log_softmax(x):
-    """In float64, where no row is confident to more than its digits."""
+    """log softmax(x) in float64, which is precise enough if no row is too confident."""
     return np.stack(
         [(row - m) - np.log1p(r) for row in x.astype(float) for m, r in [true_state(row)]]
     )
 
 
-# The state.
+# The normalizer state
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
@@ -78,7 +78,7 @@ def test_the_state_of_a_row_is_exact(backend, lead):
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("classes", [3, 40])
 def test_the_smallest_number_is_not_minus_infinity(backend, classes):
-    """People mask classes with either, and a row may have both, and nothing else."""
+    """Users mask classes with the lowest number or with -inf. A row may have only these two."""
     x = np.full((4, classes), -np.inf, np.float32)
     x[0, 1:] = x[1] = x[2, 1] = x[3, 2] = np.finfo(np.float32).min
     x[2, 2] = 0
@@ -89,7 +89,7 @@ def test_the_smallest_number_is_not_minus_infinity(backend, classes):
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 def test_the_state_of_logits_that_are_computed_twice(backend):
-    """XLA may compute 1.3 u + b once for the maximum and once more for a sum, rounded otherwise."""
+    """XLA may recompute 1.3 u + b for the sum, and round it differently than for the maximum."""
     rng = np.random.default_rng(0)
     u, b = np.float32(rng.normal(size=(500, 40)) * 20), np.float32(rng.normal(size=40))
     state = jax.jit(lambda u: twins.normalize(np.float32(1.3) * u + b[None, :], backend))(u)
@@ -124,7 +124,7 @@ def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 1])
 def test_confident_rows_anywhere_among_blocks(monkeypatch, share, dtype):
-    """Few in a block are gathered, a group of 3 at a time; many take the whole block."""
+    """Few confident rows of a block are gathered in groups of 3. Many use the whole block."""
     monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: 8)
     monkeypatch.setattr(Backend, "row_group_bytes", 3 * 4 * 50)
     rng = np.random.default_rng(int(10 * share))
@@ -165,11 +165,11 @@ def test_derivatives_of_the_state_are_those_of_the_plain_twin(monkeypatch, backe
         np.testing.assert_allclose(derivative(f), derivative(plain), rtol=1e-5, atol=1e-6)
 
 
-# Its merge.
+# Merging states
 
 
 def states(dtype):
-    """States of logits as they come: equal maxima, no finite logit, and any lead."""
+    """A strategy for states, including equal maxima, no finite logit, and leads of any size."""
     width = np.dtype(dtype).itemsize * 8
     m = st.floats(-1e4, 1e4, width=width) | st.sampled_from([0.0, 1.0, -np.inf])
     r = st.floats(0, 1e6, width=width) | st.sampled_from([0.0, 1.0, 1e-20])
@@ -181,7 +181,7 @@ def states(dtype):
 
 
 def assert_same_state(a, b, dtype):
-    # A term is exp(m2 - m1) (1 + r), and each of up to two merges rounds twice.
+    # A term is exp(m2 - m1) (1 + r). Each of up to two merges rounds it twice.
     rtol = 16 * np.finfo(dtype).eps
     assert a.m == b.m
     np.testing.assert_allclose(a.r, b.r, rtol=rtol)
@@ -214,11 +214,11 @@ def test_a_merge_is_the_state_of_all_classes(dtype, x64):
         np.testing.assert_allclose(state.r, [r for _, r in expected], rtol=rtol)
 
 
-# Cross-entropy.
+# Cross-entropy
 
 
 def some_targets(kind, rng, rows, classes, backend=LOCAL_CPU):
-    """Targets, and the same dense in float64."""
+    """Targets, and the same targets as a dense array in float64."""
     label = rng.integers(0, classes, rows)
     one_hot = np.eye(classes)[label]
     if kind == "labels":
@@ -275,7 +275,7 @@ def test_d0_and_d7_of_a_row(backend, kind):
     gradient = f.gradient(jnp.asarray(x), t, state, g)
     unit = np.abs(g_loss) * (q * (total - dense) + dense * (1 - q)) + np.abs(g_lse) * q
     errors = np.abs(gradient - expected) / unit
-    if "sparse" in kind:  # whose sum is larger than 1
+    if "sparse" in kind:  # the targets' sum exceeds 1, so compare only entries of some size
         errors = errors[unit > SMALLEST]
     assert np.max(errors) < 2e-5
     without_lse = f.gradient(jnp.asarray(x), t, state, g._replace(lse=None))
@@ -285,19 +285,19 @@ def test_d0_and_d7_of_a_row(backend, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_a_row_is_its_transposed_tangent(kind):
-    """Each rule gives the derivative of the primal, with respect to logits and targets."""
+    """All rules give the same gradients for logits and targets."""
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
     t, _ = some_targets(kind, rng, *x.shape)
     f = CrossEntropy(None, LOCAL_CPU)
-    # A cotangent of the largest probability, which has no derivative, changes nothing.
+    # The cotangent of the largest probability has no effect, because it has no derivative.
     g = Results(*(jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(3)))
 
     def gradient(rule):
         def of_floats(x, label_target, dense, sparse):
             d = None if dense is None else t.dense._replace(t=dense)
             s = t.sparse
-            if s is not None:  # padding has no derivative: ``make_rows`` cuts it off
+            if s is not None:  # padding has no derivative, because ``make_rows`` removes it
                 is_class = (s.label >= 0) & (s.label < x.shape[-1])
                 s = s._replace(target=jnp.where(is_class, sparse, 0))
             return RULES[rule](f, x, t._replace(label_target=label_target, dense=d, sparse=s))
@@ -317,12 +317,12 @@ def test_twins_of_the_cost_are_equal():
     x = np.float32(rng.normal(size=(9, 11)))
     t = np.float32(rng.exponential(size=(9, 11)))
     x[0, 3], t[0, 3] = -np.inf, 0  # 0 log 0
-    x[1, 3] = -np.inf  # an impossible class with a target
+    x[1, 3] = -np.inf  # a class with probability 0 and a target
     m, log1p_r = x.max(-1), np.float32(rng.exponential(size=9))
     arrays = [jnp.asarray(a) for a in (t, x, m, log1p_r)]
     plain, fast = targets.dense_cost(*arrays), cpu.dense_cost(*arrays)
     assert np.isinf(plain[1])
-    # The plain twin counts -log1p(r) for 0 log 0, times a target of 0.
+    # The plain implementation multiplies -log1p(r) with the target 0 for 0 log 0.
     np.testing.assert_allclose(fast, plain, rtol=1e-6)
 
 
@@ -364,5 +364,5 @@ for dtype in (jnp.float32, jnp.bfloat16):
 
 
 def test_one_cpu_device_takes_blocks_of_rows():
-    """In a process of its own: here the tests see several devices, and blocks are ruled out."""
+    """Runs in its own process. Here the tests have several devices, which rule out blocks."""
     fresh.run("-c", ONE_DEVICE)

@@ -1,6 +1,6 @@
-"""Several labels in each row, with weights: t_k = sum_m w_m [k = y_m].
+"""Several labels per row, with weights: t_k = sum_m w_m [k = y_m].
 
-The truth is that of dense targets with these values.
+The tests compare the results with those of the equal dense targets.
 """
 
 import functools
@@ -35,7 +35,7 @@ both_losses = pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logi
 
 
 def sparse(rows, classes, *, labels=M, dtype="float32", seed=0):
-    """Labels and their weights. Some rows repeat a label, some have padding that is no class."""
+    """Labels and their weights. Some rows repeat a label or have an invalid padding label."""
     rng = np.random.default_rng([seed, *rows, classes, labels])
     y = rng.integers(0, classes, (*rows, labels)).astype(np.int32)
     w = np.asarray(rng.uniform(0.1, 1, y.shape), jnp.dtype(dtype))
@@ -47,7 +47,7 @@ def sparse(rows, classes, *, labels=M, dtype="float32", seed=0):
 
 
 def dense(labels, label_weights, classes):
-    """The same targets for all classes, [..., K] in float64."""
+    """The same targets as a dense array [..., K] in float64."""
     t = np.zeros((*labels.shape[:-1], classes))
     for at in np.ndindex(labels.shape):
         if 0 <= labels[at] < classes:
@@ -56,7 +56,7 @@ def dense(labels, label_weights, classes):
 
 
 def dense_of(y, classes):
-    """JAX's function of label weights to the same targets, to differentiate."""
+    """A differentiable function from label weights to the same targets as a dense array."""
 
     def targets(w):
         one_hot = jax.nn.one_hot(y, classes, dtype=w.dtype)
@@ -66,7 +66,7 @@ def dense_of(y, classes):
 
 
 def problem(loss, *options, labels=M, dtype="float32", seed=0):
-    """Arguments of a call with label_weights, and those with dense targets for the oracle."""
+    """The arguments of a call with label_weights, and with dense targets for the reference."""
     make = head_problem if loss is HEAD else logits_problem
     shape = (N, D, K) if loss is HEAD else (N, K)
     given = make(*options, dense=True, dtype=dtype, shape=shape, seed=seed)
@@ -88,7 +88,7 @@ def gradients_of(loss, p, g, **options):
     return {"logits": oracle.gradient(**p, g=g, **options)}
 
 
-# Beside other options.
+# Other options
 
 CASES = {
     loss: [
@@ -102,7 +102,7 @@ CASES = {
 @vjp_by_default
 @both_losses
 def test_options(loss, rule):
-    """The value, the gradients for logits or hidden states and their kernel, and for the rest."""
+    """The value and all gradients, in combination with other options."""
     for i, case in enumerate(dict.fromkeys(CASES[loss])):
         reduction = ("mean", "sum", "none")[i % 3]
         p, right = problem(loss, *case, seed=i, labels=(M, 20)[i % 4 == 3])
@@ -116,7 +116,7 @@ def test_options(loss, rule):
             for name, d in gradients_of(loss, right, g, reduction=reduction).items():
                 if name in gradients:
                     assert_close(gradients[name], d, scale=max(1, np.abs(d).max()))
-        # Of the others, the gradients are those beside dense targets.
+        # Compare the other gradients with those of a call with dense targets.
         of_w = dense_of(p["labels"], K)
 
         def by_dense(p, of_w=of_w, static=static):
@@ -152,7 +152,7 @@ def test_the_derivative_by_a_label_weight_is_its_labels_cost(loss):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @both_losses
 def test_dtypes(loss, dtype, x64):
-    """Gradients come in the dtype of their inputs, whatever integers the labels are."""
+    """Each gradient has the dtype of its input, whatever integer dtype the labels have."""
     if dtype == "float64" and not x64:
         pytest.skip("needs x64")
     p, right = problem(loss, dtype=dtype)
@@ -214,11 +214,11 @@ def test_metrics_are_those_of_dense_targets():
         assert_close(a, np.asarray(b, np.float64), "float32")
 
 
-# Precision.
+# Precision
 
 
 def extreme_rows(dtype):
-    """Logits, labels and weights: one label holds nearly all, several do; labels are repeated."""
+    """Logits, labels and weights. One or several labels have nearly all weight, or are repeated."""
     rows = [
         ([20, 0, 0, 1], [0, 1, 0, 2], [1, 1e-9, 0, 0]),
         ([20, 0, 0, 1], [0, 1, 0, 1], [0.5, 1e-9, 0.5, 3e-9]),
@@ -236,7 +236,7 @@ def extreme_rows(dtype):
 
 
 def exact_targets(y, w, classes, a=0.0, c=None):
-    """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K) of one row, in 60-digit arithmetic."""
+    """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K) for one row, in 60-digit arithmetic."""
     with mpmath.workdps(oracle.DIGITS):
         c = np.ones(classes) if c is None else c
         w, a = [mpmath.mpf(float(v)) for v in w], mpmath.mpf(float(a))
@@ -247,7 +247,7 @@ def exact_targets(y, w, classes, a=0.0, c=None):
 
 
 def assert_exact(loss, gradient, x, targets, bars):
-    """Fail unless the losses of rows, and their gradients, are within these bars."""
+    """Checks the row losses and their gradients against these error bars."""
     for actual, d, row, t in zip(np.asarray(loss), np.asarray(gradient), x, targets, strict=True):
         with mpmath.workdps(oracle.DIGITS):
             x_row = [mpmath.mpf(float(v)) for v in row]
@@ -262,10 +262,10 @@ OPTIONS += [OPTIONS[1] | OPTIONS[2]]
 
 
 def value_and_gradient(loss, x, y, w, **options):
-    """The rows' losses, and the gradient of their sum for the logits."""
+    """The row losses, and the gradient of their sum for the logits."""
 
     def total(x):
-        # With the logits as kernel, its gradient is theirs.
+        # Use the logits as kernel, so that the kernel's gradient is the logits' gradient.
         given = (jnp.eye(len(x), dtype=x.dtype), x) if loss is HEAD else (x,)
         each = loss(*given, y, label_weights=w, reduction="none", **options)
         return each.sum(), each
@@ -278,7 +278,7 @@ def value_and_gradient(loss, x, y, w, **options):
 @both_losses
 @pytest.mark.parametrize("labels", [4, 20])
 def test_digits(loss, labels, rule):
-    """T - t of the label that holds nearly all is the sum of the others, and no difference."""
+    """For a label with nearly all weight, T - t is the sum of the others, not a difference."""
     x, y, w = extreme_rows(np.float32)
     y, w = np.tile(y, labels // 4), np.tile(w, labels // 4)
     run = jax.jit(functools.partial(value_and_gradient, loss, rule=rule))
@@ -303,14 +303,14 @@ def test_digits_in_float64(loss, rule):
     assert_exact(*found, x, targets, (FLOAT64_BAR, FLOAT64_BAR))
 
 
-# Policies.
+# Invalid labels and infinite values
 
 
 @every_rule
 @both_losses
 @pytest.mark.parametrize("bad", [5, -1, -100, 2**31 - 1, -(2**31)])
 def test_a_label_out_of_range_is_padding_or_nan(loss, bad, rule):
-    """In its row only: padding where its weight is 0, and NaN where it is not."""
+    """It is padding if its weight is 0. Otherwise its row is NaN, and no other row."""
     x = np.float32(np.random.default_rng(0).normal(size=(4, 5)))
     y = np.array([[1, bad], [bad, 2], [3, 3], [bad, bad]])
     w = np.array([[1, 0], [0.5, 1], [1, 1], [0, 0]], np.float32)
@@ -319,7 +319,7 @@ def test_a_label_out_of_range_is_padding_or_nan(loss, bad, rule):
     rows = [0, 2, 3]
     assert np.isnan(each).tolist() == [False, True, False, False]
     assert_close(each[rows, ...], oracle.loss(x, right, reduction="none")[rows])
-    if loss is LOGITS:  # the head's kernel has a gradient from all rows
+    if loss is LOGITS:  # in the head, the gradient of the kernel sums over all rows
         assert np.isnan(gradient).any(-1).tolist() == [False, True, False, False]
         assert np.isnan(gradient[1]).all()
         expected = oracle.gradient(x, right, reduction="sum")
@@ -355,7 +355,7 @@ def test_a_row_that_does_not_count_contributes_nothing(loss, reason, rule):
     assert_close(value, np.asarray(expected))
     for name, d in right_gradients.items():
         if name == "weights":
-            continue  # of a row of weight 0 it is the row's loss, and NaN where that is
+            continue  # for a row of weight 0 it is the row's loss, which may be NaN
         assert_close(gradients[name], np.asarray(d))
     np.testing.assert_array_equal(gradients["label_weights"][~counts], 0)
 
@@ -376,7 +376,7 @@ def test_weights_that_are_not_finite_are_nan_in_their_row(loss, bad, rule):
 @every_rule
 @pytest.mark.parametrize("labels", [3, 20])
 def test_a_logit_of_minus_infinity(labels, rule):
-    """0 log 0 = 0; a weight above 0 costs infinity, and the gradient is as for dense targets."""
+    """0 log 0 is 0. With a weight above 0 the loss is inf. Gradients agree with dense targets."""
     x = np.array([[0, 1, -INF, 2]] * 3, np.float32)
     y = np.array([[0, 2, 3], [0, 2, 0], [2, 2, 1]])
     w = np.array([[0.5, 0, 0.5], [1, 0.5, 1], [0, 1, 1]], np.float32)
@@ -395,7 +395,7 @@ def test_a_logit_of_minus_infinity(labels, rule):
     np.testing.assert_allclose(d_x, d, rtol=1e-6)
     np.testing.assert_array_equal(d_w[0, 1], 0)
     assert np.isposinf(d_w[1, 1])
-    if rule != "autodiff":  # which sees one label at a time
+    if rule != "autodiff":  # this rule differentiates each label separately
         assert np.isposinf(d_w[2, :2]).all()
 
 
@@ -439,11 +439,11 @@ def test_debug_nans_passes_padding_and_impossible_classes(loss):
     assert np.isfinite(value)
 
 
-# Transformations.
+# Transformations
 
 
 def functions_of(loss, labels=M, **static):
-    """One loss of arrays with label weights, and the same by dense targets."""
+    """Arguments, a function of them with label weights, and the same function by dense targets."""
     p, _ = problem(loss, "class_weights", "label_smoothing", labels=labels, dtype="float64")
     of_w, y = dense_of(p["labels"], K), p.pop("labels")
 
@@ -468,7 +468,7 @@ def assert_trees_close(ours, theirs):
 @pytest.mark.parametrize("labels", [M, 20])
 @pytest.mark.usefixtures("double")
 def test_second_derivatives(loss, labels, rule):
-    """By all floats, label weights among them; with jvp where the rule has forward mode."""
+    """With respect to all floating arguments, and in forward mode if the rule supports it."""
     p, ours, theirs = functions_of(loss, labels, rule=rule)
     v = jax.tree.map(jnp.cos, p)
 
@@ -546,7 +546,7 @@ def test_export(loss, labels):
 @both_losses
 @pytest.mark.parametrize("options", [(), ("label_smoothing", "class_weights")], ids=str)
 def test_export_with_sizes_that_are_open(loss, options):
-    """Of rows, classes and labels."""
+    """The numbers of rows, classes, labels and hidden units are symbolic."""
     p, right = problem(loss, *options)
     n, k, m, d = export.symbolic_shape("n, k, m, d")
     shapes = {"labels": (n, m), "label_weights": (n, m), "logits": (n, k), "class_weights": (k,)}
@@ -564,7 +564,7 @@ def assert_trees_alike(ours, theirs):
         assert_close(a, np.asarray(b, np.float64))
 
 
-# On a mesh.
+# Meshes
 
 
 def arrays_of(loss, *options, labels=M):
@@ -586,7 +586,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind"), MESHES, ids=str)
 @pytest.mark.parametrize("labels", [M, pytest.param(20, marks=slow), pytest.param(K, marks=slow)])
 def test_over_a_mesh(loss, shape, kind, labels, rule):
-    """As many labels as classes are still a row's own, and no shard's."""
+    """The labels of a row are not sharded, even if there are as many labels as classes."""
     p = arrays_of(loss, labels=labels)
     over = sxe.over_mesh(loss, make_mesh(*shape, kind=kind), batch="data", classes="model")
     static = [{"reduction": r, "rule": rule} for r in ("mean", "none")]
@@ -623,7 +623,7 @@ def test_types_of_an_explicit_mesh(loss, labels):
 
 @both_losses
 def test_examples_that_an_explicit_mesh_splits(loss):
-    """jax.vmap over the split axis of labels, alone or with all else."""
+    """jax.vmap over a sharded axis of the labels alone, or of all arguments."""
     each = [arrays_of(loss) | problem(loss, seed=seed)[0] for seed in range(4)]
     mesh = make_mesh(2, 4, kind=AxisType.Explicit)
     run = with_gradients(lambda p: loss(**p))
@@ -646,7 +646,7 @@ def test_examples_that_an_explicit_mesh_splits(loss):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("rule", ["vjp", pytest.param("jvp", marks=slow)])
 def test_shards_of_the_classes(loss, check_vma, rule):
-    """Labels are indices of all classes, and each shard has its part of their gradient."""
+    """Labels count the classes of all shards. Each shard computes its part of the gradient."""
     p = arrays_of(loss)
     mesh = make_mesh(2, 4)
     specs = {"logits": P("data", "model"), "hidden": P("data"), "kernel": P(None, "model")}
@@ -690,14 +690,14 @@ def oracle_value(p, x, c):
 
 
 def without_weights(p):
-    """The same with one label in each row."""
+    """The same arguments with one label per row."""
     p = p | {"labels": np.clip(p["labels"][..., 0], 0, K - 1)}
     return {name: a for name, a in p.items() if name != "label_weights"}
 
 
 @both_losses
 def test_what_a_mesh_exchanges_does_not_grow_with_the_labels(loss):
-    """Statistics of a number a row, as for one label: no logits, and no weights of labels."""
+    """As for one label, devices exchange one number per row, no logits and no label weights."""
     over = sxe.over_mesh(loss, make_mesh(2, 4), batch="data", classes="model")
 
     @jax.jit
@@ -726,13 +726,13 @@ def test_an_axis_of_labels_that_an_explicit_mesh_splits():
         LOGITS(**p)
 
 
-# Programs.
+# Compiled programs
 
 
 @both_losses
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_one_label(loss, dtype):
-    """Nothing as large as the logits is made of the targets."""
+    """The targets are never expanded to an array as large as the logits."""
     rows, classes = 1024, 4096
 
     def compiled(labels):
@@ -754,7 +754,7 @@ def test_memory_is_that_of_one_label(loss, dtype):
     assert several < one + 0.1 * rows * classes * 4
 
 
-# The row kernels.
+# GPU kernels
 
 BACKEND = Backend("gpu", is_local=True, interprets_kernels=jax.default_backend() != "gpu")
 
@@ -763,7 +763,7 @@ BACKEND = Backend("gpu", is_local=True, interprets_kernels=jax.default_backend()
 @both_losses
 @pytest.mark.parametrize("options", [(), ("where", "weights", "label_smoothing")], ids=str)
 def test_the_state_kernel_serves_them(loss, options, monkeypatch):
-    """The gradient kernel has one label in each row, and is not taken."""
+    """The state kernel is used. The gradient kernel is not, because it takes one label per row."""
     for module in (_softmax_cross_entropy, _linear_softmax_cross_entropy):
         monkeypatch.setattr(module, "backend_of", lambda *arrays: BACKEND)
     jax.clear_caches()
@@ -773,7 +773,7 @@ def test_the_state_kernel_serves_them(loss, options, monkeypatch):
     right = given | {"labels": dense(y, w, 64)}
     p = given | {"labels": y, "label_weights": w}
     run = with_gradients(lambda p: loss(**p, implementation="mosaic_gpu"))
-    from sxe._rows import gpu_state  # which older versions of JAX can't import
+    from sxe._rows import gpu_state  # older versions of JAX can't import it
 
     called, state = [], gpu_state.state
     monkeypatch.setattr(gpu_state, "state", lambda *a, **k: called.append(a) or state(*a, **k))

@@ -1,1 +1,1 @@
-"""What is computed of rows of logits: their state, their targets, and the functions of both."""
+"""Functions of rows of logits: normalizer states, targets, losses and their gradients."""

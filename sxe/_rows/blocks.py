@@ -1,6 +1,6 @@
-"""Blocks of rows, for a CPU: what is computed of one of them stays in a cache.
+"""Loops over blocks of rows, for CPUs: the temporaries of one block fit in the cache.
 
-XLA's CPU backend writes out what it doesn't fuse, such as terms that two sums share.
+XLA's CPU backend writes to memory what it doesn't fuse, such as terms that two sums share.
 """
 
 import functools
@@ -19,16 +19,16 @@ Tiles = tuple[Array, ...]
 
 
 def part_of(size: int, most: int) -> int:
-    """How long the parts of an axis are that may have so many elements at most.
+    """The size of the parts of an axis of length ``size``: at most ``most`` elements.
 
-    If possible it divides the axis: a remainder is a second program to compile.
+    If possible it divides ``size``, because a remainder is a second program to compile.
     """
     most = min(size, most)
     return next((n for n in range(most, most // 2, -1) if size % n == 0), most)
 
 
 def rows_per_block(shape: tuple[int, ...], backend: Backend) -> int:
-    """How many rows of an array [N, K] are taken at a time."""
+    """The number of rows in each block of an array [N, K]."""
     rows, classes = shape
     if not backend.loops_over_rows or not are_known(rows, classes):
         return rows
@@ -43,10 +43,10 @@ def in_row_blocks(
     *,
     backend: Backend,
 ) -> tuple[Sums, Tiles, Any]:
-    """sums, tiles, outputs = body(sums, tiles, rows), a block of rows of tiles [C, K] at a time.
+    """Computes sums, tiles, outputs = body(sums, tiles, rows), one block of rows at a time.
 
-    A part of a tile that comes back replaces the one that went in, in place; None leaves it. On an
-    accelerator, and for a small tile, there is one block.
+    Tiles are [C, K]. The body returns a new part for each tile, which replaces the old part in
+    place, or None to keep the old part. Accelerators and small tiles use a single block.
     """
     count = tiles[0].shape[0]
     size = rows_per_block((count, sum(tile.shape[1] for tile in tiles)), backend)
@@ -59,8 +59,8 @@ def in_row_blocks(
         def take(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, first, size)
 
-        # Without the barrier XLA's CPU backend reads the part after it was replaced, from a copy of
-        # all of the tile.
+        # Without the barrier, XLA's CPU backend copies the whole tile to read the old part after it
+        # has been replaced.
         parts = lax.optimization_barrier(tuple(map(take, tiles)))
         sums, new, outputs = body(sums, parts, jax.tree.map(take, rows))
         put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
@@ -80,5 +80,5 @@ def in_row_blocks(
 
 
 def _replaced(tiles: Tiles, new: tuple[Array | None, ...]) -> Tiles:
-    """Each tile, or what replaces it."""
+    """The tiles, each replaced with its new array if there is one."""
     return tuple(t if part is None else part for t, part in zip(tiles, new, strict=True))

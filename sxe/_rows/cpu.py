@@ -1,8 +1,9 @@
-"""The fast twins of row functions for a CPU.
+"""The CPU implementations of functions of rows.
 
-Each has the arguments and the results of its plain twin, and no derivative. Arithmetic costs more
-than memory on a CPU, and a condition costs less than either. XLA writes out what it doesn't fuse
-there: comparisons, and terms that two sums share.
+Each has the same arguments and results as the plain implementation of the same name, and has no
+derivative. On a CPU, arithmetic takes more time than memory access, and ``lax.cond`` takes less
+than either. XLA's CPU backend writes to memory what it doesn't fuse: comparisons, and terms that
+two sums share.
 """
 
 import functools
@@ -20,7 +21,7 @@ FEW_CLASSES = 16
 
 
 def normalize_tile(x: Array, backend: Backend) -> Normalizer:
-    """In blocks of rows, where rows may be looped over."""
+    """The state of a tile of logits, computed in blocks of rows where the backend allows a loop."""
     if not backend.loops_over_rows:
         return _normalize_all(x, backend)
     known = are_known(*x.shape)
@@ -36,12 +37,16 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
 
 
 def _normalize_block(x: Array, backend: Backend, *, fewest: int) -> tuple[Array, Array, Array]:
-    """m, r, and the rows whose r is not known yet, because fewer than ``fewest`` are confident."""
-    x = wide(x)  # once, and not again in each pass
+    """m, r, and the rows whose r is still missing.
+
+    The sums for confident rows are computed only if at least ``fewest`` rows are confident.
+    Otherwise the r of confident rows is missing.
+    """
+    x = wide(x)  # cast once, not in each pass
     m = jnp.max(x, axis=-1)
     total = jnp.sum(jnp.exp(x - finite_shift(m)[..., None]), axis=-1)
-    # Below a sum of 1.5 the maximum is alone and every other term below 1/2. From 1.5 on,
-    # subtracting 1 costs no digits.
+    # If the sum is below 1.5, there is one maximum and every other term is below 1/2. If it is 1.5
+    # or more, subtracting 1 loses no precision.
     confident = (total < 1.5) & (m > -jnp.inf)
     enough = jnp.sum(confident, dtype=jnp.int32) >= fewest
     m_apart = apart(m, total, backend)
@@ -50,18 +55,18 @@ def _normalize_block(x: Array, backend: Backend, *, fewest: int) -> tuple[Array,
 
 
 def _confident(total: Array, rest: Array) -> Array:
-    """r of rows, from the sum of all their terms and, of confident ones, that of all but one.
+    """r, from the sum of all terms and, for confident rows, the sum without the largest term.
 
-    XLA may compute the logits again for a sum, from what the caller made them of, and round them in
-    another way. Then the maximum may be missed, and the rest has all terms. It is at least 1.
+    XLA may recompute the logits for a sum, from the caller's inputs, and round them differently.
+    Then ``rest`` may include the maximum by mistake. In this case it is at least 1.
     """
     return jnp.where((total < 1.5) & (rest < 0.75), rest, total - 1)
 
 
 def _rest(x: Array, m: Array) -> Array:
     """sum_k exp(x_k - m) over x_k < m, [..., K] to [...], for confident rows."""
-    # The others are measured from the largest of them. No difference that matters is then large
-    # enough to be rounded much, but that of the two largest logits.
+    # Subtract the second largest logit from all others. Then no difference that matters is large
+    # enough for a large rounding error, except the difference of the two largest logits.
     others = jnp.where(x < m[..., None], x, -jnp.inf)
     second = jnp.max(others, axis=-1)
     sum_of_others = jnp.sum(jnp.exp(others - finite_shift(second)[..., None]), axis=-1)
@@ -69,7 +74,7 @@ def _rest(x: Array, m: Array) -> Array:
 
 
 def _normalize_in_blocks(x: Array, backend: Backend) -> tuple[Array, Array]:
-    """m and r of rows [N, K]. A block with many confident rows takes the rest of all its rows."""
+    """m and r of rows [N, K]. A block with many confident rows computes ``_rest`` for each row."""
     size = rows_per_block(x.shape, backend)
     bits = bits_of(x, backend)
 
@@ -77,7 +82,7 @@ def _normalize_in_blocks(x: Array, backend: Backend) -> tuple[Array, Array]:
         part = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(bits, first, size), x.dtype)
         return _normalize_block(part, backend, fewest=-(-size // 4))
 
-    # The last block may have rows of the one before it.
+    # The last block may overlap the block before it.
     blocks, last = -(-len(x) // size), len(x) - size
     parts = lax.map(block, jnp.minimum(jnp.arange(blocks) * size, last))
     twice = blocks * size - len(x)
@@ -89,9 +94,9 @@ def _normalize_in_blocks(x: Array, backend: Backend) -> tuple[Array, Array]:
 
 
 def _fill_rests(x: Array, state: Normalizer, missing: Array, backend: Backend) -> Array:
-    """r with the rest of the rows where it is missing, a group of these rows at a time.
+    """r, with the missing rows filled in.
 
-    So they cost by their number, wherever they are.
+    The missing rows are gathered in groups, so that the time depends only on their number.
     """
     group = min(len(x), max(1, backend.row_group_bytes // (4 * x.shape[-1])))
     bits = bits_of(x, backend)
@@ -114,22 +119,22 @@ def _fill_rests(x: Array, state: Normalizer, missing: Array, backend: Backend) -
 
 
 def _normalize_all(x: Array, backend: Backend) -> Normalizer:
-    """The state of rows that several devices may hold, where no condition may look at all rows."""
+    """The state of rows that may be sharded over devices, without ``lax.cond`` on all rows."""
     x = wide(x)
     m = jnp.max(x, axis=-1)
     shift = finite_shift(m)
     total = jnp.sum(jnp.exp(x - shift[..., None]), axis=-1)
     e = exp_difference(x, apart(shift, total, backend)[..., None], SCALE)
-    # Of a maximal element nothing is left, and of all others all.
+    # Each term is 0 at the maximum, where e = SCALE, and e elsewhere.
     rest = jnp.sum(e - SCALE * jnp.floor(e / SCALE), axis=-1) / SCALE
     return Normalizer(m, jnp.where(m == -jnp.inf, -1, _confident(total, rest)))
 
 
 def _normalize_few(x: Array) -> Normalizer:
-    """The state of rows of few classes, class by class.
+    """The state of rows with few classes, computed class by class.
 
-    Of two logits the larger one is the maximum so far, and the smaller one is left behind. In the
-    end those left behind are all but one maximal element.
+    Each step compares the maximum so far with the next logit. The larger one is the new maximum,
+    and the smaller one goes into ``left``. In the end ``left`` has all logits except one maximum.
     """
     m, *others = (wide(x[..., k]) for k in range(x.shape[-1]))
     left = []
@@ -139,20 +144,23 @@ def _normalize_few(x: Array) -> Normalizer:
     second = functools.reduce(jnp.maximum, left)
     sum_of_left = sum(jnp.exp(smaller - finite_shift(second)) for smaller in left)
     r = exp_difference(second, finite_shift(m), SCALE) * sum_of_left / SCALE
-    # Behind a barrier, or the gradient would have it all computed once more for each result.
+    # Without the barrier, XLA would recompute all of this for each result in the gradient.
     return Normalizer(*lax.optimization_barrier((m, jnp.where(m == -jnp.inf, -1, r))))
 
 
 def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
-    """Without a comparison or a clamp, for which XLA would write out an array as large as x."""
+    """sum_k t_k (m - x_k) without a comparison or a clamp.
+
+    For these XLA would write an array as large as x to memory.
+    """
     x, most = x.astype(m.dtype), jnp.finfo(m.dtype).max
-    impossible = jnp.minimum(jnp.maximum(x, -most) - x, most)  # where x = -inf, and else 0
+    impossible = jnp.minimum(jnp.maximum(x, -most) - x, most)  # most where x = -inf, 0 elsewhere
     half = jnp.minimum((m / 2)[..., None] - x / 2, most)  # m - x may overflow
     return 2 * jnp.sum(t * half * (1 + impossible), axis=-1)
 
 
 def sum_without_largest(t: Array, largest: Array, total: Array, backend: Backend) -> Array:
-    """By the difference, unless it cancels in some row: two more sums take time."""
+    """total - largest, or two more sums if this difference cancels in some row."""
 
     def from_terms() -> Array:
         return targets.sum_without_largest(t, largest, total, backend)

@@ -1,12 +1,12 @@
-"""Softmax cross-entropy of a row: lines D0 and D7 of the derivation, each written once.
+"""Softmax cross-entropy of a row: lines D0 and D7 of the derivation.
 
-With the state (m, r) of a row's logits, e_k = exp(x_k - m), and targets t_k with T = sum_k t_k:
+With the state (m, r) of a row's logits, e_k = exp(x_k - m), targets t_k, and T = sum_k t_k:
 
     D0  loss        = sum_k t_k (m - x_k) + T log1p(r)
     D7  d loss/dx_l = (e_l (T - t_l) - t_l ((1 - e_l) + r)) / (1 + r)         = T q_l - t_l
 
-No term of D0 is negative, and neither of the two terms of D7 cancels. The log-probability of a
-label is -D0. Where it is asked for, the entropy of ``entropy`` is another result of the row.
+No term of D0 is negative, and the two terms of D7 don't cancel. The log-probability of a label is
+-D0. On request, the row's entropy is another result: see ``entropy``.
 """
 
 import dataclasses
@@ -39,14 +39,16 @@ from sxe._rows.targets import (
 
 
 class Results(NamedTuple):
-    """Of each row, [...].
+    """The results of each row, [...].
+
+    In a tuple of cotangents, ``lse`` and ``entropy`` may be None, which means 0.
 
     Attributes:
-      loss: without its z-loss.
-      lse: log sum_k exp(x_k). As a cotangent, None is 0.
-      max_probability: the largest of all q_k. It has no derivative: as a tangent it is None, and
-        as a cotangent it is not looked at.
-      entropy: -sum_k q_k log q_k, or None where nobody asks. As a cotangent, None is 0.
+      loss: the loss without the z-loss.
+      lse: log sum_k exp(x_k).
+      max_probability: the largest q_k. It has no derivative: its tangent is None, and its cotangent
+        is ignored.
+      entropy: -sum_k q_k log q_k, or None if not requested.
     """
 
     loss: Array
@@ -56,13 +58,13 @@ class Results(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What the classes of one tile contribute to their rows, [...].
+    """The contributions of the classes of one tile to their rows, [...].
 
     Attributes:
-      state: of their logits.
+      state: the state of the tile's logits.
       cost: sum_k t_k (m - x_k).
-      target: sum_k t_k, which only a shard needs, or None.
-      gap_sum: sum_k e_k (m - x_k), or None where nobody asks for the entropy.
+      target: sum_k t_k, or None if the classes are not sharded.
+      gap_sum: sum_k e_k (m - x_k), or None if the entropy is not requested.
     """
 
     state: Normalizer
@@ -72,11 +74,11 @@ class Part(NamedTuple):
 
 
 class State(NamedTuple):
-    """What gradients start from, of whole rows, [...].
+    """The values of whole rows that gradients are computed from, [...].
 
     Attributes:
-      normalizer: of their logits.
-      mean_gap: sum_k q_k (m - x_k), or None where nobody asks for the entropy.
+      normalizer: the state of the rows' logits.
+      mean_gap: sum_k q_k (m - x_k), or None if the entropy is not requested.
     """
 
     normalizer: Normalizer
@@ -88,7 +90,7 @@ class State(NamedTuple):
 
 
 def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> Array:
-    """(1 + r) (T q - t): D7 times 1 + r, from e = exp(x - m), t, and T - t."""
+    """(1 + r) (T q - t), which is D7 times 1 + r, from e = exp(x - m), t, T - t and r."""
     t, others = t_and_others
     return e * others - t * ((1 - e) + r)
 
@@ -96,9 +98,9 @@ def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> 
 def row_gradient(
     x: Array, t: tuple[Array | None, Array], state: State, g: Results, backend: Backend
 ) -> Array:
-    """D7 and E1: the gradient for a tile of logits x [..., K], from the results' cotangents [...].
+    """The gradient for a tile of logits x [..., K] (D7 and E1), from cotangents g of the results.
 
-    ``t`` is t and T - t, each [..., K] or broadcastable to it. A t of None is 0.
+    ``t`` is the tuple of t and T - t, each [..., K] or broadcastable to it. A t of None is 0.
     """
     t_here, t_elsewhere = t
     m, r = apart(state.normalizer.m, state.normalizer.r, backend), state.normalizer.r[..., None]
@@ -112,7 +114,7 @@ def row_gradient(
 
 
 def _cotangent_of_e(x: Array, m: Array, state: State, g: Results) -> Array | None:
-    """What multiplies q in the gradients of lse and of the entropy, or None for 0."""
+    """The factor of q in the gradients of lse and of the entropy. None is 0."""
     by_lse = None if g.lse is None else g.lse[..., None]
     if g.entropy is None:
         return by_lse
@@ -123,12 +125,12 @@ def _cotangent_of_e(x: Array, m: Array, state: State, g: Results) -> Array | Non
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The row function: see ``RowFunction`` for its methods.
+    """The row function of cross-entropy. ``RowFunction`` documents its methods.
 
     Attributes:
-      axis_name: the mesh axes that split the classes.
+      axis_name: the mesh axes over which the classes are sharded.
       backend: where it runs.
-      with_entropy: whether the entropy is a result.
+      with_entropy: whether to compute the entropy.
     """
 
     axis_name: AxisName
@@ -140,25 +142,26 @@ class CrossEntropy:
         gaps = self.gap_sum(x, state.m)
         if self.axis_name is None:
             return Part(state, self._cost(x, targets, state.m, state.log1p_r), None, gaps)
-        # Other shards may hold finite logits where all of this one's are -inf.
+        # All logits of this shard may be -inf where other shards have finite ones.
         empty = state.m == -jnp.inf
         m, log1p_r = (jnp.where(empty, 0, a) for a in (state.m, state.log1p_r))
         return Part(state, self._cost(x, targets, m, log1p_r), target_sum(targets, x), gaps)
 
     def gap_sum(self, x: Array, m: Array) -> Array | None:
-        """What the entropy needs of a tile, where it is asked for."""
+        """The ``gap_sum`` of a tile, or None if the entropy is not requested."""
         return twins.gap_sum(x, m, self.backend) if self.with_entropy else None
 
     def merge(self, part: Part, targets: Targets) -> tuple[Results, State]:
         state = merge_over(part.state, self.axis_name)
         cost = part.cost
         if part.target is not None:
-            # A shard measures costs from its own maximum, so that no term is negative.
+            # Each shard computed its cost from its own maximum, so that no term is negative. Add
+            # the difference to the row's maximum.
             own = jnp.where(part.state.m == -jnp.inf, 0, part.state.m)
             cost = psum(cost + part.target * (state.m - own), self.axis_name)
         loss = cost + targets.total * state.log1p_r  # D0
-        # All results of a custom rule have to be batched alike. Where jax.vmap maps the targets
-        # alone, it would not batch lse, and would count lse's cotangent once for each example.
+        # All results of a custom rule have to be batched together. If jax.vmap maps only the
+        # targets, lse would not be batched, and its cotangent would be counted once per example.
         of_logits = [state.lse, state.max_probability]
         gaps = None
         if part.gap_sum is not None:
@@ -172,9 +175,9 @@ class CrossEntropy:
         d = row_gradient(x, class_tile(targets), state, g, self.backend)
         if (labels := targets.labels) is None:
             return d
-        # The labels' classes are apart, so that all others have less to compute.
+        # Compute the labels' classes separately, so that all others need less arithmetic.
         found, inside = take_labels(x, labels.label)
-        # Elsewhere it is of no use, but finite.
+        # The gradient of a label outside of the tile is not used, but must be finite.
         found = jnp.where(inside, wide(found), state.normalizer.m[..., None])
         at_label = row_gradient(found, label_tile(targets, labels), state, g, self.backend)
         return put_labels(d, labels.label, at_label, self.backend)
@@ -197,7 +200,7 @@ class CrossEntropy:
 
     def target_tangent(self, x: Array, targets: Targets, state: State, t_dot: Any) -> Results:
         loss_dot = jnp.zeros_like(state.normalizer.r)
-        # A tangent of zero must not meet an infinite derivative.
+        # Skip zero tangents: 0 times an infinite derivative would be NaN.
         if (labels := targets.labels) is not None:
             one = targets.sparse is None
             dot = t_dot.label_target if one else t_dot.sparse.target
@@ -212,23 +215,24 @@ class CrossEntropy:
 
     def primal(self, x: Array, targets: Targets) -> Results:
         x, origin, state = move_confident(x, self.axis_name, self.backend)
-        # D0 is sum_k t_k (lse - x_k) here. With T log1p(r) apart, the two parts of 0 log 0 would
-        # each meet a cotangent and be rounded before they cancel.
+        # Compute D0 as sum_k t_k (lse - x_k). With T log1p(r) as a separate term, the two parts of
+        # 0 log 0 would each be multiplied by a cotangent and rounded before they cancel.
         lse, zero = state.lse, jnp.zeros_like(state.r)
         total = lax.stop_gradient(targets.total)
-        loss = (total - total) * lse  # 0, or NaN in value and derivative: the label is no class
+        loss = (total - total) * lse  # 0, or NaN in value and derivative for an invalid label
         if (labels := targets.labels) is not None:
             cost = jnp.sum(labels.target * label_gap(labels, x, lse, zero), axis=-1)
             loss = loss + psum(cost, self.axis_name)
         if targets.dense is not None:
-            cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # the plain twin
+            cost = dense_cost(targets.dense.t, x, *vary_like((lse, zero), x))  # no custom rule
             loss = loss + psum(cost, self.axis_name)
         of_row = origin + lse, lax.stop_gradient(state.max_probability)
         if not self.with_entropy:
             return Results(loss, *of_row)
         m = vary_like(state.m, x)
         plain, scaled = gap_sum(x, m, scale=1), gap_sum(*lax.stop_gradient((x, m)))
-        # As r has, the value in which nothing underflows, and the derivative of the plain one.
+        # Take the value from the scaled sum, where nothing underflows, and the derivative from the
+        # plain sum.
         gaps = psum(plain + (scaled - lax.stop_gradient(plain)), self.axis_name)
         return Results(loss, *of_row, entropy(state, gaps / (1 + state.r)))
 
@@ -238,10 +242,10 @@ class CrossEntropy:
         assert lse is not None
         g_lse = d_z = None
         if z_loss is not None:
-            # In this order: lse^2 may overflow where z lse^2 does not, and z may be 0.
+            # Multiply in this order: lse^2 may overflow where z lse^2 does not, and z may be 0.
             loss = loss + z_loss * lse * lse
             g_lse, d_z = 2 * z_loss * lse * weight, jnp.sum(weight * lse * lse)
-        # A weight of 0 times an infinite loss is 0.
+        # Weight 0 times an infinite loss is 0, not NaN.
         loss = jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
         return Weighed(weight * loss, Results(weight, g_lse), loss, d_z)
 
@@ -255,18 +259,18 @@ class CrossEntropy:
             cost = cost + twins.dense_cost(targets.dense.t, x, m, log1p_r, self.backend)
         return cost
 
-    # -log q, D0 differentiated in t_k. It counts what t_k adds to T, so that T itself has the
-    # derivative 0.
+    # The derivative of D0 with respect to t_k is -log q_k. It already includes t_k's part in T, so
+    # that T itself gets the gradient 0.
 
     def _cost_of_labels(self, x: Array, labels: Sparse, state: State) -> Array:
         """-log q at each label, [..., M]."""
         m, log1p_r = state.normalizer.m, state.normalizer.log1p_r
-        # What is 0 log 0 depends on all of the class's target.
+        # Whether a class contributes 0 log 0 depends on its whole target, from all labels.
         t, _ = labels.of_classes()
         gaps = label_gap(labels._replace(target=t), x, m, log1p_r)
         return psum(gaps, self.axis_name) + log1p_r[..., None]
 
     def _cost_of_classes(self, x: Array, dense: Dense, state: State) -> Array:
-        """-log q of each class of the tile, [..., K]."""
+        """-log q at each class of the tile, [..., K]."""
         m, log1p_r = vary_like((state.normalizer.m, state.normalizer.log1p_r), x)
         return gap(dense.t, x, m[..., None], log1p_r[..., None]) + log1p_r[..., None]

@@ -1,16 +1,17 @@
-"""The gradient kernel for NVIDIA GPUs of the Hopper generation: state and gradient of rows at once.
+"""The gradient kernel for NVIDIA Hopper GPUs: state and gradient of rows in one launch.
 
-For logits x [N, K], targets t [N, K] and weights w [N], one launch computes of each row
+For logits x [N, K], targets t [N, K] and weights w [N], it computes for each row
 
     (m, r)              the state of ``normalizer``
-    w (T q_l - t_l)     the gradient, line D7. A z-loss adds its own.
+    w (T q_l - t_l)     the gradient, line D7, plus the gradient of the z-loss, if there is one
 
-It also finds the label's logit, and of targets of other classes the sum of what they cost. Where
-only a label has a target, no array of targets is read.
+It also returns the label's logit and, if other classes have targets, the sum of their costs. If
+only the label has a target, the kernel reads no array of targets.
 
-A row that fits on the chip is read from memory once, and its gradient is written once. Of a row
-that does not fit there, each warpgroup reads its first blocks a second time, soon enough that they
-should still be in the L2 cache, which has 50 MiB. On 132 multiprocessors together, of rows of
+A row that fits on the chip is read from memory once, and its gradient is written once. If a row
+does not fit, each warpgroup reads its first blocks a second time. It does so soon enough that they
+should still be in the L2 cache (50 MiB). This table lists the part of a row that is read again, and
+the total for 132 multiprocessors:
 
     131,072 classes, bfloat16                           64 of 256 KiB are read again,     8 MiB
     131,072 classes, float32                           320 of 512 KiB                    41 MiB
@@ -19,8 +20,9 @@ should still be in the L2 cache, which has 50 MiB. On 132 multiprocessors togeth
     131,072 classes, bfloat16, bfloat16 targets        320 of 512 KiB                    41 MiB
     131,072 classes, bfloat16, float32 targets         576 of 768 KiB                    74 MiB
 
-The last ones do not fit, so that a part of them comes from memory twice. Shorter rows of each kind
-are read once: of bfloat16 with float32 targets, those of up to 32,768 classes.
+The rows of the last line exceed the L2 cache, so a part of them is read from memory twice. Shorter
+rows of each kind are read once. For bfloat16 with float32 targets, these are rows of up to 32,768
+classes.
 
 A program of the grid is a CUDA block.
 """
@@ -49,15 +51,15 @@ def state_and_gradient(
     cores: int,
     interpret: bool = False,
 ) -> Found:
-    """State and gradient of rows for which ``has_gradient_kernel`` is true.
+    """The state and gradient of rows for which ``has_gradient_kernel`` is True.
 
     Args:
       x: the logits [N, K], bfloat16, float16 or float32.
       dense: a target for each class, [N, K] or [1, K], in one of these dtypes, or None.
-      terms: what else is known of rows.
-      d_dtype: of the gradient.
-      cores: how many multiprocessors the GPU has.
-      interpret: on a CPU, for tests.
+      terms: the other inputs of rows.
+      d_dtype: the dtype of the gradient.
+      cores: the number of multiprocessors of the GPU.
+      interpret: whether to interpret the kernel on a CPU, for tests.
     """
     N, K = x.shape
     is_short, d = K <= SHORT_CLASSES, jax.ShapeDtypeStruct(x.shape, d_dtype)
@@ -69,7 +71,7 @@ def state_and_gradient(
     if is_short:
         launch = short_launch(*sizes, cores=cores, itemsizes=itemsizes)
         of_program: Any = short_scratch(launch, x.dtype, dense_dtype)
-        # Short rows come four at a time, so that the arrays of rows are padded to a multiple of it.
+        # Short rows are processed four at a time, so pad the arrays of rows to a multiple of four.
         pad = -N % WARPS
         if dense is not None and len(dense) < N:
             dense = jnp.broadcast_to(dense, (WARPS, K))
@@ -83,7 +85,7 @@ def state_and_gradient(
     each: Any = jax.ShapeDtypeStruct((N + pad,), jnp.float32)
     gap = total = None
     if not is_label_alone:
-        # Of a long row, each warp has a part of the sum.
+        # For a long row, each warp returns a part of the sum.
         gap = each if is_short else jax.ShapeDtypeStruct((N, WARPS * launch.groups), jnp.float32)
         total = None if dense is None else each
     outputs = Found(Normalizer(each, each), each, d, gap, total)

@@ -1,15 +1,16 @@
-"""The gradient kernel's long rows: all warpgroups of a program share one.
+"""The gradient kernel for long rows: all warpgroups of a program share one row.
 
-A block is some classes of a row. Blocks go through a ring of slots in shared memory. A slot is
-filled by a bulk copy, read twice, overwritten with the gradient, and emptied by a bulk copy. It
-then takes the next block at once, which may be of the next row, so that memory is read and written
-at all times. If a row has more blocks than there are slots, the first ones are read once, give
-their slots to others, and are filled in again.
+A block is a range of classes of a row. Each warpgroup has a ring of slots in shared memory, and its
+blocks go through these slots. A bulk copy fills a slot with a block. The kernel reads the block
+twice and overwrites it with the gradient. Another bulk copy writes the gradient to memory, and the
+slot takes the next block at once, possibly of the next row. So memory is always being read and
+written. If a row has more blocks than slots, the first blocks are read once, give their slots to
+others, and are loaded again later.
 
-A gradient that is narrower than the logits has slots of its own. Targets of classes have slots
-beside those of the logits, which are filled at the same time.
+If the gradient is narrower than the logits, it has slots of its own. Dense targets have slots of
+their own too, filled at the same time as those of the logits.
 
-What crosses warps goes through shared memory: see ``gpu_lanes``.
+Reductions across warps use shared memory: see ``gpu_lanes``.
 """
 
 import functools
@@ -44,11 +45,11 @@ from sxe._rows.gpu_terms import (
     uniform_gap,
 )
 
-BLOCK_BYTES = 8192  # of the logits of a block, and so of a bulk copy
-TWO_ROWS_VECTORS = 4096  # a multiprocessor holds two rows of so many, and slots for the next ones
-HALF_RING_BYTES = 32 * 1024  # of one of six warpgroups, of two programs on a multiprocessor
-RING_BYTES = 55 * 1024  # of one of four warpgroups, whose program may have 227 KiB
-MOST_SLOTS = 8  # of a ring, so that four of them have the 32 barriers that Pallas allows
+BLOCK_BYTES = 8192  # the bytes of a block of logits, which is one bulk copy
+TWO_ROWS_VECTORS = 4096  # a multiprocessor holds two rows of this size, and slots for the next ones
+HALF_RING_BYTES = 32 * 1024  # of each of six warpgroups, from two programs on a multiprocessor
+RING_BYTES = 55 * 1024  # of each of four warpgroups, whose program may use 227 KiB
+MOST_SLOTS = 8  # slots of a ring: four rings then use the 32 barriers that Pallas allows
 LOG2_E = 1.4426950408889634
 
 
@@ -61,21 +62,21 @@ def long_launch(
     itemsizes: ItemSizes,
     is_label_alone: bool,
 ) -> Launch:
-    """How long rows are divided.
+    """The launch parameters for long rows.
 
-    A multiprocessor has 65,536 registers for all threads. A thread takes 72 where a label alone has
-    a target, and up to 120 where other classes have one.
+    A multiprocessor has 65,536 registers for all threads. A thread uses 72 registers if only a
+    label has a target, and up to 120 if other classes have targets.
     """
     narrows = itemsizes.d != itemsizes.x
     fits_twice = classes <= TWO_ROWS_VECTORS * vector
     per_core, groups, ring_bytes, block_bytes = 1, 4, RING_BYTES, BLOCK_BYTES
-    # With more arrays in a slot, smaller blocks leave several slots to each warpgroup.
+    # If a slot holds more arrays, use smaller blocks, so that each warpgroup has several slots.
     if itemsizes.dense:
         block_bytes = BLOCK_BYTES // 2
     elif narrows:
         block_bytes = 3 * BLOCK_BYTES // 4
     elif is_label_alone and fits_twice:
-        # Two programs on a multiprocessor hide each other's waiting.
+        # With two programs on a multiprocessor, one computes while the other waits.
         per_core, groups, ring_bytes = 2, 3, HALF_RING_BYTES
     size = WARPS * LANES * vector
     block = min(block_bytes * vector // VECTOR_BYTES, classes // size * size)
@@ -87,15 +88,15 @@ def long_launch(
 
 
 class _Scratch(NamedTuple):
-    """What a program has in shared memory.
+    """The shared memory of a program.
 
     Attributes:
-      parts: what warps know of a row: [2, number of statistics, warps]. It is written anew for each
-        row, in turns, so that what the row before left may still be read.
-      met: the barrier at which all warpgroups have written their parts.
+      parts: the statistics of a row from each warp, [2, number of statistics, warps]. Rows use the
+        two halves in turn, so that the previous row's statistics can still be read.
+      met: the barrier that opens when all warpgroups have written their parts.
       filled: a barrier for each slot.
-      x, dense: the slots of logits, and of targets, or None.
-      d: the slots of the gradient, if they are not those of the logits, or None.
+      x, dense: the slots for logits, and the slots for targets or None.
+      d: the slots for the gradient, or None if it overwrites the logits.
     """
 
     parts: Any
@@ -120,10 +121,11 @@ def long_scratch(
 
 
 class _Ring(NamedTuple):
-    """How the blocks of a warpgroup go through its slots.
+    """The order in which the blocks of a warpgroup go through its slots.
 
-    Loads are numbered over all rows of the program. A row has ``loads`` of them: its own blocks of
-    the warpgroup, some of them past the end, and then the first ones again.
+    Loads are numbered consecutively over all rows of the program. Each row has ``loads`` loads: the
+    warpgroup's own blocks, of which some may be past the end of the row, and then the first blocks
+    again.
     """
 
     launch: Launch
@@ -135,22 +137,22 @@ class _Ring(NamedTuple):
 
     @property
     def block(self) -> int:
-        """How many classes a block has."""
+        """The number of classes of a block."""
         return self.launch.slot[0]
 
     @property
     def size(self) -> int:
-        """Of a fragment of a block, as a warpgroup has it in registers."""
+        """The number of classes of a fragment: the part of a block in a warpgroup's registers."""
         return WARPS * LANES * self.launch.vector
 
     @property
     def blocks(self) -> int:
-        """Of a row. The last one ends with the row."""
+        """The number of blocks of a row. The last block ends with the row."""
         return -(-self.launch.classes // self.block)
 
     @property
     def overlap(self) -> int:
-        """How many classes the last block shares with the one before."""
+        """The number of classes that the last block shares with the block before it."""
         return self.blocks * self.block - self.launch.classes
 
     @property
@@ -159,7 +161,7 @@ class _Ring(NamedTuple):
 
     @property
     def again(self) -> int:
-        """How many blocks are read a second time."""
+        """The number of blocks that are read a second time."""
         return max(0, self.own - self.launch.slots)
 
     @property
@@ -168,7 +170,7 @@ class _Ring(NamedTuple):
 
     @property
     def rows(self) -> Array:
-        """How many rows this program has."""
+        """The number of rows of this program."""
         launch = self.launch
         return (launch.rows - self.program + launch.programs - 1) // launch.programs
 
@@ -183,7 +185,7 @@ class _Ring(NamedTuple):
         return self.group * 2 + lax.rem(load, 2) if self.launch.narrows else self.slot_of(load)
 
     def block_of(self, n: Array) -> Array:
-        """The block of a row that load n of this row brings."""
+        """The block that load n of a row brings."""
         return self.group * self.own + jnp.where(n < self.own, n, n - self.own)
 
     def start_of(self, block: Array) -> Array:
@@ -193,13 +195,13 @@ class _Ring(NamedTuple):
         return pl.multiple_of(start, self.launch.vector)
 
     def skipped(self, block: Array) -> Array:
-        """How many of a block's first classes belong to the block before."""
+        """The number of first classes of a block that the block before it also has."""
         return jnp.where(block == self.blocks - 1, self.overlap, 0)
 
     def if_in_row(
         self, block: Array, then: Callable[[Any], Any], otherwise: Callable[[Any], Any], carry: Any
     ) -> Any:
-        """then(carry) for a block of the row, and otherwise(carry) for one past its end."""
+        """then(carry) if the block is in the row, or otherwise(carry) if it is past the end."""
         if self.own * self.launch.groups == self.blocks:
             return then(carry)
         return lax.cond(block < self.blocks, then, otherwise, carry)
@@ -228,7 +230,7 @@ class _Ring(NamedTuple):
 
     def read(self, slots: Any, slot: Array, fragment: int) -> Array:
         ref = slots.at[slot, pl.ds(fragment * self.size, self.size)]
-        if self.interprets:  # the interpreter has no reshaped references
+        if self.interprets:  # the interpreter does not support reshaped references
             return ref[...].reshape(self.launch.fragment).astype(jnp.float32)
         ref = ref.reshape(*self.launch.fragment)
         return plgpu.load(ref, layout=self.launch.layout, optimized=False).astype(jnp.float32)
@@ -241,7 +243,7 @@ class _Ring(NamedTuple):
             ref.reshape(*self.launch.fragment)[...] = d
 
     def is_new(self, skipped: Any, fragment: int) -> Array:
-        """Of a fragment of a block, which classes are not among the first ones of the block."""
+        """Whether each class of a fragment comes after the block's first ``skipped`` classes."""
         iota = functools.partial(
             plgpu.broadcasted_iota, jnp.int32, self.launch.fragment, layout=self.launch.layout
         )
@@ -269,7 +271,7 @@ def long_rows(launch: Launch, refs: Refs, scratch: _Scratch, *, interpret: bool)
 
 
 def _read_row(ring: _Ring, first_load: Array) -> tuple[Any, Any]:
-    """The states of the lanes from the blocks of this warpgroup, and those of their targets."""
+    """The lanes' states, and (largest, rest) of their targets, from this warpgroup's blocks."""
     slots = ring.scratch
 
     def add_fragment(slot: Array, j: int, skipped: int, lanes: Any) -> Any:
@@ -306,7 +308,7 @@ def _read_row(ring: _Ring, first_load: Array) -> tuple[Any, Any]:
 
             @pl.when(n < ring.again)
             def load_next() -> None:
-                plgpu.commit_smem()  # a copy may not overtake what was read before it
+                plgpu.commit_smem()  # the next copy must not start before these reads finish
                 ring.start_load(first_load + n + ring.launch.slots)
 
         return lanes
@@ -321,7 +323,7 @@ def _read_row(ring: _Ring, first_load: Array) -> tuple[Any, Any]:
 def _meet(
     ring: _Ring, lanes: tuple[Any, Any], turn: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array] | None]:
-    """The state of the row, and (largest, rest) of its targets, from all warps."""
+    """The row's state, and (largest, rest) of its targets, merged from all warps."""
     (state, of_targets), parts = lanes, ring.scratch.parts
     warps_here, warps = pl.ds(WARPS * ring.group, WARPS), WARPS * ring.launch.groups
     parts[turn, 0, warps_here], parts[turn, 1, warps_here] = merge_lanes(*state)
@@ -347,14 +349,14 @@ def _meet(
 
 
 class _Row(NamedTuple):
-    """What the gradient of a row needs: scalars.
+    """The scalars for the gradient of a row.
 
     Attributes:
       number: its index among all rows.
       m, r, log1p_r: its state.
       label, label_target, uniform: its targets, as in ``RowTerms``.
-      largest, others: largest + others - t are the targets of all classes but one with t, without
-        the label's own target.
+      largest, others: for a class with the target t, largest + others - t is the sum of the targets
+        of all other classes, without the label's own target.
       scales: the cotangents of loss and lse, divided by 1 + r.
       has_gradient: int32.
     """
@@ -375,7 +377,7 @@ class _Row(NamedTuple):
 def _row_of(
     ring: _Ring, row: Array, state: tuple[Array, Array], targets: tuple[Array, Array] | None
 ) -> _Row:
-    """Stores what is known of the row. All warpgroups store the same."""
+    """Collects the scalars of a row, and stores its results. All warpgroups store the same."""
     (m, r), terms, found = state, ring.refs.terms, ring.refs.found
     found.state.m[row], found.state.r[row] = m, r
     label_target = jnp.float32(1) if terms.label_target is None else terms.label_target[row]
@@ -386,7 +388,7 @@ def _row_of(
         found.total[row] = largest + others
     log1p_r = log1p(r)
     g, g_lse = terms.weight[row], terms.lse_weight[row] * (m + log1p_r)
-    g += 0 * (largest + others)  # NaN, where the sum of targets is not finite
+    g += 0 * (largest + others)  # NaN where the sum of targets is not finite
     return _Row(
         row,
         *(m, r, log1p_r),
@@ -398,14 +400,14 @@ def _row_of(
 
 
 def _exp(x: Array, m: Array) -> Array:
-    """exp(x - m) for a gradient: in few instructions, and off by about |x - m| 2^-23."""
+    """exp(x - m) in few instructions, with a relative error of about |x - m| 2^-23."""
     return jnp.exp2((x - m) * LOG2_E)
 
 
 def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
-    """Writes the gradient: of the blocks that are still in the ring, and then of those read again.
+    """Writes the gradient of the blocks that are still in the ring, and then of those read again.
 
-    Also stores what targets of classes cost, of the blocks of each warp.
+    Also stores each warp's part of the cost of the targets of classes.
     """
     gap_ref = ring.refs.found.gap
 
@@ -444,14 +446,14 @@ def _write_row(ring: _Ring, first_load: Array, row: _Row) -> None:
 
 
 def _write_block(ring: _Ring, load: Array, block: Array, row_and_gap: tuple[_Row, Any]) -> Any:
-    """Writes the gradient of one block, and adds to the gap of the lanes."""
+    """Writes the gradient of one block, and adds its costs to the gap of the lanes."""
     (row, gap), slots, found = row_and_gap, ring.scratch, ring.refs.found
     slot, slot_of_d = ring.slot_of(load), ring.slot_of_d(load)
     out = slots.d if ring.launch.narrows else slots.x
     k = row.label - ring.start_of(block)
-    has_label = (k >= 0) & (k < ring.block)  # where two blocks overlap, both may have it
+    has_label = (k >= 0) & (k < ring.block)  # two blocks may have it, because blocks may overlap
     k = jnp.where(has_label, k, 0)
-    # All warps have to read it before one writes. JAX puts a barrier before each store.
+    # All warps must read this before any warp writes. JAX puts a barrier before each store.
     x_label = slots.x[slot, k].astype(jnp.float32)
     t_label = row.uniform if slots.dense is None else slots.dense[slot, k].astype(jnp.float32)
     is_kept = ring.full(row.has_gradient, jnp.int32) != 0
@@ -461,7 +463,7 @@ def _write_block(ring: _Ring, load: Array, block: Array, row_and_gap: tuple[_Row
         x = ring.read(slots.x, slot, j)
         e = _exp(x, row.m)
         if found.gap is None:
-            d = e * scale_alone  # D7 of a class that has no target, of T = 1
+            d = e * scale_alone  # D7 for a class without a target, with T = 1
         else:
             if slots.dense is None:
                 t, cost = row.uniform, uniform_gap(x, row.uniform, row.m, row.log1p_r)
@@ -487,6 +489,6 @@ def _write_block(ring: _Ring, load: Array, block: Array, row_and_gap: tuple[_Row
     plgpu.commit_smem()
     target = found.d.at[row.number, pl.ds(ring.start_of(block), ring.block)]
     plgpu.copy_smem_to_gmem(out.at[slot_of_d], target)
-    # All copies but this one have left the ring, so that the slot before is free.
+    # Wait until all copies except this one have left the ring, so that the previous slot is free.
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     return gap

@@ -1,7 +1,7 @@
-"""Means and sums of rows by the gradient kernel for GPUs, made in the forward pass.
+"""Means and sums of rows with the gradient kernel for GPUs, in the forward pass.
 
-What a row weighs in a mean is known before its logits are read. So the kernel, which has the row on
-the chip, writes the gradient at once, and the backward pass only scales it.
+The weight of a row in a mean is known before its logits are read. So the kernel writes the gradient
+while the row is on the chip, and the backward pass only scales the gradient.
 """
 
 import functools
@@ -24,11 +24,11 @@ from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_labels
 
 
 class Terms(NamedTuple):
-    """What the kernel is told.
+    """The kernel's inputs besides the logits.
 
     Attributes:
-      rows: of each row, [...].
-      dense: [..., K], or [1, ..., 1, K] if all rows have the same, or None.
+      rows: the inputs of each row, [...].
+      dense: targets [..., K], or [1, ..., 1, K] if all rows have the same targets, or None.
     """
 
     rows: RowTerms
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How rows add up to a mean: sum_i w_i (loss_i + z lse_i^2) / divisor, for weights w of rows.
+    """The parameters of a mean, sum_i w_i (loss_i + z lse_i^2) / divisor, with row weights w.
 
     Attributes:
       divisor: a scalar.
@@ -51,10 +51,9 @@ class Share(NamedTuple):
 def _of_rows(
     f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: DTypeLike
 ) -> Found:
-    """State and gradient of rows [..., K].
+    """The state and gradient of rows [..., K].
 
-    ``with_loss`` [...] is for the derivative rule below, not for the kernel. It says which of the
-    rows that count weigh something or have a loss.
+    ``with_loss`` [...] is used only by the derivative rule below: see ``Rows.with_loss``.
     """
 
     @custom_vmap
@@ -72,7 +71,7 @@ def _of_rows(
 
     @by_kernel.def_vmap
     def of_examples(size: int, mapped: Any, x: Array, terms: Terms) -> tuple[Found, Any]:
-        """Rows of all examples are rows of one call."""
+        """Computes the rows of all examples in a single call."""
         dense, is_mapped = terms.dense, mapped[1].dense
         x, rows = jax.tree.map(
             lambda is_mapped, a: a if is_mapped else jnp.broadcast_to(a, (size, *a.shape)),
@@ -80,7 +79,8 @@ def _of_rows(
             (x, terms.rows),
         )
         if dense is not None:
-            same = not is_mapped and dense.size == dense.shape[-1]  # for rows of all examples
+            # Whether all rows of all examples have the same targets.
+            same = not is_mapped and dense.size == dense.shape[-1]
             dense = dense[None] if same else jnp.broadcast_to(dense, x.shape)
         found = by_kernel(x, Terms(rows, dense))
         return found, jax.tree.map(lambda a: True, found)
@@ -89,7 +89,7 @@ def _of_rows(
 
 
 def _by_xla(f: CrossEntropy, x: Array, with_loss: Array, terms: Terms, d_dtype: DTypeLike) -> Found:
-    """The same results as ``_of_rows``, in operations that JAX can differentiate."""
+    """The same results as ``_of_rows``, from operations that JAX can differentiate."""
     label, _, weight, lse_weight, label_target, uniform = terms.rows
     kept, one = keep(with_loss, x), jnp.ones_like(weight)
     state = twins.normalize(kept, f.backend)
@@ -133,12 +133,12 @@ def _of_rows_jvp(
 
 
 class Forward(NamedTuple):
-    """What is known of rows of logits [..., K] when the kernel has run.
+    """The results of the kernel for rows of logits [..., K].
 
     Attributes:
-      results: of each row, [...].
+      results: the results of each row, [...].
       d: the gradient of their weighted sum for the logits, [..., K].
-      d_targets: its gradients for the targets.
+      d_targets: the gradients of this sum for the targets.
     """
 
     results: Results
@@ -150,15 +150,15 @@ def _terms(rows: Rows, g: Array, z_loss: Array | None) -> Terms:
     targets, shape = rows.targets, rows.weight.shape
     counts = jnp.ones(shape, bool) if rows.mask is None else rows.mask
     z = 0 if z_loss is None else z_loss
-    # No class has the label -1, which is that of rows without one.
+    # Rows without a label get the label -1, which is no class.
     label, label_target = jnp.int32(-1), jnp.float32(0)
     if targets.label is not None and targets.label_target is not None:
         label, label_target = targets.label, targets.label_target
-    # A row of weight 0 has a gradient of 0, whatever its logits are, and may have a loss.
+    # The gradient of a row with weight 0 is 0, whatever its logits are. The row may have a loss.
     has_gradient = counts & (rows.weight != 0)
     terms, dense = RowTerms(label, has_gradient, g * targets.total, 2 * z * g), None
     if targets.dense is not None:
-        # 0, or NaN where the label is no class.
+        # 0, or NaN for an invalid label.
         nothing = 0 if targets.label is None else 0 * targets.total
         terms = terms._replace(weight=g + nothing, label_target=label_target)
         dense = targets.dense.t
@@ -172,10 +172,11 @@ def forward(
 ) -> Forward:
     """The results of rows, and the gradients of sum_i g_i (loss_i + z lse_i^2).
 
-    A row may count that weighs 0 and has logits without a loss, NaN or infinite ones.
+    Rows with weight 0 may have logits without a loss (NaN or infinite), although ``rows.mask`` is
+    True for them.
     """
     terms = _terms(rows, g, z_loss)
-    known = rows.with_loss(has_loss(x, None, f.backend))  # XLA drops it where nothing needs it
+    known = rows.with_loss(has_loss(x, None, f.backend))  # XLA removes it if it is not used
     found = _of_rows(f, x, known, terms, d_dtype)
     state, with_loss = found.state, rows.with_loss(found.state.has_loss)
     # As elsewhere, the lse of a row of -inf alone is -inf.
@@ -194,7 +195,7 @@ def forward(
 def _of_targets(
     f: CrossEntropy, x: Array, targets: Targets, of_rows: tuple[Terms, Found, Array]
 ) -> tuple[Array, Targets]:
-    """sum_k t_k (m - x_k) of each row, and the gradients for the targets."""
+    """The costs sum_k t_k (m - x_k) of each row, and the gradients for the targets."""
     terms, found, g = of_rows
     state, gaps = found.state, found.gap
     cost = jnp.zeros_like(state.m)
@@ -204,14 +205,14 @@ def _of_targets(
         label_gap = gap(targets.label_target, found.x_label, state.m, state.log1p_r)
         label_gap = jnp.where(is_class, label_gap, 0)
         cost = targets.label_target * label_gap
-        # D0 differentiated in t_k is -log q_k, which counts what t_k adds to T.
+        # The derivative of D0 with respect to t_k is -log q_k. It includes t_k's part in T.
         d_targets = d_targets._replace(label_target=g * (label_gap + state.log1p_r))
     if targets.dense is None:
         return cost, d_targets
     if terms.dense is not None:
         of_dense = f.target_gradient(x, targets, State(state), Results(g, None)).dense
         return cost + gaps, d_targets._replace(dense=of_dense)
-    # Where nothing is spread, no class costs anything, not even one that cannot occur.
+    # If ``uniform`` is 0, the cost of all classes is 0, even where a logit is -inf.
     uniform = terms.rows.uniform
     assert uniform is not None
     of_all = gaps / spread(uniform) + x.shape[-1] * state.log1p_r
@@ -221,7 +222,7 @@ def _of_targets(
 
 
 def _mean(f: CrossEntropy, results: Results, rows: Rows, share: Share) -> Array:
-    # Divided after the sum, as what is left of a confident row's loss may be too small before it.
+    # Divide after the sum: a confident row's loss may be so small that dividing it would underflow.
     return jnp.sum(f.weigh(results, rows.weight, share.z_loss).value) / share.divisor
 
 
@@ -233,16 +234,16 @@ def _forward(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> Forward:
 def mean_and_gradient(
     f: CrossEntropy, x: Array, rows: Rows, share: Share
 ) -> tuple[Array, Results, Array]:
-    """The weighted mean of the rows' losses, their results, and its gradient for the logits."""
+    """The weighted mean of the row losses, the rows' results, and the gradient for the logits."""
     found = _forward(f, x, rows, share)
     return _mean(f, found.results, rows, share), found.results, found.d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Array, Results]:
-    """The weighted mean of the rows' losses and, without gradient, their results.
+    """The weighted mean of the row losses and, without a gradient, the rows' results.
 
-    The gradient kernel makes them where the mean is differentiated.
+    If the mean is differentiated, the gradient kernel computes all of them.
     """
     targets = rows.targets
     if targets.dense is not None:
@@ -260,8 +261,8 @@ def _mean_fwd(f: CrossEntropy, x: Any, rows: Any, share: Any) -> tuple[tuple[Arr
     weighed = f.weigh(results, rows.weight, share.z_loss)
     t_like = None
     if d_targets.dense is not None:
-        # Of targets [..., K] the gradient is computed only if it is wanted. It is rounded to their
-        # dtype when a cotangent has multiplied it.
+        # Keep the gradient of targets [..., K] only if it is needed. It is cast to their dtype
+        # after the multiplication with the cotangent.
         t_like = jnp.zeros((0,), rows.targets.dense.t.dtype)
         d_t = d_targets.dense.t if wanted.targets.dense.t else t_like
         d_targets = d_targets._replace(dense=d_targets.dense._replace(t=d_t))
@@ -274,8 +275,8 @@ def _mean_bwd(f: CrossEntropy, res: tuple[Any, ...], g: Any) -> tuple[Any, ...]:
     (*gradients, t_like), g_mean = res, instantiate(g[0])
 
     def times(a: Array) -> Array | None:
-        # A factor that is the constant 1 costs nothing. By another one, a gradient in bfloat16 is
-        # rounded a second time. An empty one is not wanted.
+        # A constant factor of 1 adds no computation. Any other factor rounds a bfloat16 gradient a
+        # second time. An empty gradient is one that is not needed.
         return None if a.shape == (0,) else (g_mean * a.astype(g_mean.dtype)).astype(a.dtype)
 
     d_x, d_rows, d_share = jax.tree.map(times, gradients)

@@ -1,6 +1,6 @@
-"""The gradient kernel's short rows: each warp has one, with all of its exponentials in registers.
+"""The gradient kernel for short rows: one row per warp, with all of its exponentials in registers.
 
-Four rows at a time go through a slot of the ring. They are read there as often as it takes.
+Each slot of the ring holds four rows at a time. The kernel may read a slot several times.
 """
 
 import functools
@@ -35,7 +35,7 @@ from sxe._rows.gpu_terms import (
     uniform_gap,
 )
 
-RINGS_BYTES = 200 * 1024  # of the 227 KiB of shared memory that a program may have
+RINGS_BYTES = 200 * 1024  # of the 227 KiB of shared memory that a program may use
 
 
 def short_launch(
@@ -45,17 +45,17 @@ def short_launch(
     fours = -(-rows // WARPS)
     slot = -(-classes // width), WARPS, width
     slots = RINGS_BYTES // (math.prod(slot) * (itemsizes.x + itemsizes.dense))
-    # A thread takes up to 128 of 65,536 registers or, with an array of targets for logits of 32
-    # bits, up to 168.
+    # A thread uses up to 128 of 65,536 registers. With an array of targets and 32-bit logits, it
+    # uses up to 168.
     groups = 3 if itemsizes.dense and itemsizes.x == 4 else 4
     programs = min(-(-fours // groups), cores)
     return Launch(rows, classes, vector, programs, groups, min(3, slots // groups), slot)
 
 
 class _Scratch(NamedTuple):
-    """What a program has in shared memory: a barrier for each slot, and the slots.
+    """The shared memory of a program: a barrier for each slot, and the slots.
 
-    Those of targets may be None.
+    ``dense``, the slots for targets, may be None.
     """
 
     filled: Any
@@ -64,17 +64,17 @@ class _Scratch(NamedTuple):
 
 
 def short_scratch(launch: Launch, dtype: DTypeLike, dense: DTypeLike | None) -> _Scratch:
-    # A copy for each fragment.
+    # One copy for each fragment.
     return _Scratch(*rings_and_barrier(launch, (dtype, dense), copies=launch.slot[0]))
 
 
 class _Team(NamedTuple):
-    """A warpgroup, and the rows that it takes: four in each step."""
+    """A warpgroup and the rows that it processes, four in each step."""
 
     launch: Launch
     refs: Refs
     scratch: _Scratch
-    number: Array  # of this warpgroup among all
+    number: Array  # the index of this warpgroup among all warpgroups
     group: Array
 
     @property
@@ -98,7 +98,8 @@ class _Team(NamedTuple):
         return pl.ds((self.number + step * self.teams) * WARPS, WARPS)
 
     def columns(self, j: int) -> Any:
-        # JAX rejects a slice past the end whose start it knows. The copy stops at the end.
+        # The slice may exceed the row, and the copy stops at the end. JAX rejects such a slice if
+        # its start is a constant, so add a traced 0.
         return pl.ds(j * self.width + 0 * self.number, self.width)
 
     def slot(self, step: Array) -> Array:
@@ -110,7 +111,7 @@ class _Team(NamedTuple):
             (x, dense, _, _), scratch, slot = self.refs, self.scratch, self.slot(step)
             rows = rows_of_dense = self.rows(step)
             if dense is not None and dense.shape[0] < self.launch.rows:
-                rows_of_dense = pl.ds(0 * self.number, WARPS)  # all rows have the same
+                rows_of_dense = pl.ds(0 * self.number, WARPS)  # all rows share their targets
             for j in self.fragments:
                 source = x.at[rows, self.columns(j)]
                 plgpu.copy_gmem_to_smem(source, scratch.x.at[slot, j], scratch.filled.at[slot])
@@ -120,7 +121,7 @@ class _Team(NamedTuple):
                     plgpu.copy_gmem_to_smem(source, to, scratch.filled.at[slot])
 
     def wide(self, a: Array) -> Array:
-        """[4] as an array of the registers of a fragment."""
+        """Broadcasts an array [4] to the shape of a fragment in registers."""
         return lax.broadcast_in_dim(a, self.launch.fragment, (0,))
 
     def terms(self, step: Array) -> RowTerms:
@@ -136,7 +137,7 @@ class _Team(NamedTuple):
         return plgpu.broadcasted_iota(jnp.int32, fragment, 1, layout=layout)
 
     def inside(self, j: int, a: Array, outside: float) -> Array:
-        """a, and another number past the end of the row."""
+        """a, with ``outside`` past the end of the row."""
         if (j + 1) * self.width <= self.launch.classes:
             return a
         return jnp.where(self.iota() < self.launch.classes - j * self.width, a, outside)
@@ -169,7 +170,7 @@ def short_rows(launch: Launch, refs: Refs, scratch: _Scratch) -> None:
         terms = team.terms(step)
         plgpu.barrier_wait(team.scratch.filled.at[team.slot(step)])
         state, es = _state(team, step, terms.label)
-        # The gradient before has left its slot, while these exponentials were computed.
+        # The previous gradient was copied from its slot while these exponentials were computed.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(step > 0)
@@ -188,7 +189,7 @@ def _total(of_lanes: Array) -> Array:
 
 
 def _state(team: _Team, step: Array, label: Array) -> tuple[tuple[Array, Array], list[Array]]:
-    """(m, r) of each row, wide, and the exponentials of each fragment. Stores what is found."""
+    """(m, r) of each row, broadcast, and the exponentials of each fragment. Stores the results."""
     slot, found, k = team.slot(step), team.refs.found, team.iota()
     xs = [team.x(slot, j) for j in team.fragments]
     top = jnp.max(functools.reduce(jnp.maximum, xs), axis=1)
@@ -197,7 +198,7 @@ def _state(team: _Team, step: Array, label: Array) -> tuple[tuple[Array, Array],
     for j in team.fragments:
         x = team.x(slot, j)
         e = exp_difference(x, m)
-        # As in the plain twin: of what is near the maximum, 1 is counted, the rest is summed.
+        # As in ``normalizer``: near the maximum, add 1 to a count and e - 1 to a sum.
         near = jnp.where(x >= m - 0.25, 1.0, 0.0)
         rest, count = rest + (e - near), count + near
         x_label = x_label + jnp.where(k == label - j * team.width, x, 0.0)
@@ -210,7 +211,7 @@ def _state(team: _Team, step: Array, label: Array) -> tuple[tuple[Array, Array],
 
 
 def _targets(team: _Team, step: Array) -> tuple[Array, Array]:
-    """(largest, rest) of the targets of classes, wide. Stores their sum."""
+    """(largest, rest) of the dense targets, broadcast. Stores the sum of the targets."""
     lanes = team.zero(), team.zero()
     for j in team.fragments:
         lanes = add_target(team.dense(team.slot(step), j), lanes)
@@ -222,7 +223,7 @@ def _targets(team: _Team, step: Array) -> tuple[Array, Array]:
 def _write_gradient(
     team: _Team, step: Array, terms: RowTerms, state_and_es: tuple[tuple[Array, Array], list[Array]]
 ) -> None:
-    """Writes the gradient. Stores what targets of classes cost, if there are any."""
+    """Writes the gradient. Stores the cost of the targets of classes, if there are any."""
     ((m, r), es), slots, found = state_and_es, team.scratch, team.refs.found
     slot, k = team.slot(step), team.iota()
     label, has_gradient, g, g_lse, label_target, uniform = terms
@@ -230,12 +231,12 @@ def _write_gradient(
     largest = rest = None
     if slots.dense is not None:
         largest, rest = _targets(team, step)
-        g = g + 0 * (largest + rest)  # NaN, where the sum of targets is not finite
+        g = g + 0 * (largest + rest)  # NaN where the sum of targets is not finite
     scales = g / (1 + r), g_lse * (m + log1p_r) / (1 + r)
     for j, e in enumerate(es):
         is_label = k == label - j * team.width
         if label_target is None:
-            d = jnp.where(is_label, (e - 1) - r, e) * scales[0] + e * scales[1]  # D7, of T = 1
+            d = jnp.where(is_label, (e - 1) - r, e) * scales[0] + e * scales[1]  # D7 with T = 1
         else:
             x = team.x(slot, j)
             if largest is not None and rest is not None:

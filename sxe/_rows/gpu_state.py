@@ -1,10 +1,11 @@
-"""The state kernel for NVIDIA GPUs: the state (m, r) of rows of logits, from one read of them.
+"""The state kernel for NVIDIA GPUs: the state (m, r) of rows, from a single read of the logits.
 
-XLA reads the logits twice, for the maximum and for the sums. Here each of the four warps of a
-warpgroup has a row, or a part of its classes, and each lane keeps a state of its own for every
-logit of a vector, which the next vector is merged into. A warpgroup is a program of the grid. It
-keeps four loads of a lane in flight, and several programs share a multiprocessor, so that memory is
-read at all times. Nothing here needs rows to be aligned.
+XLA reads the logits twice: for the maximum and for the sums. In this kernel, each of the four warps
+of a warpgroup processes one row, or a part of its classes. A lane loads vectors of logits. For each
+position of the vector it keeps a state, and merges every new vector into these states.
+
+Each program of the grid is one warpgroup. A lane has four loads in flight, and several programs
+share a multiprocessor, so that memory is always being read. Rows need not be aligned.
 """
 
 import functools
@@ -31,14 +32,14 @@ from sxe._rows.gpu_lanes import (
 from sxe._rows.normalizer import Normalizer, merge_parts
 from sxe._rows.normalizer import normalize_tile as plain_twin
 
-UNROLL = 4  # loads of a lane that are in flight together
-PER_CORE = 8  # programs for each multiprocessor, of which six or more run at a time
+UNROLL = 4  # loads of a lane in flight at the same time
+PER_CORE = 8  # programs per multiprocessor, of which six or more run at the same time
 
 
 def normalize_tile(x: Array, backend: Backend) -> Normalizer:
     """The state of rows of logits, [..., K] to [...].
 
-    Rows of fewer classes than a warp has lanes are left to XLA.
+    XLA computes rows that have fewer classes than a warp has lanes.
     """
     if x.size == 0 or not has_state_kernel(x.shape[-1]):
         return plain_twin(x, backend)
@@ -52,23 +53,23 @@ def normalize_tile(x: Array, backend: Backend) -> Normalizer:
 
     @of_rows.def_vmap
     def of_examples(size: int, is_mapped: list[bool], x: Array) -> tuple[tuple[Array, ...], Any]:
-        """Rows of all examples are rows of one call, in which no warp is without one."""
+        """Computes the rows of all examples in a single call, so that no warp is idle."""
         return tuple(normalize_tile(x, backend)), (True, True)
 
     return Normalizer(*of_rows(x))
 
 
 def state(x: Array, *, cores: int, interpret: bool = False) -> Normalizer:
-    """(m, r) [N] of logits [N, K], bfloat16, float16 or float32, of 32 classes or more."""
+    """(m, r) [N] of logits [N, K] in bfloat16, float16 or float32, with K >= 32."""
     N, K = x.shape
-    # With fewer rows than a warpgroup has warps, rows of zeros are added. The copy is small.
+    # If there are fewer rows than warps in a warpgroup, add rows of zeros. The copy is small.
     x = jnp.pad(x, ((0, max(0, WARPS - N)), (0, 0)))
     rows = len(x)
     widest = VECTOR_BYTES // x.dtype.itemsize
-    # A vector may not cross the end of a row, so that its length divides K.
+    # The length of a vector has to divide K, because a vector may not cross the end of a row.
     vector = next(n for n in (8, 4, 2, 1) if n <= widest and K % n == 0 and LANES * n <= K)
     teams = -(-rows // WARPS)
-    steps = -(-K // (LANES * vector))  # of a row
+    steps = -(-K // (LANES * vector))  # steps of a row
     parts = max(1, min(-(-PER_CORE * cores // teams), steps // (4 * UNROLL)))
     of_parts = jax.ShapeDtypeStruct((parts, rows), jnp.float32)
     m, r = run(
@@ -87,7 +88,7 @@ def _rows(
     """The state of a part of four rows."""
     N, K = shape
     part, team = lax.axis_index("part"), lax.axis_index("team")
-    # The last team may have rows of the one before it, and then writes the same.
+    # The last team may share rows with the team before it. Both write the same values.
     rows = pl.ds(jnp.minimum(team * WARPS, N - WARPS), WARPS)
     size = LANES * vector
     first = part * steps_of_part
@@ -107,7 +108,7 @@ def _rows(
         return lanes
 
     def masked_step(i: Array, lanes: tuple[Array, Array]) -> tuple[Array, Array]:
-        """One step. The last one of a row ends with it, and leaves out what others have."""
+        """A masked step. The last step ends with the row, and masks logits of earlier steps."""
         begin = (first + i) * size
         start = jnp.minimum(begin, K - size)
         k = start + plgpu.broadcasted_iota(jnp.int32, (WARPS, size), 1, layout=layout)
@@ -120,7 +121,7 @@ def _rows(
     lanes = lax.fori_loop(0, whole, step, (full(-jnp.inf), full(-1.0)))
     lanes = lax.fori_loop(whole * UNROLL, at_most(-(-K // size)), masked_step, lanes)
     m, r = merge_lanes(*lanes)
-    # A part of -inf alone is the identity of merge.
+    # A part with only -inf is the identity of merge.
     r = jnp.where(m == -jnp.inf, -1.0, nan_where_infinite(m, r))
     store(m_ref.at[part, rows], m)
     store(r_ref.at[part, rows], r)

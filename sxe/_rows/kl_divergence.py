@@ -1,22 +1,22 @@
 """Divergences between the softmax of two rows: lines K0 to K5 of the derivation.
 
-q is the softmax of the model's logits x, p that of the target logits z, and (m_x, r_x), (m_z, r_z)
-are their states. The log-ratio of the two is no difference of two log-probabilities:
+q is the softmax of the model's logits x, and p is the softmax of the target logits z. Their states
+are (m_x, r_x) and (m_z, r_z). The log-ratio is not computed as a difference of log-probabilities:
 
     u_k = log q_k - log p_k = ((x_k - z_k) - (m_x - m_z)) - (log1p(r_x) - log1p(r_z))
 
-A divergence is KL(p || M), KL(q || M), or both, weighed. M is the other of the two or, for "Jensen-
-Shannon", beta p + (1 - beta) q. With v_k = log M_k - log p_k and phi(v) = exp(v) - 1 - v:
+A divergence is KL(p || M), KL(q || M), or a weighted sum of both. M is the other distribution, or
+beta p + (1 - beta) q for Jensen-Shannon. With v_k = log M_k - log p_k and phi(v) = exp(v) - 1 - v:
 
     K0, K2, K4  KL(p || M)          = sum_k p_k phi(v_k)
     K1          d KL(p || q)/d x_l  = p_l expm1(v_l)                = q_l - p_l
     K3, K5      d KL(p || M)/d z_l  = p_l (sum_k p_k v_k - v_l)     = p_l (-v_l - KL(p || M))
 
-For KL(q || M), p and q change places, and so do x and z. No phi is negative. Where p and M nearly
-agree, an error e of the states is one of all v_k alike. As sum_k M_k = sum_k p_k, it adds e^2 / 2
-to the divergence. So that keeps its digits where sum_k p_k (log p_k - log q_k) has none. In K3 and
-K5 such an error cancels. In K1 it would not: sum_k p_k expm1(v_k) is 0, and what it is instead
-tells the error.
+For KL(q || M), swap p and q, and x and z. phi is never negative. Where p and M nearly agree, an
+error of the states shifts all v_k by the same e. Because sum_k M_k = sum_k p_k, this changes the
+divergence by only e^2 / 2. So the divergence is accurate even where the usual formula,
+sum_k p_k (log p_k - log q_k), has no correct digits. In K3 and K5 such an error cancels. In K1 it
+does not. But the exact sum_k p_k expm1(v_k) is 0, so the computed sum is used to correct K1.
 """
 
 import dataclasses
@@ -47,20 +47,20 @@ MODES = ("forward", "reverse", "jensen_shannon")
 
 
 class Results(NamedTuple):
-    """Of each row, [...]."""
+    """The results of each row, [...]."""
 
     divergence: Array
 
 
 class Sums(NamedTuple):
-    """Of one of two distributions, p, beside M: sums over the classes of a row or a tile, [...].
+    """Sums over the classes of a row or a tile, [...], for one distribution p compared with M.
 
     Attributes:
       divergence: KL(p || M), sum_k p_k phi(v_k).
-      error: sum_k p_k expm1(v_k), which is 0 but for rounding.
-      mean: sum_k p_k w_k.
-      origin: v where p has over four sevenths of the probability, of all classes, and else 0. w is
-        v - origin, and 0 there: sum_k p_k v_k less that v_k would be what rounding leaves of them.
+      error: sum_k p_k expm1(v_k), which is 0 except for rounding errors.
+      mean: sum_k p_k w_k, where w_k = v_k - origin, and w_k = 0 at the class of the origin.
+      origin: v_k at the class with p_k > 4/7, among all classes of the row, or 0 without such a
+        class. At this class sum_k p_k v_k - v_k would cancel; ``mean`` - w_k does not.
     """
 
     divergence: Array
@@ -70,11 +70,11 @@ class Sums(NamedTuple):
 
 
 class State(NamedTuple):
-    """What gradients start from, of rows.
+    """The values of rows that gradients are computed from.
 
     Attributes:
-      of_x, of_z: the states of both rows of logits.
-      of_p, of_q: the sums of p beside M and of q beside M, or None for the one that has no part.
+      of_x, of_z: the normalizer states of x and z.
+      of_p, of_q: the sums for p and M, and for q and M. None for a divergence that is not used.
     """
 
     of_x: Normalizer
@@ -84,18 +84,18 @@ class State(NamedTuple):
 
     @property
     def has_loss(self) -> Array:
-        """Whether both sides have a distribution, bool [...]."""
+        """Whether x and z both have a distribution, bool [...]."""
         return self.of_x.has_loss & self.of_z.has_loss
 
 
 class Side(NamedTuple):
-    """One of two distributions over the classes of a tile, [..., K], beside M.
+    """One of the two distributions, compared with M, over the classes of a tile, [..., K].
 
     Attributes:
       p: its probabilities.
-      v: log M - log p. It may be infinite where p is 0 or M is.
+      v: log M - log p. It may be infinite where p or M is 0.
       excess: M - p.
-      top: bool, the class that has over four sevenths of the probability.
+      top: bool, True at a class with a probability above 4/7.
     """
 
     p: Array
@@ -105,7 +105,7 @@ class Side(NamedTuple):
 
 
 def phi(v: Array) -> Array:
-    """exp(v) - 1 - v, for v from -1 to 1, from its series."""
+    """exp(v) - 1 - v for v from -1 to 1, by its power series."""
     terms = 11 if v.dtype == jnp.float32 else 19
     total = jnp.zeros_like(v)
     for n in range(terms, 1, -1):
@@ -114,22 +114,22 @@ def phi(v: Array) -> Array:
 
 
 def _near(v: Array) -> tuple[Array, Array]:
-    """Whether v is from -1 to 1, and v there, else 0."""
+    """Whether v is between -1 and 1, and v where it is, 0 elsewhere."""
     near = jnp.abs(v) < 1
     return near, jnp.where(near, v, 0)
 
 
 def _finite(v: Array) -> Array:
-    """v, and 0 where it is infinite. Where p is 0, p v is 0."""
+    """v, or 0 where it is infinite, because p v is 0 where p is 0."""
     return jnp.where(jnp.isinf(v), 0, v)
 
 
 def divergence_terms(side: Side) -> Array:
-    """p phi(v): +inf where M is 0 and p is not."""
+    """p phi(v), which is +inf where M is 0 and p is not."""
     near, small = _near(side.v)
-    # Where p is 0, p v is 0, and else it is infinite with v, and so differentiable.
+    # p v is 0 where p is 0, and differentiable. Elsewhere, it is infinite if v is infinite.
     far = side.excess - side.p * jnp.where(side.p == 0, 0, side.v)
-    # A p that float32 rounds to 0 is not 0.
+    # v = -inf means that M is 0 but p is not: float32 has rounded p to 0.
     far = jnp.where((side.p == 0) & (side.v == -jnp.inf), jnp.inf, far)
     return jnp.where(near, side.p * phi(small), far)
 
@@ -141,30 +141,30 @@ def difference(side: Side) -> Array:
 
 
 def from_origin(side: Side, origin: Array) -> Array:
-    """w, [..., K]."""
+    """w of ``Sums.mean``, [..., K]."""
     most = jnp.finfo(origin.dtype).max
-    w = jnp.clip(_finite(side.v) - origin[..., None], -most, most)  # p may be 0 where it overflows
+    w = jnp.clip(_finite(side.v) - origin[..., None], -most, most)  # finite, because p may be 0
     return jnp.where(side.top, 0, w)
 
 
 def origin_of(side: Side, axis_name: AxisName) -> Array:
-    """``Sums.origin``, [...], of all shards of the classes."""
+    """``Sums.origin``, [...], from all shards of the classes."""
     return psum(jnp.sum(jnp.where(side.top, _finite(side.v), 0), axis=-1), axis_name)
 
 
 def mean_of(side: Side, origin: Array) -> Array:
-    """``Sums.mean`` of a tile, from the origin of its rows."""
+    """``Sums.mean`` of a tile, for a given origin of its rows."""
     means = side.p * from_origin(side, vary_like(origin, side.p))
     return jnp.sum(jnp.where(side.v == -jnp.inf, -jnp.inf, means), axis=-1)
 
 
 def gradient_of_other(side: Side, sums: Sums) -> Array:
-    """K1: the derivative of KL(p || M) by the logits of M, where M is the other distribution."""
+    """K1: the gradient of KL(p || M) for the logits of M, where M is the other distribution."""
     return difference(side) - sums.error[..., None] * (side.p + side.excess)
 
 
 def gradient_of_own(side: Side, sums: Sums) -> Array:
-    """K3 and K5: the derivative of KL(p || M) by the logits of p, divided by what it weighs."""
+    """K3 and K5 without their weight: the gradient of KL(p || M) for the logits of p."""
     slope = sums.mean[..., None] - from_origin(side, sums.origin)
     slope = jnp.where(side.v == -jnp.inf, jnp.inf, slope)
     none = side.p == 0
@@ -173,7 +173,7 @@ def gradient_of_own(side: Side, sums: Sums) -> Array:
 
 def _log_mixture(v: Array, own: float, other: float) -> Array:
     """log(own + other exp(v)) for own + other = 1."""
-    bounded = jnp.minimum(v, 80)  # from there on, own is nothing beside the rest
+    bounded = jnp.minimum(v, 80)  # for larger v, own is negligible
     more = other * jnp.expm1(bounded)
     much_less = more < -0.5
     less = jnp.log(own + other * jnp.exp(bounded))
@@ -182,13 +182,13 @@ def _log_mixture(v: Array, own: float, other: float) -> Array:
 
 
 def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
-    """u, [..., K]: 0 where both logits are -inf.
+    """u, [..., K], which is 0 where both logits are -inf.
 
-    The two rows may have offsets that differ by much more than their logits do otherwise. Then
-    x - z is rounded by more than is left of it beside m_x - m_z.
+    The offset between the two rows may be much larger than their other differences. Then the
+    rounding error of x - z may exceed (x - z) - (m_x - m_z). So the error is added back.
     """
     none, finite = (x == -jnp.inf) & (z == -jnp.inf), (x > -jnp.inf) & (z > -jnp.inf)
-    # Quarters, because the differences may overflow.
+    # Use a quarter of each number, because the differences may overflow.
     m_x, m_z = (finite_shift(state.m) / 4 for state in (of_x, of_z))
     lost = lost_in_difference(*(jnp.where(finite, a / 4, 0) for a in (x, z)))
     lost = lost - lost_in_difference(m_x, m_z)[..., None]
@@ -202,36 +202,38 @@ def _probabilities(x: Array, state: Normalizer) -> Array:
 
 
 def _pulled_back(g: Array, d: Array) -> Array:
-    """g d, and 0 where a cotangent of 0 meets an infinite derivative."""
+    """g d, but 0 instead of NaN where g is 0 and d is infinite."""
     return g * jnp.where((g == 0) & jnp.isinf(d), 0, d)
 
 
 def _top(x: Array, state: Normalizer) -> Array:
-    """``Side.top``. With r below 3/4 all other logits are smaller by log(4/3) or more."""
+    """``Side.top``. If r < 3/4, all other logits are smaller by at least log(4/3)."""
     return (x >= state.m[..., None] - 0.25) & (state.r < 0.75)[..., None]
 
 
 def _behind(states: tuple[Normalizer, Normalizer], after: Any) -> tuple[Normalizer, Normalizer]:
-    """The states, as if they were computed after ``after``.
+    """The states, placed after ``after`` by an optimization barrier.
 
-    XLA does not see then that what follows shares terms [..., K] with what came before, and does
-    not write them out. Each tile is read again instead.
+    This hides from XLA that later code shares terms [..., K] with earlier code. XLA would write
+    these terms to memory. With the barrier it reads each tile again instead.
     """
     of_x, of_z = states
-    # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
+    # ``after`` needs no derivative, and JAX 0.12 can't transpose the barrier in a loop.
     (m_x, m_z), _ = lax.optimization_barrier(((of_x.m, of_z.m), lax.stop_gradient(after)))
     return of_x._replace(m=m_x), of_z._replace(m=m_z)
 
 
 @dataclasses.dataclass(frozen=True)
 class KLDivergence:
-    """The row function: see ``RowFunction`` for its methods. Its targets are the logits z.
+    """The row function of a divergence. ``RowFunction`` documents its methods.
+
+    Its targets are the logits z.
 
     Attributes:
-      axis_name: the mesh axes that split the classes.
+      axis_name: the mesh axes over which the classes are sharded.
       backend: where it runs.
-      mode: which divergence it is.
-      beta: the share of p in M, for "jensen_shannon".
+      mode: which divergence to compute.
+      beta: the weight of p in M, for "jensen_shannon".
     """
 
     axis_name: AxisName
@@ -240,7 +242,7 @@ class KLDivergence:
     beta: float
 
     def tile(self, x: Array, z: Array) -> State:
-        # What a class adds depends on the states of whole rows, so that shards meet here.
+        # The terms of a class depend on the states of whole rows, so merge the shards' states here.
         of_x, of_z = (merge_over(twins.normalize(a, self.backend), self.axis_name) for a in (x, z))
         shape, classes = x.shape[:-1], x.shape[-1]
         if not self.backend.loops_over_rows or not are_known(*x.shape):
@@ -267,7 +269,7 @@ class KLDivergence:
         return self._gradient(0, (x, z), state, g)
 
     def _gradient(self, of: int, logits: tuple[Array, Array], state: State, g: Results) -> Array:
-        """The gradient for the logits of p, of which the number is 0, or of q, which is 1."""
+        """The gradient for the logits of p (of = 0) or of q (of = 1)."""
         (x, z), other = logits, 1 - of
         state, g = vary_like((state, g), x)
         sums = state.of_p, state.of_q
@@ -296,13 +298,13 @@ class KLDivergence:
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
         """w_i divergence_i."""
         value = results.divergence
-        # A weight of 0 times an infinite divergence is 0.
+        # Weight 0 times an infinite divergence is 0, not NaN.
         value = jnp.where((weight == 0) & jnp.isinf(value), 0, value)
         return Weighed(weight * value, Results(weight), value, None)
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """What KL(p || M) and KL(q || M) weigh."""
+        """The weights of KL(p || M) and KL(q || M)."""
         by_mode = {
             "forward": (1.0, 0.0),
             "reverse": (0.0, 1.0),
@@ -316,7 +318,7 @@ class KLDivergence:
         return first + second[0] if second else first
 
     def _of_row(self, sums: Sums | None) -> Sums | None:
-        """The sums of whole rows, from those of tiles."""
+        """The sums of whole rows, from the sums of tiles."""
         if sums is None:
             return None
         return Sums(*psum(sums[:-1], self.axis_name), sums.origin)
@@ -324,7 +326,7 @@ class KLDivergence:
     def _sums(self, x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> list[Sums | None]:
         """The sums of p and of q over the classes of a tile."""
         of_x, of_z = vary_like((of_x, of_z), x)
-        # 0, or NaN in a row of which one side has no distribution.
+        # 0, or NaN in a row where x or z has no distribution.
         nothing = sum(a - a for a in (*of_x, *of_z))
         found: list[Sums | None] = []
         for i, side in enumerate(self._sides(x, z, of_x, of_z)):
@@ -339,7 +341,7 @@ class KLDivergence:
         return found
 
     def _sides(self, x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> tuple[Side, Side]:
-        """p and q beside M, [..., K] each."""
+        """p and q, each compared with M, [..., K]."""
         x, z = wide(x), wide(z)
         of_x, of_z = (s._replace(m=apart(s.m, s.r, self.backend)) for s in (of_x, of_z))
         p, q = _probabilities(z, of_z), _probabilities(x, of_x)

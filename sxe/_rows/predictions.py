@@ -1,4 +1,4 @@
-"""The class of each row's largest logit, and how many logits are larger than the label's."""
+"""The class of each row's largest logit, and the number of logits larger than the label's."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,13 @@ from sxe._rows.targets import is_label, take_labels
 
 
 class Ranking(NamedTuple):
-    """How the logits of one tile of classes are ordered in each row, [...]. It has no gradient.
+    """The order of the logits of one tile of classes in each row, [...]. It has no gradient.
 
     Attributes:
-      best: the class of the first of the largest logits, int32, counted from the tile's first.
-      largest: their value.
-      larger: how many logits are larger than the label's, int32, or None where nobody asks.
+      best: the class of the largest logit, int32, counted from the first class of the tile. Of
+        equal logits, it is the first one.
+      largest: the value of this logit.
+      larger: the number of logits larger than the label's, int32, or None if not requested.
     """
 
     best: Array
@@ -24,15 +25,15 @@ class Ranking(NamedTuple):
 
 
 def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
-    """The ranking of logits [..., K]. Labels [...] are counted from the first of these classes."""
+    """The ranking of logits [..., K]. Labels [...] are counted from the tile's first class."""
     x = lax.stop_gradient(x)
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
     larger = None
     if label is not None:
         found, inside = (a[..., 0] for a in take_labels(x, label[..., None]))
         x_label = psum(jnp.where(inside, found, 0), axis_name)  # only one shard has the class
-        # The label's own class is left out, because XLA may compute the logits again for the
-        # comparison, from what the caller made them of, and round them in another way.
+        # Exclude the label's own class, which might compare as larger than itself: XLA may
+        # recompute the logits for the comparison and round them differently.
         is_larger = (x > x_label[..., None]) & ~is_label(label, x.shape[-1])
         larger = jnp.sum(is_larger, axis=-1, dtype=jnp.int32)
     return Ranking(best, jnp.max(x, axis=-1), larger)
@@ -41,13 +42,15 @@ def rank(x: Array, label: Array | None, axis_name: AxisName) -> Ranking:
 def best_of_shards(
     ranking: Ranking, classes: int, axis_name: AxisName, class_mask: Array | None
 ) -> Array:
-    """The class of the first of all shards' largest logits, where a shard has so many classes.
+    """The class of each row's largest logit over all shards. Of equal logits, it is the first one.
 
-    The largest is one of the classes that can occur, by their mask [K], even if all are -inf.
+    Each shard has ``classes`` classes. With a class mask [K], the result is a class that the mask
+    allows, even if all logits are -inf.
     """
-    k, x = ranking.best, lax.stop_gradient(ranking.largest)  # a custom rule's result
+    # ``largest`` may be the result of a custom rule, so it needs stop_gradient.
+    k, x = ranking.best, lax.stop_gradient(ranking.largest)
     if class_mask is not None:
-        # Finite where a class of this shard can occur, and -inf where none can.
+        # ``lowest`` is finite if the mask allows a class of this shard, and -inf otherwise.
         first = jnp.argmax(class_mask).astype(k.dtype)
         is_one = jnp.max(class_mask.astype(jnp.int32)) > 0
         lowest = jnp.where(is_one, jnp.finfo(x.dtype).min, -jnp.inf)

@@ -1,4 +1,4 @@
-"""How a function of rows becomes differentiable: the rules "vjp", "jvp" and "autodiff"."""
+"""The differentiation rules of row functions: "vjp", "jvp" and "autodiff"."""
 
 import functools
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from sxe._rows.targets import Sparse
 
 
 class Weighed(NamedTuple):
-    """What rows add to a sum of rows, [...], and its derivatives.
+    """The terms that rows contribute to a weighted sum, and the derivatives of the sum.
 
     Attributes:
-      value: [...].
-      g: the derivatives with respect to the results. None is 0.
-      d_weight: with respect to the rows' weights, [...].
-      d_z: of the sum, with respect to the weight of the z-loss, or None.
+      value: the term of each row, [...].
+      g: the derivatives with respect to the results of each row. None is 0.
+      d_weight: the derivative with respect to the row weights, [...].
+      d_z: the derivative with respect to the weight of the z-loss, a scalar, or None.
     """
 
     value: Array
@@ -33,50 +33,52 @@ class Weighed(NamedTuple):
 
 
 class RowFunction(Protocol):
-    """A function of rows of logits that is read off their softmax, with its derivatives.
+    """A function of rows of logits that depends on their softmax, with its derivatives.
 
-    Logits x are a tile [..., K]: all classes of the rows, or one shard of them. Results, and what a
-    merge and a gradient need of each row, are named tuples of arrays [...]. The mathematics of a
-    function stands in its methods alone; the rules, the head and the mesh are the same for all.
+    Logits x are a tile [..., K]: all classes of the rows, or one shard of the classes. Results,
+    parts and states are named tuples of arrays [...]. Only these methods contain the mathematics of
+    a function. All functions share the differentiation rules, the code for meshes, and the head
+    (the fused final linear layer and loss).
     """
 
     @property
     def axis_name(self) -> AxisName:
-        """The mesh axes that split the classes."""
+        """The mesh axes over which the classes are sharded."""
 
     @property
     def backend(self) -> Backend:
-        """Where it runs."""
+        """The backend that the function runs on."""
 
     def tile(self, x: Array, targets: Any, /) -> Any:
-        """What the classes of a tile contribute to their rows."""
+        """The part that the classes of a tile contribute to each row."""
 
     def merge(self, part: Any, targets: Any, /) -> tuple[Any, Any]:
-        """From the parts of all shards, the results, and the state that a gradient starts from."""
+        """The results, and the state for the gradient, from the parts of all shards."""
 
     def gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Array:
-        """The gradient for a tile from the cotangents g of the results, float32 or float64.
+        """The gradient for the logits, from the cotangents g of the results, float32 or float64.
 
-        The first one is an array. Others may be None, for 0.
+        The first cotangent is an array. Others may be None, which means 0.
         """
 
     def target_gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Any:
-        """The gradients for the targets, likewise."""
+        """The gradients for the targets, from the same cotangents."""
 
     def target_tangent(self, x: Array, targets: Any, state: Any, t_dot: Any, /) -> Any:
-        """The tangents of the results, from those of the targets, some of which are symbolic.
+        """The tangents of the results, from the tangents of the targets.
 
-        None is that of a result that has no derivative, or that nobody asks for.
+        Some target tangents may be symbolic zeros. A result that has no derivative, or that is not
+        requested, has the tangent None.
         """
 
     def primal(self, x: Array, targets: Any, /) -> Any:
-        """The results of whole rows, arranged so that JAX's own derivative keeps its digits.
+        """The results of whole rows, in a form whose derivative by JAX is accurate.
 
-        They may not use a function that has a custom rule.
+        It must not use a function with a custom differentiation rule.
         """
 
     def weigh(self, results: Any, weight: Array, z_loss: Array | None, /) -> Weighed:
-        """What each row of that weight [...] adds to a sum of rows, and its derivatives."""
+        """The terms of a sum of rows with these weights [...], and its derivatives."""
 
 
 def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]:
@@ -84,11 +86,11 @@ def results_and_state(f: RowFunction, x: Array, targets: Any) -> tuple[Any, Any]
 
 
 def values_and_wanted(*inputs: Any) -> tuple[Any, Any]:
-    """The values, and whether each is differentiated, of what a rule with symbolic zeros is given.
+    """The values of the inputs of a rule with symbolic zeros, and whether each is differentiated.
 
-    JAX may take the structure of the residuals from another call of the same function, in which
-    other inputs were differentiated. So a rule has one structure for them, and empty arrays for
-    gradients that are not wanted.
+    JAX may take the structure of a rule's residuals from another call of the same function, where
+    other inputs were differentiated. So a rule always returns residuals with the same structure,
+    and uses empty arrays for gradients that are not needed.
     """
     leaves, tree = jax.tree.flatten(inputs, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
     values, perturbed = ([getattr(p, name) for p in leaves] for name in ("value", "perturbed"))
@@ -100,7 +102,7 @@ def instantiate(g: Any) -> Array:
 
 
 def cotangents(g: Any) -> Any:
-    """The results' cotangents as ``RowFunction.gradient`` takes them: the first one as an array."""
+    """The cotangents of the results, as ``RowFunction.gradient`` expects them."""
     first, *others = g
     others = [None if isinstance(a, SymbolicZero) else a for a in others]
     return type(g)(instantiate(first), *others)
@@ -108,7 +110,7 @@ def cotangents(g: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rows_vjp(f: RowFunction, x: Array, targets: Any) -> Any:
-    """The results of rows, with their gradient in closed form. For reverse mode."""
+    """The results of rows, with a closed-form gradient in reverse mode."""
     return results_and_state(f, x, targets)[0]
 
 
@@ -127,10 +129,10 @@ def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Arra
 
 
 def own_targets(d_targets: Any, ndim: int, axis_name: AxisName) -> Any:
-    """What a shard of the classes gives of the gradients for targets of logits with so many axes.
+    """The share of one shard of the classes in the gradients for targets.
 
-    Targets [..., K] are a shard's own. All shards have the same of those that are [...], and of
-    several labels, [..., M].
+    ``ndim`` is the number of axes of the logits. Targets [..., K] belong to one shard. Targets
+    [...] and several labels, [..., M], are the same in all shards.
     """
 
     def own(d: Any) -> Any:
@@ -145,7 +147,7 @@ rows_vjp.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def rows_jvp(f: RowFunction, x: Array, targets: Any) -> Any:
-    """The results of rows, with their derivative in closed form. For forward mode too."""
+    """The results of rows, with a closed-form derivative in forward and reverse mode."""
     return results_and_state(f, x, targets)[0]
 
 
@@ -156,7 +158,8 @@ def _rows_jvp_rule(
     results, state = results_and_state(f, x, targets)
     results_dot = f.target_tangent(x, targets, state, targets_dot)
     moves = not isinstance(x_dot, SymbolicZero)
-    x_dot = wide(x_dot) if moves else x_dot  # once, so that its transpose rounds once
+    # Cast x_dot only once, so that the transposed cast rounds the gradient only once.
+    x_dot = wide(x_dot) if moves else x_dot
     dots = []
     for i, dot in enumerate(results_dot):
         if results[i] is None:
@@ -176,36 +179,36 @@ rows_jvp.defjvp(_rows_jvp_rule, symbolic_zeros=True)
 
 
 def rows_autodiff(f: RowFunction, x: Array, targets: Any) -> Any:
-    """The results of rows, which JAX differentiates itself."""
+    """The results of rows, which JAX differentiates by itself."""
     return f.primal(x, targets)
 
 
 def move_confident(
     x: Array, axis_name: AxisName, backend: Backend
 ) -> tuple[Array, Array, Normalizer]:
-    """Logits less an origin [...] of their row; the origin; and the row's state, from there.
+    """Logits minus an origin [...] per row, the origin, and the state of the shifted logits.
 
-    The origin is the maximum of the row, where it holds over four sevenths of the probability.
-
-    As logits stand, the gradient at a confident label is the difference of two numbers that are
-    rounded. Here the maximum is a constant 0, and its gradient is the sum of all others'. No part
-    of this has a custom rule, or ``jax.experimental.jet`` could not differentiate it.
+    The origin is the largest logit. Where its probability exceeds 4/7, the origin has a derivative,
+    and the shifted logit is a constant 0. The gradient for this logit is then a sum over all other
+    classes. Without the shift it would be a difference of two rounded numbers. No custom derivative
+    rule is used, because ``jax.experimental.jet`` supports none.
     """
     x = wide(x)
     constant = lax.stop_gradient(x)
     state = merge_over(twins.normalize_constant(constant, backend), axis_name)
-    # 0, or NaN in a row without a distribution: it is NaN then in every shard's derivative, too.
+    # 0, or NaN in a row without a distribution. The derivative is then NaN in every shard, too.
     nothing = (state.m - state.m) + (state.r - state.r)
     x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
-    # With r below 3/4 all other logits are smaller by log(4/3) or more. It would not do to look for
-    # x = m: XLA may compute the logits again here, and round them in another way.
+    # If r < 3/4, all other logits are smaller by at least log(4/3). A test x == m might fail: XLA
+    # may recompute the logits here and round them differently.
     confident = (state.r < 0.75) & (state.m > -jnp.inf)
     top = (x >= state.m[..., None] - 0.25) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
     origin = jnp.where(confident, largest, state.m)
     x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
     moved = merge_over(normalize_tile(x, backend, scale=1), axis_name)
-    # The move rounded x. r has the value from before it, and the derivative from after it.
+    # The shift rounded x. So take the value of r from before the shift, and its derivative from
+    # after it.
     r = state.r + (moved.r - lax.stop_gradient(moved.r))
     return x, origin, Normalizer(moved.m, r)
 

@@ -1,14 +1,14 @@
-"""The targets of rows: a label, or a target for each class, or both.
+"""The targets of rows: labels, a target for each class, or both.
 
-Every option about targets ends as a target t_k for each class, before any function of rows:
+All options about targets are first converted to a target t_k for each class:
 
-    integer label y               t_k = c_k ((1 - a) [k = y] + a / K)
-    labels y_m of weights w_m     t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K)
-    dense targets p               t_k = c_k ((1 - a) p_k + a / K)
+    integer label y                 t_k = c_k ((1 - a) [k = y] + a / K)
+    labels y_m with weights w_m     t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K)
+    dense targets p                 t_k = c_k ((1 - a) p_k + a / K)
 
-with class weights c and label smoothing a. The sum of all is T. What the gradient needs of the
-targets of all other classes, T - t_k, is not computed as that difference: it would cancel where one
-target holds nearly all of T.
+with class weights c and label smoothing a. T is the sum of all t_k. The gradient needs T - t_k, the
+sum of the targets of all other classes. It is not computed as this difference, which would cancel
+where one target is nearly all of T.
 """
 
 from typing import Any, NamedTuple
@@ -22,15 +22,15 @@ from sxe._backend import Backend, apart
 
 
 class Dense(NamedTuple):
-    """A target for each class, and the sum of all in two parts: a large one does not hide others.
+    """A target for each class, and their sum as two parts, so that a large one hides no small ones.
 
-    The targets of all classes but k sum to rest + (largest - t_k), where nothing cancels, whichever
-    class holds most.
+    The targets of all classes except k sum to rest + (largest - t_k). Nothing cancels there,
+    whichever class has the largest target.
 
     Attributes:
-      t: [..., K] or, if all classes have the same, [..., 1].
-      largest: the largest of all classes, [...], without derivative.
-      rest: the sum over all classes with one largest left out, [...], with the sum's derivative.
+      t: [..., K], or [..., 1] if all classes have the same target.
+      largest: the largest target of all classes, [...], without a derivative.
+      rest: the sum of all targets except one largest, [...]. It has the derivative of the full sum.
     """
 
     t: Array
@@ -39,10 +39,10 @@ class Dense(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Targets of a few labels: t_k = sum_m target_m [k = label_m], over repeated ones too.
+    """Targets of a few labels: t_k = sum_m target_m [k = label_m]. Labels may be repeated.
 
     Attributes:
-      label: [..., M], counted from the first class of the tile. Each may lie outside of the tile.
+      label: [..., M], counted from the first class of the tile. A label may be outside of the tile.
         None in a gradient.
       target: [..., M].
     """
@@ -51,23 +51,23 @@ class Sparse(NamedTuple):
     target: Array
 
     def of_classes(self) -> tuple[Array, Array]:
-        """What all labels add to each label's class, and to all other classes: [..., M]."""
+        """For each label's class, its target and the sum of the other labels' targets, [..., M]."""
         same = self.label[..., :, None] == self.label[..., None, :]
         here, elsewhere = (jnp.where(at, self.target[..., None, :], 0) for at in (same, ~same))
         return jnp.sum(here, axis=-1), jnp.sum(elsewhere, axis=-1)
 
 
 class Targets(NamedTuple):
-    """t_k = label_target [k = label] + sparse.t_k + dense.t_k, and all classes sum to total.
+    """The targets t_k = label_target [k = label] + sparse.t_k + dense.t_k, and their sum T.
 
     Attributes:
-      label: [...], counted from the first class of the tile. It may lie outside of the tile.
+      label: [...], counted from the first class of the tile. It may be outside of the tile.
       label_target: [...].
-      dense: has as many axes as the logits, and is broadcast along those of size 1.
-      total: T, [...]. NaN marks a label that is no class: it makes the row's loss and gradient NaN.
-      sparse: several labels of each row, in place of the one.
+      dense: targets with as many axes as the logits, broadcast along axes of size 1.
+      total: T, [...]. NaN marks an invalid label, and makes the row's loss and gradient NaN.
+      sparse: several labels per row, instead of ``label``.
 
-    A part may be None.
+    Each part except ``total`` may be None.
     """
 
     label: Array | None
@@ -78,22 +78,24 @@ class Targets(NamedTuple):
 
     @property
     def labels(self) -> Sparse | None:
-        """The labels of each row: several, or the one with M = 1, or None."""
+        """The labels of each row as ``Sparse``: with M = 1 for a single label, or None."""
         if self.label is None or self.label_target is None:
             return self.sparse
         return Sparse(self.label[..., None], self.label_target[..., None])
 
 
 class Rows(NamedTuple):
-    """The targets of rows, and what each row weighs, [...].
+    """The targets and the weights of rows, [...].
 
-    A row that does not count has targets of zero and weighs 0, and its logits go through ``keep``.
+    Where the mask is False, the targets and the weight are 0, and ``keep`` sets the logits to 0.
 
     Attributes:
-      targets: of a loss, see there. In the head, None where they are logits of hidden states.
-      weight: multiplies the row's results.
-      norm: the row's part of the denominator of the mean, or None where it is not needed.
-      mask: bool, the rows that count, or None where all of them do.
+      targets: the targets of the row function. In the head (the fused final linear layer and loss)
+        they are None if they are logits computed from hidden states.
+      weight: the factor of the row's results.
+      norm: the row's part of the denominator of the mean, or None if it is not needed.
+      mask: bool, False for rows that are masked out or ignored, or None if there are none. A row of
+        weight 0 stays True where it may have a loss, which is the derivative for its weight.
     """
 
     targets: Any
@@ -102,39 +104,39 @@ class Rows(NamedTuple):
     mask: Array | None
 
     def with_loss(self, has_loss: Array) -> Array:
-        """Of the rows that count, those that weigh something or whose logits have a loss."""
+        """The unmasked rows that have a nonzero weight or a loss, bool [...]."""
         with_loss = (self.weight != 0) | has_loss
         return with_loss if self.mask is None else self.mask & with_loss
 
 
 def is_label(label: Array, classes: int) -> Array:
-    """[k = label] for a tile of so many classes, [...] to [..., K]."""
+    """[k = label] for a tile of ``classes`` classes, [...] to [..., K]."""
     k = lax.broadcasted_iota(jnp.int32, (1,) * label.ndim + (classes,), label.ndim)
     return k == label[..., None]
 
 
 def take_labels(x: Array, label: Array) -> tuple[Array, Array]:
-    """x at the labels, [..., K] to [..., M], and whether the tile holds each: if not, any x."""
+    """x at the labels, [..., M], and whether each is in the tile. If not, its x is arbitrary."""
     inside = (label >= 0) & (label < x.shape[-1])
     if sharding(x)[-1] is not None:
-        # On an Explicit mesh a gather has no rule for a sharded class axis. A comparison has one.
+        # On an Explicit mesh, JAX can't gather along a sharded class axis, but it can compare.
         return _compare_labels(x, label), inside
     index = jnp.where(inside, label, 0)
     return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds"), inside
 
 
 def _compare_labels(x: Array, label: Array) -> Array:
-    """x at the labels, [..., K] to [..., M], and 0 where the tile does not hold one."""
+    """x at the labels, [..., K] to [..., M], and 0 for a label that is not in the tile."""
     each = (is_label(label[..., m], x.shape[-1]) for m in range(label.shape[-1]))
     found = [jnp.sum(jnp.where(here, x, 0), axis=-1, keepdims=True) for here in each]
-    # Something stands in front because there may be no label, and nothing to join.
+    # The empty array in front is needed where M is 0: concatenate takes no empty list.
     return jnp.concatenate([jnp.zeros_like(label[..., :0], x.dtype), *found], axis=-1)
 
 
 def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Array:
-    """d [..., K] with at_label [..., M] at the labels that the tile holds.
+    """d [..., K] with its values at the labels in the tile replaced with at_label [..., M].
 
-    Where a label is repeated, its values are the same.
+    The values of a repeated label have to be equal.
     """
     number, classes = label.shape[-1], d.shape[-1]
     few = are_known(number) and number <= backend.most_label_comparisons
@@ -150,31 +152,31 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
         operand_batching_dims=rows,
         scatter_indices_batching_dims=rows,
     )
-    # Unlike d.at, it drops a label below 0 too, instead of counting from the end.
+    # Unlike d.at, this scatter also drops negative labels, instead of counting them from the end.
     return lax.scatter(d, label[..., None], at_label, dimensions, mode="drop")
 
 
 def class_tile(targets: Targets) -> tuple[Array | None, Array]:
-    """Of each class that is no label's, t and T - t: [..., K] or [..., 1], and None for t = 0."""
+    """t and T - t of each class without a label, [..., K] or [..., 1]. A t of None is 0."""
     total = targets.total[..., None]
     if targets.dense is None:
         return None, total
     t, others = targets.dense.t, _others_of_dense(targets.dense, targets.dense.t)
     if (labels := targets.labels) is None:
         return t, others
-    # 0 * total is 0 or, where a label is no class, NaN.
+    # 0 * total is 0, or NaN where a label is invalid.
     return t, others + (jnp.sum(labels.target, axis=-1, keepdims=True) + 0 * total)
 
 
 def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
-    """Of each label's class, t and T - t: [..., M]."""
+    """t and T - t of each label's class, [..., M]."""
     t, others = labels.of_classes()
     others = others + 0 * targets.total[..., None]
     if targets.dense is None:
         return t, others
     dense_t = targets.dense.t
     if dense_t.shape[-1] != 1 and jax.typeof(labels.label).sharding.mesh.explicit_axes:
-        # On an Explicit mesh rows that are split, or mapped, can't gather from what they share.
+        # On an Explicit mesh, sharded or vmapped rows can't gather from targets that they share.
         dense_t = _compare_labels(dense_t, labels.label)
     elif dense_t.shape[-1] != 1:
         dense_t, _ = take_labels(dense_t, labels.label)
@@ -182,7 +184,7 @@ def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
 
 
 def _others_of_dense(dense: Dense, t: Array) -> Array:
-    """The sum of all dense targets but t [..., F]."""
+    """The sum of all dense targets except t [..., F]."""
     return dense.rest[..., None] + (dense.largest[..., None] - t)
 
 
@@ -199,43 +201,43 @@ def target_sum(targets: Targets, x: Array) -> Array:
 
 
 def gap(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
-    """m - x, which a target t multiplies in D0.
+    """m - x, the factor of the target t in line D0.
 
-    Where t = 0 meets x = -inf it is not infinite but -log1p(r), so that the class costs
-    (m - x) + log1p(r) = 0: 0 log 0 = 0, and no derivative meets 0 * inf.
+    Where t = 0 and x = -inf, the result is -log1p(r) instead of inf. So -log q_k, which is
+    (m - x) + log1p(r), is 0. This gives 0 log 0 = 0, and no derivative contains 0 * inf.
     """
     return jnp.where((t == 0) & (x == -jnp.inf), -log1p_r, m - x.astype(m.dtype))
 
 
 def label_gap(labels: Sparse, x: Array, m: Array, log1p_r: Array) -> Array:
-    """m - x at each label, [..., M], and 0 where the tile does not hold it."""
+    """m - x at each label, [..., M], and 0 for a label that is not in the tile."""
     found, inside = take_labels(x, labels.label)
     return jnp.where(inside, gap(labels.target, found, m[..., None], log1p_r[..., None]), 0)
 
 
 def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
-    """sum_k t_k (m - x_k), [..., K] to [...]: D0 without log1p(r). The plain twin."""
+    """sum_k t_k (m - x_k), [..., K] to [...]: D0 without log1p(r). The plain implementation."""
     return jnp.sum(t * gap(t, x, m[..., None], log1p_r[..., None]), axis=-1)
 
 
 def sum_without_largest(t: Array, largest: Array, total: Array, backend: Backend) -> Array:
-    """sum_k t_k of one tile with one largest target left out, [..., K] to [...]. The plain twin."""
-    # If the largest is more than twice the others' sum, each of them is below half of it. Then the
-    # minimum is 0 for the largest and t for the others, and takes no comparison. Targets may be
-    # negative, so that magnitudes are compared.
+    """sum_k t_k of a tile except one largest target, [...]. The plain implementation."""
+    # If the largest target is more than twice the sum of the others, each other target is below
+    # half of it. Then min(t, largest - t) is 0 for the largest target and t for the others, without
+    # a comparison for each class. Targets may be negative, so use their magnitudes.
     outweighs = jnp.sum(jnp.abs(t), axis=-1) < 1.5 * largest
     others = jnp.sum(jnp.minimum(t, apart(largest, total, backend)[..., None] - t), axis=-1)
     return jnp.where(outweighs, others, total - largest)
 
 
 def merge_dense(shard: Dense, axis_name: AxisName) -> Dense:
-    """The targets of one shard, with the parts of the sum over all shards."""
+    """The targets of one shard, with ``largest`` and ``rest`` of all shards."""
     if axis_name is None:
         return shard
     t, largest_of_shard, rest = shard
     largest = pmax(lax.stop_gradient(largest_of_shard), axis_name)
-    # A shard without the largest of all adds its own again. Of shards that tie for it, all but one
-    # do.
+    # A shard whose largest target is not the largest of all adds its own to the rest. If several
+    # shards tie for the largest of all, all of them except one add it.
     top = largest_of_shard == largest
     rest = jnp.where(top, rest, rest + largest_of_shard)
     rest, tops = psum((rest, top.astype(t.dtype)), axis_name)

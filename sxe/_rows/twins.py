@@ -1,6 +1,6 @@
-"""The functions of a tile of rows that have a fast twin, and which of them is taken.
+"""Functions of a tile of rows with several implementations ("twins"), and the choice between them.
 
-The twins give the same results, and none of the fast ones is differentiated.
+A plain implementation and a fast one give the same results. The fast ones are not differentiated.
 """
 
 import functools
@@ -18,9 +18,9 @@ from sxe._rows.targets import Dense
 
 
 def normalize_constant(x: Array, backend: Backend) -> Normalizer:
-    """The state of rows of logits that are constants, [..., K] to [...]."""
+    """The state of rows of constant logits, [..., K] to [...]. It is not differentiable."""
     if backend.uses_row_kernels:
-        from sxe._rows import gpu_state  # Pallas takes a while to import
+        from sxe._rows import gpu_state  # imported here, because importing Pallas is slow
 
         return gpu_state.normalize_tile(x, backend)
     twin = cpu if backend.writes_out_comparisons else normalizer
@@ -47,7 +47,7 @@ def _normalize_jvp(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def gap_sum(x: Array, m: Array, backend: Backend) -> Array:
-    """sum_k e_k (m - x_k) of a tile of logits, [..., K] to [...], with m as a constant."""
+    """sum_k e_k (m - x_k) over a tile of logits, [..., K] to [...], where m is a constant."""
     return entropy.gap_sum(x, m)
 
 
@@ -64,7 +64,7 @@ def _gap_sum_jvp(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array, backend: Backend) -> Array:
-    """sum_k t_k (m - x_k), [..., K] to [...]: inf where t > 0 meets x = -inf, and 0 log 0 = 0."""
+    """sum_k t_k (m - x_k), [..., K] to [...]: inf if t > 0 where x = -inf. 0 log 0 is 0."""
     twin = cpu if backend.writes_out_comparisons else targets
     return twin.dense_cost(t, x, m, log1p_r)
 
@@ -72,7 +72,7 @@ def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array, backend: Backend) -
 def _dense_cost_jvp(
     backend: Backend, primals: tuple[Array, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
-    # A tangent that is zero must not meet an infinite gap, so that only others are multiplied.
+    # Skip zero tangents: 0 times an infinite gap would be NaN.
     _, cost_dot = jvp_of_moved(targets.dense_cost, primals, tangents)
     return dense_cost(*primals, backend), cost_dot
 
@@ -81,7 +81,7 @@ dense_cost.defjvp(_dense_cost_jvp, symbolic_zeros=True)
 
 
 def dense_targets(t: Array, axis_name: AxisName, backend: Backend) -> Dense:
-    """The targets of all classes, or of a shard of them, with the parts of the sum over all."""
+    """``Dense`` targets of all classes or of one shard, with the sum over all shards."""
     twin, given, t = cpu if backend.loops_over_rows else targets, t, wide(t)
     largest, total = lax.stop_gradient(jnp.max(t, axis=-1)), jnp.sum(t, axis=-1)
     rest = twin.sum_without_largest(*lax.stop_gradient((t, largest, total)), backend)
