@@ -24,8 +24,16 @@ from tolerances import SAME_FLOAT32
 import sxe
 
 # One rule for each function, where more rules would test nothing new: they share the arithmetic.
-SOME = list(zip(FUNCTIONS.values(), ("vjp", "vjp", "jvp", "autodiff", "vjp"), strict=True))
-some_rules = pytest.mark.parametrize(("f", "rule"), SOME, ids=FUNCTIONS)
+# The slow tests have the other two divergences, because all three share their code.
+MANY = {"forward": pytest.mark.slow, "reverse": pytest.mark.slow}
+SOME = dict(zip(FUNCTIONS, ("jvp", "vjp", "jvp", "vjp", "autodiff"), strict=True))
+some_rules = pytest.mark.parametrize(
+    ("f", "rule"),
+    [pytest.param(f, SOME[n], id=n, marks=MANY.get(n, ())) for n, f in FUNCTIONS.items()],
+)
+some_functions = pytest.mark.parametrize(
+    "f", [pytest.param(f, id=n, marks=MANY.get(n, ())) for n, f in FUNCTIONS.items()]
+)
 some_forward_rules = pytest.mark.parametrize(
     ("f", "rule"),
     [(f, FORWARD_RULES[i % 2]) for i, f in enumerate(FUNCTIONS.values())],
@@ -108,7 +116,7 @@ def test_eager_equals_jitted(f, rule):
 
 
 @vjp_by_default
-@every_function
+@some_functions
 def test_edges_without_jit_and_with(f, rule):
     """No result is NaN. Without jit, debug_nans checks that no intermediate value is NaN either."""
     p = edges(f)
@@ -257,7 +265,7 @@ FORWARD_HESSIANS = {
 
 
 @vjp_by_default
-@every_function
+@some_functions
 def test_hessian(f, rule):
     """All ways to compute Hessian products for logits, hidden states and target logits."""
     with jax.enable_x64(True):
@@ -335,7 +343,7 @@ def test_control_flow(name):
             f.assert_matches(at(out, i), at(batch, i), at(g, i))
 
 
-@every_function
+@some_functions
 def test_descent_through_its_own_gradient(f):
     """A gradient through a scan of gradient steps agrees with central differences."""
     with jax.enable_x64(True):
