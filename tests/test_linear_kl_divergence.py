@@ -13,6 +13,7 @@ from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
+from option_cases import each_value, slow
 from oracle import assert_close, naming
 from problems import floats, head_problem, normal, with_gradients
 from programs import all_of, quick_jit
@@ -142,13 +143,24 @@ def spec(p, rows, classes):
     return {name: layouts.get(name, P()) for name in p}
 
 
+# A test on a mesh takes half of the calls by default, and the next one the other half.
+EVEN, ODD, ALL = slice(0, None, 2), slice(1, None, 2), slice(None)
+
+
 @pytest.mark.parametrize(
-    ("place", "check_vma"), [("outside", True), ("outside", False), ("inside", True)]
+    ("place", "check_vma", "some"),
+    [
+        ("outside", True, EVEN),
+        ("inside", True, ODD),
+        slow("outside", True, ALL),
+        slow("outside", False, ALL),
+        slow("inside", True, ALL),
+    ],
 )
 @pytest.mark.parametrize("rule", RULES)
-def test_shard_map(rule, place, check_vma):
+def test_shard_map(rule, place, check_vma, some):
     """The gradient is taken outside of it, or inside, which needs the types of check_vma."""
-    mesh, calls, functions = make_mesh(2, 4), calls_of(rule), []
+    mesh, calls, functions = make_mesh(2, 4), calls_of(rule)[some], []
     for p, static in calls:
         static = static | {"axis_name": "model", "batch_axis_name": "data"}
         layout, out = spec(p, "data", "model"), P("data") if static["reduction"] == "none" else P()
@@ -163,20 +175,29 @@ def test_shard_map(rule, place, check_vma):
     check(run_all(functions, calls), calls)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_over_mesh(kind):
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        (AxisType.Auto, ODD),
+        (AxisType.Explicit, EVEN),
+        slow(AxisType.Auto, ALL),
+        slow(AxisType.Explicit, ALL),
+    ],
+)
+def test_over_mesh(kind, some):
     """With kernels split by rows besides."""
     mesh = make_mesh(2, 4, kind=kind)
-    calls = calls_of("vjp")
+    calls = calls_of("vjp")[some]
     over = sxe.over_mesh(sxe.linear_kl_divergence, mesh, batch="data", classes="model", fsdp="data")
     functions = [with_gradients(lambda p, s=static: over(**p, **s)) for _, static in calls]
     with jax.set_mesh(mesh):
         check(run_all(functions, calls), calls)
 
 
-def test_explicit_types():
+@pytest.mark.parametrize("some", [EVEN, slow(ALL)])
+def test_explicit_types(some):
     """They say how the arguments are split, and no ``over_mesh`` is needed."""
-    mesh, calls = make_mesh(2, 4, kind=AxisType.Explicit), calls_of("vjp")
+    mesh, calls = make_mesh(2, 4, kind=AxisType.Explicit), calls_of("vjp")[some]
     placed = [
         {
             n: jax.device_put(a, NamedSharding(mesh, spec(p, "data", "model")[n]))
@@ -258,8 +279,7 @@ def test_second_derivatives_and_vmap():
         np.testing.assert_allclose(each, alone, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("distance", [1.0, 1e-3])
+@each_value(mode=MODES, distance=[1e-3, 1.0])
 def test_digits_where_both_sides_nearly_agree(mode, distance):
     """One hidden unit a row makes the logits exact."""
     z = normal(4, 16, seed=2)
