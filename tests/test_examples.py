@@ -85,6 +85,7 @@ def test_language_model_learns_the_same_with_both_losses(smoke_run):
         assert sxe_loss < math.log(16_384) - 0.1  # where an untrained model starts
 
 
+@pytest.mark.slow
 def test_language_model_measures_both_losses(smoke_run):
     output, _ = smoke_run
     assert min(row(output, "tokens per second")) > 0
@@ -96,6 +97,7 @@ def test_language_model_measures_both_losses(smoke_run):
     assert sxe_mib < optax_mib - 64
 
 
+@pytest.mark.slow
 def test_language_model_writes_code(smoke_run):
     output, _ = smoke_run
     _, sample = output.split("a sample of the model trained with sxe:\n")
@@ -103,6 +105,7 @@ def test_language_model_writes_code(smoke_run):
     assert len(sample) > 100
 
 
+@pytest.mark.slow
 def test_language_model_writes_a_figure(smoke_run):
     _, png = smoke_run
     assert_figure(png)

@@ -10,7 +10,7 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, use_mesh
-from option_cases import EVERY_OF_HEAD, RULES, vjp_by_default, with_row_scale
+from option_cases import EVERY_OF_HEAD, RULES, each_value, slow, vjp_by_default, with_row_scale
 from oracle import assert_close, naming
 from problems import apart, cotangent, floats, head_problem, with_gradients
 from programs import all_of, quick_jit
@@ -129,7 +129,7 @@ def test_shard_map(transform, rule):
 
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [("data", None), (None, "model"), (("data", "model"), None), (None, ("model", "data"))],
+    [("data", None), slow(None, "model"), slow(("data", "model"), None), (None, ("model", "data"))],
 )
 def test_one_axis_or_several(rows, classes):
     calls = cases()
@@ -203,8 +203,7 @@ def test_wrong_use(options, message):
 # jit on global arrays, which JAX splits
 
 
-@pytest.mark.parametrize("layout", [("data", None), (None, "model"), ("data", "model")], ids=str)
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@each_value(layout=[("data", "model"), (None, "model"), ("data", None)], kind=["explicit", "auto"])
 def test_global_arrays(kind, layout):
     """Every reduction; on an explicit mesh a gradient is split as its argument."""
     mesh, context = use_mesh(kind)
@@ -261,8 +260,7 @@ def test_metrics(kind):
 # What the compiled program moves
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+@each_value(rule=["vjp", "jvp"], reduction=["mean", "none"])
 def test_collectives(rule, reduction):
     """Statistics of rows, and once the gradient of the hidden states: not the kernel, no logits."""
     rows, width, classes = 32, 12, 512
