@@ -1,9 +1,11 @@
 """The head on one chunk of rows: logits, results and gradients.
 
-The row function computes the results of the chunk's logits, and the gradients of the logits. The
+The row function computes results from the chunk's logits, and the gradients of the logits. The
 chain rule of ``projection`` turns these into the gradients of hidden states and kernel.
-``chunk_fwd`` computes results and gradients in a forward pass, ``chunk_bwd`` the gradients in a
-backward pass, when the results are known already. ``chunked`` loops over the chunks.
+``chunk_fwd`` computes results and gradients in a forward pass. ``chunk_bwd`` computes the gradients
+in a backward pass, when the results are known already. ``chunked`` loops over the chunks.
+
+H0 to H7 are the formulas of ``projection``, and D0 and D7 are lines of ``sxe.derivation``.
 """
 
 import dataclasses
@@ -37,7 +39,7 @@ class Projection(NamedTuple):
 
     Attributes:
       kernel: [D, K], or None if the hidden states are [..., K] and are u already.
-      transform: from u to logits.
+      transform: what turns u into logits.
     """
 
     kernel: Any
@@ -86,7 +88,7 @@ class Head:
       rule: the differentiation rule, "vjp", "jvp" or "autodiff".
       chunk_size: the largest number of rows in a chunk, or None for the default.
       skips: whether to skip rows that do not count: masked out, ignored, or of weight 0.
-      has_weights: whether there are row weights, so that a row of weight 0 may have no loss.
+      has_weights: whether there are row weights. A row of weight 0 may have no finite loss.
       predicts: whether to compute the class of the largest logit of each row.
       ranks: whether to count, in addition, the logits that are larger than the label's.
       chunks: the number of chunks, set once the number of rows is known.
@@ -107,7 +109,7 @@ class Head:
     wanted: tuple[Any, Any, Any] = (None, None, None)
 
     def wants(self, projection: int) -> bool:
-        """Whether any requested gradient depends on the logits of this projection."""
+        """Whether any gradient of this projection or of its hidden states is requested."""
         shared, hidden, _ = self.wanted
         return any(jax.tree.leaves((shared.projections[projection], hidden[projection])))
 
@@ -121,7 +123,7 @@ class Tile(NamedTuple):
       us: u of each projection, [C, K], with 0 in rows that do not count.
       by: the transform of each projection. A per-row logit_scale is 0 in rows that do not count.
       mask: the rows that count, or None if all do.
-      late_mask: the mask if the gradients have to be masked because x is not, else None.
+      late_mask: the mask if x is not masked, so that the gradients have to be; otherwise None.
       ranking: of the logits, or None if it is not requested.
     """
 

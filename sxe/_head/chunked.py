@@ -94,7 +94,7 @@ def outcome_of(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Ou
 
 
 def _runs(head: Head, rows: Rows) -> Array | None:
-    """The rows that have to be run, or None if all have to."""
+    """The rows to run, or None for all."""
     # If the number of rows is a symbol, JAX can't tell that a chunk fits into them.
     if not head.skips or rows.mask is None or not are_known(rows.mask.shape[0]):
         return None

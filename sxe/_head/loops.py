@@ -64,7 +64,7 @@ def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend)
 
 
 def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
-    """The number of chunks of equal size, at most chunk_size. The last one is padded if necessary.
+    """The number of equal chunks of at most chunk_size rows. The last one is padded if necessary.
 
     Padding copies the hidden states and, if the rows are sharded, moves them between devices. A
     number of chunks that divides the rows avoids it, and is used if it is at most 1.5 times the
@@ -77,7 +77,7 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-# From a chunk to a new carry and outputs. The bool is True if every row of the chunk has to be run.
+# A function of a chunk that returns a new carry and outputs. True: the chunk has only rows to run.
 Body = Callable[[Shared, Carry, Rows, bool], tuple[Carry, Any]]
 
 
@@ -120,9 +120,9 @@ def over_chunks(
     The outputs of all chunks become arrays [N, ...]. With n chunks, each chunk takes every n-th
     row. So if the rows are sharded, every device has some rows of each chunk.
 
-    ``runs``, bool [N], says which rows have to be run; None means all. Chunks without such rows are
-    skipped, and the outputs of rows in no chunk are 0. ``all_run`` is True for a chunk if all its
-    rows are known to be rows that have to be run. The body then needs no mask.
+    ``runs``, bool [N], says which rows to run; None means all. Chunks without rows to run are
+    skipped, and the outputs of rows that are in no chunk are 0. ``all_run`` is True for a chunk
+    that is known to have only rows to run. The body then needs no mask.
     """
     if chunks == 1:
         return body(*arrays, False)
@@ -150,7 +150,7 @@ def _over_chunks_that_run(
     arrays: tuple[Shared, Carry, Rows],
     runs: Array,
 ) -> tuple[Carry, Any]:
-    """Move the rows that have to be run to the front, and run them in whole chunks, then parts."""
+    """Move the rows to run to the front, and run them in whole chunks and then in parts of one."""
     shared, carry, rows = arrays
     running = jnp.cumsum(runs, dtype=jnp.int32)  # the number of rows to run, up to each row
     number, index = running[-1], jnp.arange(runs.shape[0], dtype=jnp.int32)

@@ -82,15 +82,15 @@ class Plan(NamedTuple):
     kernel and logits include both sides.
 
     Attributes:
-      implementation: "xla" or "mosaic_gpu", which computes the functions of rows.
+      implementation: "xla" or "mosaic_gpu": what computes results and gradients from the logits.
       reason: why this implementation is used, and how often it reads the logits of a chunk.
       path: "value alone"; "gradients in the forward pass", where nothing is computed twice; or
         "logits again in the backward pass".
       chunk_size: the number of rows in a chunk.
       chunks: the number of chunks.
       padding: the number of rows that are added so that all chunks have the same size.
-      rows_run: the number of rows in the chunks, and parts of chunks, that are run. It is smaller
-        where only some rows count, that is, are not masked out, ignored or of weight 0.
+      rows_run: the number of rows in the chunks, and parts of chunks, that are run. Not all are, if
+        some rows do not count because they are masked out, ignored, or of weight 0.
       gradient_dtype: the dtype in which the gradient of the logits is multiplied with hidden and
         kernel.
       flops: of the matrix products, for all rows that are run.
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
       logits_bytes: the size of the [N, K] logits in the dtype in which they are computed.
       logits_peak_bytes: a lower bound on the peak memory of a program that stores these logits:
         arguments, results and logits.
-      traffic_bytes: a lower bound on what the matrix products and the functions of rows read and
+      traffic_bytes: a lower bound on what the matrix products, and the steps between them, read and
         write.
       mesh: the number of devices along each mesh axis.
       collectives: the collective operations between devices.
@@ -175,10 +175,11 @@ def plan(
     """Compute from sizes alone what a call of ``linear_softmax_cross_entropy`` would do.
 
     With ``target_hidden``, the plan is for ``linear_kl_divergence``. For
-    ``linear_log_prob_and_entropy``, use ``reduction="none"``. Its entropy, if it is used, adds
-    little: on a CPU its sum is computed from logits in a cache, and on a GPU XLA computes it in the
-    same read as the other sums. The plan leaves out that a GPU kernel needs one more read of the
-    logits, and that devices which share the classes sum one more number per row.
+    ``linear_log_prob_and_entropy``, use ``reduction="none"``. Its entropy needs no extra read of
+    the logits from memory: a CPU has them in a cache, and on a GPU XLA computes the entropy's sum
+    in the same read as the other sums. Two costs of an entropy that is used are not included: one
+    more read after a GPU kernel, and one more number per row to sum over devices that share the
+    classes.
 
     Nothing is compiled. On one CPU device and with rule "vjp", the estimates of memory are within
     about 15 % of ``compiled.memory_analysis()``. The same holds for a TPU, from libtpu 0.0.51 on,
@@ -201,17 +202,17 @@ def plan(
         "softcap", "class_mask"; for a loss "label_smoothing" (also for dense targets) and
         "label_weights" (up to 16 per row); for a divergence "jensen_shannon", its mode. Any other
         option of a divergence is assumed to be in use on both sides.
-      counting: the share of the rows that count, on each device: rows that ``where``,
-        ``ignore_index`` and ``weights`` do not leave out. Rule "vjp" runs only these rows, in whole
-        chunks and parts of one.
+      counting: the share of the rows that count on each device. ``where``, ``ignore_index`` and
+        ``weights`` leave the others out. Rule "vjp" runs only rows that count, in whole chunks and
+        parts of a chunk.
       mesh: the number of devices along each mesh axis, as ``{"data": 64, "model": 8}``. None for
         one device.
       axis_name, batch_axis_name, fsdp: the mesh axes over which the classes, the rows, and the rows
         of the kernel are sharded: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
       memory_bytes: the memory of one device. If given, ``axis_name`` and ``batch_axis_name`` have
-        to be one mesh axis each, and ``plan`` chooses their sizes for the same number of devices.
-        It shards the classes over as few devices as it can so that ``peak_bytes`` is at most
-        ``memory_bytes``. This includes only the head; the rest of the model needs memory, too.
+        to be one mesh axis each, and ``plan`` chooses their sizes for the same number of devices:
+        the fewest devices for the classes with which ``peak_bytes`` is at most ``memory_bytes``.
+        Only the head is counted; the rest of the model needs memory, too.
       backend: the platform of the call. By default, the platform of this process.
       implementation: as for the call.
 
