@@ -392,7 +392,7 @@ SIZES_OF_KERNELS = [
     ((4096, 384, 32768), {"reduction": "none"}, 2),
     ((4096, 384, 32768), {"differentiate": ()}, 1),
     ((4096, 384, 50257), {}, 2),
-    ((4096, 384, 24), {}, 3),  # which are left to XLA
+    ((4096, 384, 24), {}, 3),  # which XLA computes
     ((4096, 384, 1024), {}, 2),  # where the gradient would be narrower than the logits
     ((4096, 384, 32768), {"mesh": {"model": 8}, "axis_name": "model"}, 2),
     ((4096, 384, 32768), {"options": ("label_weights",)}, 2),
@@ -408,7 +408,7 @@ def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
     assert (by_xla.implementation, plan.implementation) == ("xla", "mosaic_gpu")
     times = ("once", "twice", "three times", "four times")
     assert times[reads - 1] in plan.reason
-    assert ("left to XLA" in plan.reason) == (sizes[2] < 32)
+    assert ("run by XLA" in plan.reason) == (sizes[2] < 32)
     reads_of_xla = 2 if options.get("differentiate") == () else 3
     reads_of_xla += "label_smoothing" in options.get("options", ())
     assert times[reads_of_xla - 1] in by_xla.reason

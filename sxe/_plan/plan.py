@@ -464,7 +464,7 @@ def _reason(work: Work) -> str:
     if work.makes_gradient_with_state:
         return f"requested; one kernel reads a chunk's logits {reads} and writes their gradient"
     if not has_state_kernel(work.classes):
-        return f"requested, but XLA for so few classes; a chunk's logits are read {reads}"
+        return f"requested, but run by XLA for so few classes; a chunk's logits are read {reads}"
     return f"requested; with a kernel for the state of rows, a chunk's logits are read {reads}"
 
 
