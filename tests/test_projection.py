@@ -220,7 +220,7 @@ def test_the_softcap_and_its_derivatives_in_60_digits(cap, traced):
 
 
 def test_the_derivative_by_the_cap_is_precise_where_its_formulas_meet():
-    """The series is used for ratios below 1/2, where the difference cancels, which is used above."""
+    """The series serves ratios below 1/2. The difference serves the others; it cancels below."""
     y = np.geomspace(1e-3, 8, 200).astype(np.float32)
     found = jax.jit(jax.vmap(jax.grad(capped, 1), (0, None)))(y, jnp.float32(1))
     with mpmath.workdps(oracle.DIGITS):
