@@ -22,8 +22,8 @@ class ChunkLimits(NamedTuple):
     Attributes:
       logits_bytes: a chunk has as many rows as have logits of this size.
       wanted_rows: the least number of rows for an efficient matmul, which reads the whole kernel.
-      most_chunks: if ``wanted_rows`` is the larger number, rows are still divided into this many
-        chunks.
+      most_chunks: if ``wanted_rows`` is the larger number, rows are still divided into at least
+        this many chunks.
     """
 
     logits_bytes: int
