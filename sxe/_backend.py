@@ -1,7 +1,7 @@
-"""Where a program will run, and every fact about platforms and versions that sxe acts on.
+"""The backend of a program: all facts about platforms and JAX versions on which sxe depends.
 
-A call makes one ``Backend`` and hands it down. No other module of the losses compares a platform,
-or asks for JAX's version or devices.
+Each call makes one ``Backend`` and passes it on. No other module of the losses compares platforms,
+or reads JAX's version or devices.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ MIB = 2**20
 
 
 class ChunkLimits(NamedTuple):
-    """What bounds the default number of rows in a chunk of the head.
+    """The limits that determine the default number of rows in a chunk of the head.
 
     Attributes:
-      logits_bytes: a chunk has as many rows as have logits of so many bytes.
-      wanted_rows: a matmul needs at least so many rows, because it reads the whole kernel.
-      most_chunks: where ``wanted_rows`` is the larger one, rows are still divided into so many
-        chunks.
+      logits_bytes: a chunk has as many rows as have logits of this size.
+      wanted_rows: the least number of rows for an efficient matmul, which reads the whole kernel.
+      most_chunks: if ``wanted_rows`` is the larger number, rows are still divided into at least
+        this many chunks.
     """
 
     logits_bytes: int
@@ -37,10 +37,10 @@ class Backend:
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      is_local: whether each array of the program lies on one device whole.
-      jax_version: of the JAX that traces it.
-      uses_row_kernels: whether the kernels for GPUs compute what they serve, instead of XLA.
-      interprets_kernels: whether kernels for a GPU are interpreted on a CPU. Only tests do that.
+      is_local: whether each array of the program lies on a single device.
+      jax_version: the version of JAX that traces the program.
+      uses_row_kernels: whether GPU kernels replace XLA, for the rows that they support.
+      interprets_kernels: whether GPU kernels are interpreted on a CPU. Only tests do that.
     """
 
     platform: str
@@ -51,98 +51,99 @@ class Backend:
 
     @property
     def loops_over_rows(self) -> bool:
-        """Whether rows and classes may be taken in blocks, one after the other.
+        """Whether rows and classes may be processed in blocks, one after the other.
 
-        Blocks pay on a CPU, where XLA writes out what it can't fuse, and a block stays in a cache.
-        A loop over rows that several devices hold would gather them.
+        Blocks pay off on a CPU: XLA writes out what it can't fuse, and a block stays in a cache. A
+        loop over rows that are sharded over devices would gather them.
         """
         return self.platform == "cpu" and self.is_local
 
     @property
     def row_block_bytes(self) -> int:
-        """How large a block of rows is in float32. Its temporaries stay in a CPU's cache."""
+        """The size of a block of rows in float32. Its temporaries stay in a CPU's cache."""
         return 4 * MIB
 
     @property
     def row_group_bytes(self) -> int:
-        """How large a group of rows is in float32 that are gathered from anywhere."""
+        """The size in float32 of a group of rows that are gathered from anywhere."""
         return MIB
 
     @property
     def class_block_bytes(self) -> int:
-        """How large a block of the kernel's classes is in float32, likewise."""
+        """The size of a block of the kernel's classes in float32. It stays in a CPU's cache."""
         return 8 * MIB
 
     @property
     def writes_out_shared_terms(self) -> bool:
-        """Whether XLA writes an array out where two results need it, instead of computing it twice.
+        """Whether XLA writes out an array that two results need, instead of computing it twice.
 
-        XLA's CPU backend fuses a sum of exponentials into one pass over the logits. Where a second
-        sum or a gradient needs the same exponentials, it writes them all to memory.
+        XLA's CPU backend fuses a sum of exponentials into one pass over the logits. If a second sum
+        or a gradient needs the same exponentials, it writes all of them to memory.
         """
         return self.platform == "cpu"
 
     @property
     def writes_out_comparisons(self) -> bool:
-        """Whether XLA writes a comparison out instead of fusing it into a sum."""
+        """Whether XLA writes out a comparison instead of fusing it into a sum."""
         return self.platform == "cpu"
 
     @property
     def most_label_comparisons(self) -> int:
-        """With how many labels of a row each class is compared, to put gradients at the labels.
+        """The largest number of labels per row for which each class is compared with each label.
 
-        XLA fuses a comparison into the gradient, where it takes arithmetic for every class. More
-        labels are scattered into a gradient that is written out in float32. On a CPU the two take
-        as long at 8 labels for float32 logits, and at 16 for bfloat16. By the arithmetic and the
-        bandwidth of an H100 they would at about 16.
+        The comparisons put gradients at the labels. XLA fuses them into the gradient, where each
+        costs arithmetic for every class. With more labels, the gradient is written out in float32
+        and the values at the labels are scattered into it. On a CPU both ways take the same time at
+        8 labels for float32 logits, and at 16 for bfloat16. From the arithmetic and the bandwidth
+        of an H100, the same is expected there at about 16.
         """
         return 16
 
     @property
     def loses_nan_in_maximum(self) -> bool:
-        """Whether the maximum of many numbers may be a number where one of them is NaN.
+        """Whether the maximum of many numbers may be a number although one of them is NaN.
 
-        So it is on XLA's CPU backend. A sum keeps the NaN.
+        This is the case on XLA's CPU backend. A sum keeps the NaN.
         """
         return self.platform == "cpu" or self.interprets_kernels
 
     @property
     def takes_few_classes_one_by_one(self) -> bool:
-        """Whether rows of a few classes are normalized class by class.
+        """Whether rows with few classes are normalized class by class.
 
-        A CPU sums rows of a few classes one row at a time, but takes a class of many rows at once.
-        JAX 0.10 compiles that wrongly in a program for several devices, at the lowest level of
+        A CPU sums rows with few classes one row at a time, but processes one class of many rows at
+        once. JAX 0.10 miscompiles this in a program for several devices, at the lowest level of
         optimization.
         """
         return self.loops_over_rows and self.jax_version >= (0, 11)
 
     @property
     def widens_arrays_in_loops(self) -> bool:
-        """Whether a loop that slices a 16-bit array converts all of the array in each step.
+        """Whether a loop that slices a 16-bit array converts the whole array in each step.
 
-        XLA's CPU backend does that in JAX 0.10. It can't do it for integers of 16 bits.
+        XLA's CPU backend converts 16-bit floats like this in JAX 0.10, but not 16-bit integers.
         """
         return self.platform == "cpu" and self.jax_version < (0, 11)
 
     @property
     def writes_out_transformed_logits(self) -> bool:
-        """Whether XLA writes out a block of logits that bias, scale, softcap or a mask changed.
+        """Whether XLA writes out a block of logits after a bias, scale, softcap or mask.
 
-        XLA's CPU backend does from JAX 0.11 on. Before, it computes them again for each use.
+        XLA's CPU backend does from JAX 0.11 on. Before, it computed them again for each use.
         """
         return self.platform == "cpu" and self.jax_version >= (0, 11)
 
     @property
     def copies_tiles_it_replaces(self) -> bool:
-        """Whether XLA copies a chunk's logits of which each block is replaced by its gradient.
+        """Whether XLA copies the logits of a chunk if each block is replaced by its gradient.
 
-        XLA's CPU backend does in JAX 0.10, where the blocks of two such arrays are compared.
+        XLA's CPU backend does in JAX 0.10, if the blocks of two such arrays are compared.
         """
         return self.platform == "cpu" and self.jax_version < (0, 11)
 
     @property
     def copies_scaled_gradients(self) -> bool:
-        """Whether XLA puts a gradient that is scaled into another array than the unscaled one.
+        """Whether XLA stores a scaled gradient in another array than the unscaled one.
 
         Its TPU backend does.
         """
@@ -150,34 +151,35 @@ class Backend:
 
     @property
     def widens_what_it_exchanges(self) -> bool:
-        """Whether XLA converts a 16-bit kernel to float32 before it is gathered from devices.
+        """Whether XLA converts a 16-bit kernel to float32 before gathering it from devices.
 
-        XLA's CPU backend gathers in float32 alone.
+        XLA's CPU backend gathers only in float32.
         """
         return self.platform == "cpu"
 
     @property
     def reads_of_state(self) -> int:
-        """How often XLA reads logits from memory for the state of their rows.
+        """How often XLA reads logits from memory to compute the state of their rows.
 
-        On a GPU, for the maximum and again for the sums. A CPU has them in a cache the second time,
-        and of a TPU the least is counted.
+        A GPU reads them for the maximum and again for the sums. A CPU has them in a cache the
+        second time. For a TPU the least possible number is assumed.
         """
         return 2 if self.platform == "gpu" else 1
 
     @property
     def reads_of_dense_cost(self) -> int:
-        """How often XLA reads logits from memory for a cost by class, likewise.
+        """How often XLA reads logits from memory, in addition, to compute a cost of each class.
 
-        That is what dense targets cost, and the sums of a divergence.
+        Dense targets and the sums of a divergence have such a cost.
         """
         return 1 if self.platform == "gpu" else 0
 
     @property
     def needs_for_row_kernels(self) -> str | None:
-        """What the row kernels for GPUs would need instead of this backend, or None.
+        """What the GPU row kernels need and this backend does not have, or None.
 
-        Older versions of JAX lack parts of its Pallas. XLA can't divide a kernel among devices.
+        Older versions of JAX lack features of Pallas, and XLA can't partition a kernel over
+        devices.
         """
         if self.platform != "gpu":
             return f"a program for a GPU, got one for a {self.platform}"
@@ -189,66 +191,67 @@ class Backend:
 
     @property
     def cores(self) -> int:
-        """The multiprocessors of a GPU, which the row kernels divide rows among.
+        """The number of multiprocessors of a GPU, among which the row kernels divide the rows.
 
-        An H100 and an H200 have 132. On another GPU some are idle, or some take two turns.
+        An H100 and an H200 have 132. On another GPU, some are idle or some take two turns.
         """
         return 132
 
     @property
     def class_multiple(self) -> int:
-        """Of how many classes a 16-bit product needs a multiple, or XLA pads its operands.
+        """XLA pads the operands of a 16-bit product to a multiple of this number of classes.
 
-        cuBLAS wants rows of whole 16 bytes.
+        cuBLAS needs rows of a multiple of 16 bytes.
         """
         return 8 if self.platform == "gpu" else 1
 
     def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """The dtype in which hidden states and kernel are multiplied, exactly, for the logits.
+        """The dtype in which hidden states and kernel are multiplied for the logits, without loss.
 
-        It is their own. On a CPU it is float32 for float16, which XLA would widen anyway.
+        It is their own dtype, except for float16 on a CPU. XLA would convert that to float32
+        anyway.
         """
         widened = dtype == jnp.float16 and self.platform == "cpu"
         return jnp.dtype(jnp.float32 if widened else dtype)
 
     def gradient_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """The dtype in which the logits' gradient is multiplied with hidden states and kernel.
+        """The dtype in which the gradient of the logits is multiplied with hidden and kernel.
 
-        An accelerator multiplies bfloat16 with bfloat16 only, so that the gradient is rounded to
-        it. A CPU gains little by that. Float16 would lose every probability below 6e-8.
+        An accelerator multiplies bfloat16 only with bfloat16, so the gradient is rounded to it. A
+        CPU would gain little from this. Float16 would lose every probability below 6e-8.
         """
         if dtype == jnp.bfloat16 and self.platform != "cpu":
             return jnp.dtype(jnp.bfloat16)
         return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
     def chunk_limits(self, dtype: DTypeLike) -> ChunkLimits:
-        """The limits for hidden states and a kernel of that dtype."""
+        """The limits for hidden states and a kernel of this dtype."""
         if self.platform != "cpu":
             # Each chunk reads the kernel twice, and reads and writes its gradient, in float32. In
             # bfloat16, at 16384 x 4096 x 131072, chunks of 1024, 2048, 4096 and 8192 rows took an
             # NVIDIA H200 94, 84 to 87, 89 and 88 ms, with 2.5, 2.8, 4.3 and 8.3 GiB of temporaries.
             # By its data sheet a TPU v6e (1.64 TB/s, 918 TFLOP/s) computes the three products of
-            # 1,120 rows while it moves the kernel. In float32 no chunks have been compared.
+            # 1,120 rows while it moves the kernel. Chunks in float32 have not been compared.
             rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
             return ChunkLimits(32 * MIB, rows, 8)
-        # With what else is as large, a chunk needs below 64 MiB. For some options XLA makes a copy
-        # of the logits in JAX 0.10.
+        # Together with other arrays of its size, a chunk needs less than 64 MiB. In JAX 0.10, XLA
+        # copies the logits for some options.
         return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
 
 
 def backend_of(*arrays: Array) -> Backend:
     """The backend of a program that is traced with these arrays.
 
-    It runs on the devices of the mesh around the call, or of the mesh in the arrays' types, which
-    this process may not have: it then compiles for them. Without a mesh it runs on JAX's default
-    backend.
+    The program runs on the devices of the mesh around the call, or of the mesh in the types of the
+    arrays. This process may not have these devices; it then compiles for them. Without a mesh, the
+    program runs on JAX's default backend.
     """
     around = jax.sharding.get_abstract_mesh()
     types = [jax.typeof(x).sharding for x in arrays]
     meshes = [around, *(of_type.mesh for of_type in types)]
     platforms = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device]
     platform = platforms[0] if platforms else jax.default_backend()
-    # Nobody knows whether several devices split an array without a mesh.
+    # Without a mesh, it is unknown whether an array is sharded over several devices.
     alone = device_count() == 1 and all(mesh.size <= 1 for mesh in meshes)
     alone = alone and not any(axes for of_type in types for axes in of_type.spec)
     manual = not around.empty and set(around.manual_axes) == set(around.axis_names)
@@ -261,24 +264,24 @@ def apart(m: Array, after: Array, backend: Backend) -> Array:
     See ``Backend.writes_out_shared_terms``.
     """
     if backend.writes_out_shared_terms:
-        # No derivative passes through what only hides m: JAX 0.12 can't transpose it in a loop.
+        # ``after`` gets no derivative, because JAX 0.12 can't transpose the barrier in a loop.
         m, _ = lax.optimization_barrier((m, lax.stop_gradient(after)))
     return m
 
 
 def bits_of(x: Array, backend: Backend) -> Array:
-    """x, or its bits as integers where a loop would convert all of x in each step."""
+    """x, or its bits as integers if a loop would otherwise convert all of x in each step."""
     if backend.widens_arrays_in_loops and x.dtype.itemsize == 2:
         return lax.bitcast_convert_type(x, jnp.uint16)
     return x
 
 
 def rounded(z: Array) -> Array:
-    """z, a product, rounded wherever it is used.
+    """The product z, rounded in the same way wherever it is used.
 
-    XLA computes logits again for each use, and makes one operation of a product and a sum, which is
-    rounded once. Where it did so in one use alone, x - m of the largest logit would not be 0, and
-    the loss of a confident row would be that difference. The choice of no effect keeps the product
-    and a sum apart.
+    XLA computes logits again for each use, and may fuse a product and a sum into one operation that
+    rounds once. If it did so in only one of the uses, x - m would not be 0 for the largest logit,
+    and the loss of a confident row would be that difference. The select changes no value, but keeps
+    the product and a sum apart.
     """
     return jnp.where(jnp.isnan(z), -z, z)

@@ -1,4 +1,4 @@
-"""A loss over the global arrays on a mesh, of one process or of many."""
+"""``sxe.over_mesh``: a loss of global arrays, sharded over a mesh, in one process or many."""
 
 from __future__ import annotations  # so that help() names types shortly
 
@@ -21,7 +21,7 @@ from sxe._call.arguments import mesh_axes
 from sxe._call.layout import Layout
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 
-# Each loss, and the function behind it, which takes a layout too.
+# Each loss, and the function that implements it, which also takes a layout.
 LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
     of_logits.softmax_cross_entropy: of_logits.loss_of_logits,
     of_logits.softmax_cross_entropy_with_gradient: of_logits.loss_and_gradient,
@@ -34,9 +34,9 @@ LOSSES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class _OverMesh:
-    """What ``over_mesh`` returns: a function that can be compared, copied and pickled.
+    """The function that ``over_mesh`` returns. It can be compared, copied and pickled.
 
-    Name, docstring and signature are those of its loss.
+    Its name, docstring and signature are those of its loss.
     """
 
     def __init__(self, loss: Callable[..., Any], layout: Layout) -> None:
@@ -48,7 +48,7 @@ class _OverMesh:
             if option in options:
                 raise ArgumentTypeError(
                     option,
-                    f"expected none with over_mesh, where batch and classes name the "
+                    f"expected to be left out with over_mesh, whose batch and classes name the "
                     f"mesh axes, got {options[option]!r}",
                 )
         around = jax.sharding.get_abstract_mesh()
@@ -61,7 +61,7 @@ class _OverMesh:
                     "are Manual; inside jax.shard_map call the loss itself, with axis_name and "
                     "batch_axis_name",
                 )
-        # The signature raises for an argument that the loss has not.
+        # The signature raises TypeError for an argument that the loss does not have.
         given = inspect.signature(self._loss).bind(*args, **options)
         given.apply_defaults()
         return LOSSES[self._loss](layout=self._layout, **given.arguments)
@@ -83,7 +83,7 @@ class _OverMesh:
         layout = self._layout
         if not isinstance(layout.mesh, Mesh):
             return _OverMesh, (self._loss, layout)
-        # Devices cannot be pickled. Their ids are the same in all processes of a program.
+        # Devices cannot be pickled, but their ids are the same in all processes of a program.
         devices = list(layout.mesh.devices.flat)
         ids = tuple(device.id for device in devices)
         layout = layout._replace(mesh=layout.mesh.abstract_mesh)
@@ -93,7 +93,7 @@ class _OverMesh:
 def _over_devices(
     loss: Callable[..., Any], layout: Layout, platform: str, ids: tuple[int, ...]
 ) -> _OverMesh:
-    """What was pickled, over this process's devices with these ids."""
+    """The unpickled loss, over the devices of this process that have these ids."""
     found = {device.id: device for device in jax.devices(platform)}
     if missing := sorted(set(ids) - set(found)):
         raise ArgumentValueError(
@@ -108,7 +108,7 @@ def _over_devices(
 
 
 def _named(layout: Layout) -> tuple[tuple[str, AxisName], ...]:
-    """The mesh axes of a layout, by the arguments that name them."""
+    """The arguments that name mesh axes of the rows and classes, with these axes."""
     return ("batch", layout.batch), ("classes", layout.classes)
 
 
@@ -120,47 +120,53 @@ def over_mesh(
     classes: AxisName = None,
     fsdp: AxisName = None,
 ) -> Callable[..., Any]:
-    """A function of this package, over global arrays whose rows or classes a mesh splits.
+    """Wrap a loss so that it takes global arrays whose rows or classes are sharded over a mesh.
 
-    The function that comes back takes the arguments of ``loss``, but for ``axis_name`` and
-    ``batch_axis_name``, and gives what ``loss`` gives for them on one device: value, metrics and
-    all gradients, to rounding. It is for global arrays, under ``jit`` or eager, on meshes of Auto
-    or Explicit axes, of one process or, after ``jax.distributed.initialize``, of many.
+    The returned function takes the arguments of ``loss``, except ``axis_name`` and
+    ``batch_axis_name``. It returns what ``loss`` returns for the same arrays on one device: the
+    value, the metrics and all gradients are equal up to rounding. It works under ``jit`` and
+    eagerly, on meshes with Auto or Explicit axes, in one process or, after
+    ``jax.distributed.initialize``, in many.
 
-    Each device takes its rows and its classes. For split classes it exchanges statistics of a
-    number a row and, once a call, the gradient of the hidden states; for split rows, once a call,
-    the gradient of the kernel. Neither logits nor a kernel split by classes are ever moved.
+    Each device computes its own rows and classes. If the classes are sharded, devices exchange a
+    few numbers per row and, once per call, the gradient of the hidden states. If the rows are
+    sharded, devices exchange the gradient of the kernel once per call. Logits are never moved, nor
+    is a kernel whose classes are sharded.
 
     Args:
       loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient``,
         ``sxe.log_prob_and_entropy``, ``sxe.kl_divergence``, or one of the functions of hidden
         states and kernels, whose names begin with ``linear_``.
-      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. Along an axis that is not named below all
-        devices do the same.
-      batch: the mesh axis, or tuple of axes, that splits the first axis of the rows. Or, for rows
-        [B, T], a ``PartitionSpec`` with an entry for each: ``P("data", "sequence")``.
-      classes: the mesh axis or axes that split the classes: the (first) class axis of logits, dense
-        targets and a ``where`` of classes, the last of a kernel, bias, class weights and mask. What
-        is named target is split as the model's is.
-      fsdp: for a head, the mesh axes, among those of ``batch``, that split the first axis of each
-        kernel [D, K] besides. It is gathered once a call, and its gradient reduced and scattered.
+      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. All devices along a mesh axis that is not
+        named below compute the same.
+      batch: the mesh axis, or tuple of mesh axes, over which the first axis of the rows is sharded.
+        For rows [B, T] it may also be a ``PartitionSpec`` with an entry for each axis of the rows:
+        ``P("data", "sequence")``.
+      classes: the mesh axis or axes over which the classes are sharded. This is the (first) class
+        axis of logits, dense targets and a ``where`` of classes, and the last axis of a kernel,
+        bias, class weights and class mask. Arguments whose names begin with ``target_`` are sharded
+        like those of the model.
+      fsdp: for functions that take a kernel: the mesh axes, among those of ``batch``, over which
+        the first axis of each kernel [D, K] is sharded in addition. The kernel is gathered once per
+        call, and its gradient is reduced and scattered.
 
-    The function that it returns can be compared, copied and pickled. If the mesh has devices, the
-    process that loads it must have devices of the same platform and ids, as all processes of one
-    program do.
+    The returned function can be compared, copied and pickled. If the mesh has devices, the process
+    that unpickles the function must have devices with the same platform and ids. All processes of
+    one program do.
 
-    Arguments that are split in another way are moved, as by ``jax.jit(..., in_shardings=...)``.
-    Gradients are split as described. Loss and sums are on every device, results of a number a row
-    are split as the rows are.
+    Arguments with another sharding are moved, as by ``jax.jit(..., in_shardings=...)``. Gradients
+    have the sharding described above. The loss and the sums are on every device, and results with
+    one number per row are sharded like the rows.
 
-    An Explicit mesh needs no ``over_mesh`` for arguments that are split so already: the losses find
-    it in their types.
+    On an Explicit mesh, arguments that have this sharding already need no ``over_mesh``: the losses
+    read the sharding from the types of the arguments.
 
     Raises:
-      TypeError: for a function that is none of these, or arguments of a wrong type.
-      ValueError: for a mesh axis that the mesh has not, or that is named twice, and for a size that
-        the devices along its axis do not divide, which has to be padded: rows with a ``where`` of
-        False, classes with a ``class_mask`` of False.
+      TypeError: if ``loss`` is none of these functions, or an argument has a wrong type.
+      ValueError: if a mesh axis is named that the mesh does not have, or is named twice. Also if
+        the number of devices along a mesh axis does not divide the size that is sharded over it.
+        That size has to be padded: rows with a ``where`` of False, classes with a ``class_mask`` of
+        False.
 
     Example:
       >>> import jax, jax.numpy as jnp, sxe
@@ -176,8 +182,8 @@ def over_mesh(
         names = ", ".join(f"sxe.{f.__name__}" for f in LOSSES)
         raise ArgumentTypeError(
             "loss",
-            f"expected one of {names}, got {loss!r}; options and jax.jit go with what "
-            "over_mesh returns",
+            f"expected one of {names}, got {loss!r}; pass options, and apply jax.jit, to the "
+            "function that over_mesh returns",
         )
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise ArgumentTypeError(

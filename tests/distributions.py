@@ -1,7 +1,7 @@
-"""log_prob_and_entropy, its head and the divergences, for the tests that are the same for all.
+"""log_prob_and_entropy, its head and the divergences, for tests that all of them share.
 
-Each is a ``Function``: how it is called, and what the oracle says of value and gradients. A
-divergence here is that of each row.
+Each is a ``Function``, which says how it is called and what the oracle expects as value and
+gradients. A divergence here has one value per row.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ MODES = ("forward", "reverse", "jensen_shannon")
 
 
 class Function(NamedTuple):
-    """One of the functions, with the options that all go together, and those of its program."""
+    """One of the functions, with all options that go together, and its static options."""
 
     function: Callable[..., Any]
     make: Callable[..., dict[str, np.ndarray]]
@@ -38,16 +38,16 @@ class Function(NamedTuple):
         return self.function is sxe.linear_log_prob_and_entropy
 
     def problem(self, *options, rows=(N,), width=D, classes=K, **more):
-        """Random arguments, those with these options or else with every option."""
+        """Random arguments with these options, or with every option."""
         shape = (*rows, width, classes) if self.is_head else (*rows, classes)
         return jax.tree.map(jnp.asarray, self.make(*(options or self.options), shape=shape, **more))
 
     def plain(self, **more):
-        """Without options."""
+        """Random arguments without options."""
         return self.problem("none", **more)
 
     def cotangent(self, p, seed=1):
-        """Of each row, random and of both signs: of each result its own."""
+        """Random cotangents of both signs for each row, different for each result."""
         x = p["hidden" if self.is_head else "logits"]
         shape, dtype = x.shape[:-1], wide_dtype(x.dtype)
         first, second = (jnp.asarray(normal(*shape, dtype=dtype, seed=seed + i)) for i in (0, 7))
@@ -57,7 +57,7 @@ class Function(NamedTuple):
         return lambda p: self.function(**p, **(self.static | static))
 
     def truth(self, p, g, **options):
-        """The value, and the gradients by name, float64."""
+        """The value and, by name, the gradients, in float64."""
         p = {name: np.asarray(a) for name, a in p.items()} | options
         if self.is_divergence:
             p |= {name: self.static[name] for name in ("mode", "beta") if name in self.static}
@@ -70,7 +70,7 @@ class Function(NamedTuple):
         return value, {"logits": oracle.log_prob_and_entropy_gradient(**p, g=g)}
 
     def assert_matches(self, actual, p, g, dtype=None, **options):
-        """(value, gradients by name) are as the oracle has them."""
+        """Compare (value, gradients by name) with the oracle."""
         value, gradients = actual
         right, right_gradients = self.truth(p, g, **options)
         for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(right), strict=True):
@@ -79,7 +79,7 @@ class Function(NamedTuple):
             with naming(name):
                 assert gradient.dtype == p[name].dtype
                 expected = right_gradients[name]
-                # Of a scale it is a sum of terms of size 1 or more, of both signs.
+                # The gradient for a scale sums terms of size 1 or more, of both signs.
                 least = 10 if name in _SUMS else 1
                 scale = max(least, np.abs(expected[np.isfinite(expected)]).max(initial=0))
                 assert_close(gradient, expected, dtype, scale=scale)

@@ -1,4 +1,4 @@
-"""A Python of its own, for what depends on how many devices JAX sees: the tests' sees eight."""
+"""A new Python process, for tests that need another number of devices than the tests' eight."""
 
 import os
 import subprocess
@@ -11,15 +11,15 @@ ROOT = Path(sxe.__file__).parents[1]
 
 
 def environment(**more):
-    """The user's, without what says how many devices there are."""
+    """The user's environment without settings of JAX and XLA, such as the number of devices."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.fspath(ROOT)} | more
 
 
 def run_tests(*arguments, **more):
-    """pytest in such a Python, where a warning of a plugin that happens to be installed would fail.
+    """Run pytest in a new process, without plugins whose warnings would fail as errors.
 
-    Of all plugins it has xdist, whose options pyproject.toml sets.
+    The only plugin is xdist, whose options are set in pyproject.toml.
     """
     more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     plugins = ("-p", "xdist.plugin", "-p", "no:cacheprovider")
@@ -27,7 +27,7 @@ def run_tests(*arguments, **more):
 
 
 def run(*arguments, timeout=300, **more):
-    """What Python prints, with warnings as errors, one CPU device, and more in its environment."""
+    """The output of Python with warnings as errors, one CPU device, and this environment."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *map(str, arguments)],
         env=environment(**more),

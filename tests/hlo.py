@@ -1,4 +1,4 @@
-"""What a compiled program moves, between devices or to and from memory, read from XLA's text."""
+"""What a compiled program moves between devices, or to and from memory, by the text of its HLO."""
 
 import math
 import re
@@ -10,7 +10,7 @@ _OPCODE = re.compile(
 )
 _TYPE = re.compile(r"\b(pred|[a-z]+([0-9]+)[a-z0-9]*)\[([0-9,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\(([^)]*)\)(.*)")
-# These name arrays that others have written, or run the instructions of another computation.
+# These refer to arrays that other instructions write, or run another computation.
 _MOVES_NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier"),
     *("while", "call", "conditional"),
@@ -19,10 +19,11 @@ _LOOKS_UP = {"gather", "dynamic-slice", "slice"}
 
 
 class Collective(NamedTuple):
-    """One, on each device.
+    """A collective operation, on each device.
 
-    ``size`` is the elements of its largest operand or result; ``bytes`` those of all operands or
-    all results, whichever are more; ``times`` how often loops run it, None outside of any.
+    ``size`` is the number of elements of its largest operand or result. ``bytes`` is the size of
+    all operands or of all results, whichever is larger. ``times`` is how often loops run it, None
+    outside loops.
     """
 
     opcode: str
@@ -36,7 +37,7 @@ class Collective(NamedTuple):
 
 
 def _arrays(text):
-    """Elements and bytes of every type in the text."""
+    """The elements and bytes of every type in the text."""
     found = []
     for _, bits, dims in _TYPE.findall(text):
         n = _elements(dims)
@@ -49,7 +50,7 @@ def _elements(dims):
 
 
 def _computations(hlo):
-    """The lines of each computation, by its name."""
+    """The lines of each computation, by name."""
     found = {"": (lines := [])}
     for line in hlo.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -59,13 +60,13 @@ def _computations(hlo):
 
 
 def _times(computations):
-    """How often loops run each computation; those outside of any loop are left out."""
-    calls = {name: [] for name in computations}  # what each calls, and how often
+    """How often loops run each computation. Computations outside loops are left out."""
+    calls = {name: [] for name in computations}  # name: the computations it calls, how often
     for name, lines in computations.items():
         for line in lines:
             count = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
             for key, names in re.findall(r"(\w+)=\{?((?:%[\w.-]+(?:, )?)+)", line):
-                # A TPU's XLA does not say how often.
+                # XLA for TPUs does not print the number of times.
                 times = (int(count[1]) if count else 1) if key == "body" else None
                 calls[name] += [(n, times) for n in re.findall(r"%([\w.-]+)", names)]
     found = {}
@@ -79,7 +80,7 @@ def _times(computations):
 
 
 def _devices(line):
-    """How many take part with each other."""
+    """The number of devices in a group."""
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -91,7 +92,7 @@ def _devices(line):
 
 
 def collectives(hlo):
-    """Every collective between devices of a compiled program, ``compiled.as_text()``."""
+    """All collectives of a compiled program, from ``compiled.as_text()``."""
     computations = _computations(hlo)
     times = _times(computations)
     out = []
@@ -99,10 +100,10 @@ def collectives(hlo):
         defined = {}
         for line in lines:
             if match := re.match(r"\s*(?:ROOT )?%?([\w.-]+) = (.*)", line):
-                # The type, a tuple's too, ends where the opcode begins.
+                # The type, which may be a tuple, ends where the opcode begins.
                 defined[match[1]] = _arrays(re.split(r" [\w-]+\(", match[2], maxsplit=1)[0])
         for line in lines:
-            # One along a mesh axis of size 1 moves nothing.
+            # A collective along a mesh axis of size 1 moves nothing.
             if (match := _OPCODE.search(line)) and _devices(line) != 1:
                 operands = _arrays(match[3]) or [
                     array
@@ -135,12 +136,12 @@ class _Instruction(NamedTuple):
     attributes: str
 
     def dtypes(self, size):
-        """Of the arrays of that size that it makes."""
+        """The dtypes of the arrays of this size that the instruction writes."""
         return [d for d, _, dims in _TYPE.findall(self.type) if _elements(dims) == size]
 
     @property
     def fused(self):
-        """The computation of a fusion."""
+        """The name of the computation that a fusion runs, or None."""
         calls = re.search(r"calls=%?([\w.-]+)", self.attributes)
         return calls[1] if calls and self.opcode == "fusion" else None
 
@@ -151,20 +152,20 @@ class _Instruction(NamedTuple):
 
 
 def _instructions(lines):
-    """Those of a computation, by their names."""
+    """The instructions of a computation, by name."""
     matches = [match for line in lines if (match := _INSTRUCTION.match(line))]
     names = {match[1] for match in matches}
     found = {}
     for name, of_type, opcode, operands, attributes in (match.groups() for match in matches):
         operands = re.findall(r"[\w.-]+", operands)
-        if opcode != "parameter":  # whose operand is its number
-            operands = [each for each in operands if each in names]  # and no /*index=5*/
+        if opcode != "parameter":  # the operand of a parameter is its number
+            operands = [each for each in operands if each in names]  # without /*index=5*/
         found[name] = _Instruction(of_type, opcode, operands, attributes)
     return found
 
 
 def _is_needed_whole(name, instructions, size):
-    """Whether a fusion needs all elements of an array in it, not only some that it looks up."""
+    """Whether a fusion reads all elements of its array ``name``, instead of looking up a few."""
     users = {k: each for k, each in instructions.items() if name in each.operands}
     return not users or any(
         not each.dtypes(size) or _is_needed_whole(k, instructions, size)
@@ -176,7 +177,7 @@ def _is_needed_whole(name, instructions, size):
 def passes(hlo, size):
     """The instructions of a compiled program that read or write whole arrays of ``size`` elements.
 
-    They are in the order of the text, each once, those of loops too. A fusion is one instruction.
+    They are in the order of the text. Each is listed once, also in loops. A fusion counts as one.
     """
     computations = {name: _instructions(lines) for name, lines in _computations(hlo).items()}
     fused = {each.fused for found in computations.values() for each in found.values()}

@@ -1,64 +1,64 @@
-"""Which options the tests pass together, and why these are enough.
+"""Which options the tests pass together, and why these cases are enough.
 
-A *factor* is whatever a call may have or not have: an option, dense targets in place of integer
-labels, the reduction "none" in place of a sum. A *case* is a tuple of the factors that one call
-has. Eleven factors make 2048 cases, which are too many to run. But a mistake needs only the few
-factors on which it depends, whatever the others are. So it is enough that every few factors meet in
-every way, each of them on or off, and one case serves many such meetings at once:
+A *factor* is anything that a call may have or not have: an option, dense targets instead of integer
+labels, the reduction "none" instead of a sum. A *case* is a tuple of the factors that one call has.
+Eleven factors make 2048 cases, which are too many to run. But a mistake usually depends on only a
+few factors, whatever the others are. So it is enough that every few factors meet in every way, each
+of them on or off. One case serves many such meetings at once:
 
 - ``in_fours`` gives 24 cases of up to 11 factors, in which any four factors meet in all 16 ways. In
-  either half, 12 cases, any three meet in all 8 ways. It serves one device, and one mesh.
-- ``in_pairs`` gives 7 cases of up to 15 factors, in which any two factors meet in all 4 ways. It
-  serves the tests that compile every case once more for each shape of mesh.
+  each half, 12 cases, any three meet in all 8 ways. It is used on one device and on one mesh.
+- ``in_pairs`` gives 7 cases of up to 15 factors, in which any two factors meet in all 4 ways. It is
+  used for tests that compile every case again for each shape of mesh.
 
-Some factors exclude each other, and a case then drops one of them, see ``compatible``. Even so, any
-three of LOGITS or HEAD meet in 24 cases in every way that there is, and any two in each half of
-them. With one more factor, LOGITS needs one more case: see ``of_logits``. ``test_option_cases.py``
+Some factors exclude each other. A case then drops one of them, see ``compatible``. Even so, any
+three factors of LOGITS or HEAD meet in 24 cases in every possible way, and any two in each half of
+them. With one more factor, LOGITS needs one more case, see ``of_logits``. ``test_option_cases.py``
 counts these meetings.
 
-What has more than two values, such as the rule of differentiation, the size of a chunk, or "mean"
-and "sum", goes round from case to case.
+Choices with more than two values, such as the differentiation rule, the chunk size, or "mean" and
+"sum", rotate from case to case.
 
 Tests of transformations, layouts and policies ask another question: whether options survive them,
-not how options work together. They pass ``EVERY_OF_LOGITS`` or ``EVERY_OF_HEAD`` at once, or no
-option, or those that a policy is about.
+not how options work together. They pass all of ``EVERY_OF_LOGITS`` or ``EVERY_OF_HEAD`` at once, or
+no option, or the options of a policy.
 """
 
 import itertools
 
 import pytest
 
-# The factors, by the name of the argument where they are an option. "where_class" is a mask of the
-# logits' shape, passed as where; "dense" stands for dense targets. In this order the factors of
-# LOGITS lose no meeting of three to those that exclude each other.
+# The factors, named like the argument if they are an option. "where_class" is a mask of the logits'
+# shape, passed as where. "dense" stands for dense targets. In this order, no meeting of three
+# factors of LOGITS is lost to factors that exclude each other.
 LOGITS = ("label_smoothing", "class_weights", "where_class", "z_loss")
 LOGITS += ("where", "ignore_index", "weights", "dense", "class_mask")
 HEAD = ("where", "weights", "class_weights", "label_smoothing", "z_loss", "ignore_index", "dense")
 HEAD += ("bias", "logit_scale", "softcap", "class_mask")
 
-# What goes with integer labels and with dense targets, all at once.
+# The factors that go together with integer labels, and with dense targets
 EVERY_OF_LOGITS = ("where", "weights", "class_weights", "class_mask", "label_smoothing", "z_loss")
 EVERY_OF_HEAD = (*EVERY_OF_LOGITS, "bias", "logit_scale", "softcap")
 
-# Each of the first excludes the second: there is one where, and dense targets have no index.
+# The first of each pair excludes the second: there is one where, and dense targets have no index.
 EXCLUDED = {"where_class": "where", "dense": "ignore_index"}
 
 RULES = ("vjp", "jvp", "autodiff")
-FORWARD_RULES = ("jvp", "autodiff")  # those that forward mode can differentiate
+FORWARD_RULES = ("jvp", "autodiff")  # the rules that support forward mode
 every_rule = pytest.mark.parametrize("rule", RULES)
-# For programs that take long to compile, and tests that do not depend on the rule's arithmetic.
+# For programs that compile slowly, and tests that do not depend on the arithmetic of the rule
 vjp_by_default = pytest.mark.parametrize(
     "rule", ["vjp", *(pytest.param(rule, marks=pytest.mark.slow) for rule in RULES[1:])]
 )
 
 
 def with_row_scale(case):
-    """The case with a logit_scale for each row, if it has one."""
+    """The case with one logit_scale per row, if it has a logit_scale."""
     return tuple("row_scale" if name == "logit_scale" else name for name in case)
 
 
 def compatible(case):
-    """The case without the factors that others of it exclude."""
+    """The case without factors that other factors of it exclude."""
     case = tuple(case)
     return tuple(name for name in case if name not in {EXCLUDED.get(other) for other in case})
 
@@ -66,8 +66,8 @@ def compatible(case):
 def in_fours(*factors):
     """24 cases in which any four factors meet in every way, and any three in either half.
 
-    The first half are the rows of a Hadamard matrix of order 12, which the squares modulo 11 give.
-    The second half has on what the first has off.
+    The first half are the rows of a Hadamard matrix of order 12, made from the squares modulo 11.
+    The second half has on what the first half has off.
     """
     assert len(factors) <= 11, factors
     squares = {i * i % 11 for i in range(11)}
@@ -78,9 +78,9 @@ def in_fours(*factors):
 
 
 def of_logits(other):
-    """25 cases of LOGITS and another factor, in which any three meet.
+    """25 cases of LOGITS and another factor, in which any three factors meet.
 
-    In none of the first 24 a "where" and an "ignore_index" meet without the other factor.
+    In the first 24 cases, "where" and "ignore_index" never meet without the other factor.
     """
     return [*in_fours(*LOGITS, other), ("where", "ignore_index")]
 
@@ -88,9 +88,9 @@ def of_logits(other):
 def in_pairs(*factors):
     """7 cases in which any two factors meet in every way.
 
-    All factors are off in the first case. Each is on in four of the other six cases, no two of them
-    in the same four. So some case has both of two factors, some case has the one without the other,
-    and the first has neither.
+    All factors are off in the first case. Each factor is on in four of the other six cases, and no
+    two factors are on in the same four. So some case has both of two factors, some case has one
+    without the other, and the first case has neither.
     """
     fours = list(itertools.combinations(range(1, 7), 4))
     assert len(factors) <= len(fours), factors

@@ -1,8 +1,8 @@
 """The loss, log-probabilities, entropies and divergences, in float64 NumPy and in 60 digits.
 
-Nothing here calls sxe, and nothing is arranged for speed. The functions are those of lines D0, E0,
-K0, K2 and K4 of the derivation, in their textbook forms. The gradients are lines D7, E1, K1, K3 and
-K5, which ``test_oracle.py`` holds against central differences.
+Nothing here calls sxe or is optimized for speed. The functions are lines D0, E0, K0, K2 and K4 of
+the derivation, in their textbook forms. The gradients are lines D7, E1, K1, K3 and K5.
+``test_oracle.py`` checks them against central differences.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ DIGITS = 60
 
 
 def assert_close(actual, expected, dtype=None, scale=None):
-    """Fail unless actual is what is expected, within the closeness of its dtype.
+    """Fail unless actual equals expected, up to the closeness of its dtype.
 
-    The closeness is relative to the largest expected entry, or to ``scale``; ``dtype`` names
-    another one.
+    The closeness is relative to the largest expected entry, or to ``scale``. ``dtype`` selects the
+    closeness of another dtype.
     """
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
@@ -32,7 +32,7 @@ def assert_close(actual, expected, dtype=None, scale=None):
 
 @contextlib.contextmanager
 def naming(*what):
-    """Say in an error's notes what it came from."""
+    """Add notes to an error that say where it comes from."""
     try:
         yield
     except Exception as error:
@@ -60,7 +60,7 @@ def rows(
     ignore_index=None,
     axis=-1,
 ):
-    """Logits x, targets t, whether each row counts, its weight and its share of the mean."""
+    """Logits x, targets t, whether each row counts, its weight, and its share of the mean."""
     logits, labels = np.asarray(logits), np.asarray(labels)
     dense = labels.shape == logits.shape
     x = _rows_last(logits.astype(np.float64), axis)
@@ -125,7 +125,7 @@ def loss(logits, labels, *, reduction="mean", z_loss=0.0, **options):
 
 
 def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **options):
-    """The gradient of sum(g * loss) with respect to the logits, float64, in their shape."""
+    """The gradient of sum(g * loss) for the logits, float64, in their shape."""
     x, t, counts, w, norm = rows(logits, labels, axis=axis, **options)
     each = np.zeros(x.shape)
     weight = (norm * counts).sum()
@@ -139,7 +139,7 @@ def gradient(logits, labels, g=1.0, *, reduction="mean", z_loss=0.0, axis=-1, **
 
 
 def _in_shape_of(logits, each, axis, options):
-    """Gradients [..., K] in the shape of the logits, and 0 for the classes that are masked."""
+    """Gradients [..., K] in the shape of the logits, with 0 for masked classes."""
     where = options.get("where")
     if where is not None and np.shape(where) == np.shape(logits):
         each = np.where(_rows_last(np.asarray(where), axis), each, 0)
@@ -152,13 +152,13 @@ def _in_shape_of(logits, each, axis, options):
 
 
 def _log_softmax(x):
-    """NaN without a distribution: of logits that are all -inf, of a +inf and of a NaN."""
+    """NaN for logits without a distribution: all -inf, or with +inf or NaN."""
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
 
 
 def log_prob_and_entropy(logits, labels, **options):
-    """log q_y and -sum_k q_k log q_k of each row, float64, and 0 in rows that do not count."""
+    """log q_y and -sum_k q_k log q_k of each row, float64, with 0 in rows that do not count."""
     x, t, counts, *_ = rows(logits, labels, **options)
     log_prob, entropy = np.zeros(counts.shape), np.zeros(counts.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -172,7 +172,7 @@ def log_prob_and_entropy(logits, labels, **options):
 
 
 def log_prob_and_entropy_gradient(logits, labels, g, *, axis=-1, **options):
-    """The gradient of sum(g[0] * log_prob + g[1] * entropy), float64, in the logits' shape."""
+    """The gradient of sum(g[0] * log_prob + g[1] * entropy) for the logits, float64."""
     x, t, counts, *_ = rows(logits, labels, axis=axis, **options)
     g = [np.broadcast_to(np.asarray(a).astype(np.float64), counts.shape) for a in g]
     each = np.zeros(x.shape)
@@ -212,7 +212,7 @@ def _row_divergence(x, z, mode, beta):
 
 
 def _divergences(p, g, mode, beta, reduction):
-    """Of a call with these arguments by name: what value and gradients need of its rows."""
+    """What value and gradients need of the rows of a call with these arguments, by name."""
     p = dict(p)
     axis = p.pop("axis", -1)
     logits, target_logits = p.pop("logits"), p.pop("target_logits")
@@ -249,7 +249,7 @@ def kl_divergence(*, mode="forward", beta=0.5, reduction="mean", **p):
 def kl_divergence_gradients(g=1.0, *, mode="forward", beta=0.5, reduction="mean", **p):
     """The gradients of sum(g * divergence) for all arguments that have one, by name, float64.
 
-    That of a weight of 0 is the divergence of its row, or 0 if that is not finite.
+    For a weight of 0, it is the divergence of the row, or 0 if this is not finite.
     """
     each, w, counts, share, g, *sides = _divergences(p, g, mode, beta, reduction)
     gradients, axis = {}, p.get("axis", -1)
@@ -258,7 +258,7 @@ def kl_divergence_gradients(g=1.0, *, mode="forward", beta=0.5, reduction="mean"
     ):
         d_x = (g * w)[..., None] * d_x
         gradients[name] = _in_shape_of(p[name], scale * d_x, axis, p)
-        with np.errstate(invalid="ignore"):  # of a row whose divergence is infinite
+        with np.errstate(invalid="ignore"):  # for rows with an infinite divergence
             d_scale = (np.where(d_x == 0, 0, x) * d_x).sum(-1)
         gradients[scale_name] = d_scale if np.ndim(scale) else d_scale.sum()
     mean = (w * each).sum() * share if reduction == "mean" else 0.0
@@ -267,7 +267,7 @@ def kl_divergence_gradients(g=1.0, *, mode="forward", beta=0.5, reduction="mean"
 
 
 def check_rows_metrics(metrics, x, counts, labels=None):
-    """Check what the metrics say of each row, from its logits x [..., K] and whether it counts.
+    """Check the metrics of each row, given its logits x [..., K] and whether it counts.
 
     Without labels there must be no label_rank.
     """
@@ -321,7 +321,7 @@ def _exact_softmax(x):
 
 
 def exact_divergence(x, z, mode="forward", beta=0.5):
-    """As ``_row_divergence``, of one row of finite logits, in 60-digit arithmetic."""
+    """The same as ``_row_divergence``, for one row of finite logits, in 60-digit arithmetic."""
     with mpmath.workdps(DIGITS):
         (q, log_q), (p, log_p) = _exact_softmax(x), _exact_softmax(z)
         beta = mpmath.mpf(float(beta))
@@ -330,7 +330,7 @@ def exact_divergence(x, z, mode="forward", beta=0.5):
             return mpmath.fsum(u * (v - w) for u, v, w in zip(a, log_a, log_b, strict=True))
 
         def of_first(a, log_a, log_b, factor=1):
-            """The value, and the gradient for the logits of a, where b does not depend on them."""
+            """The value, and the gradient for the logits of a, if b does not depend on them."""
             value = divergence(a, log_a, log_b)
             terms = zip(a, log_a, log_b, strict=True)
             return value, [factor * u * (v - w - value) for u, v, w in terms]
@@ -362,11 +362,11 @@ def exact_targets(label, classes, label_smoothing=0.0, class_weights=None):
 
 
 def gradient_errors(actual, x, t):
-    """The error of a row's gradient, entry by entry, relative to the two terms of the exact one.
+    """The error of each entry of a row's gradient, relative to the two terms of the exact entry.
 
-    They are q_l (T - t_l) and t_l (1 - q_l), of which D7 is the difference. Where their sum, in
-    units of T if that is more than 1, is below float32's normal numbers, any finite gradient has an
-    error of 0.
+    The terms are q_l (T - t_l) and t_l (1 - q_l); D7 is their difference. If the sum of the terms,
+    in units of T if T is more than 1, is below the normal numbers of float32, any finite gradient
+    has an error of 0.
     """
     with mpmath.workdps(DIGITS):
         x, t = (
@@ -384,10 +384,10 @@ def gradient_errors(actual, x, t):
 
 
 def error_of_row(actual, exact):
-    """The largest error of a row's entries, in units of the row's largest exact one."""
+    """The largest error of the entries of a row, in units of its largest exact entry."""
     with mpmath.workdps(DIGITS):
         errors = [abs(mpmath.mpf(float(a)) - e) for a, e in zip(actual, exact, strict=True)]
-        # Of a NaN, max() would depend on the order.
+        # With NaN, the result of max() would depend on the order.
         return float(np.max([float(e) for e in errors]) / float(max(map(abs, exact))))
 
 
@@ -398,7 +398,7 @@ def relative_error(actual, exact):
 
 
 def head(hidden, kernel, *, bias=None, logit_scale=1.0, softcap=None):
-    """The head's logits [..., K] in float64, and what takes their gradient to those by name."""
+    """The head's logits [..., K], float64, and the function from their gradient to all others."""
     h, w = np.asarray(hidden).astype(np.float64), np.asarray(kernel).astype(np.float64)
     u = h @ w
     scale = np.asarray(logit_scale).astype(np.float64)

@@ -1,12 +1,12 @@
-"""Random arguments for a call of any function, by name, and its gradients for all of them."""
+"""Random arguments, by name, for a call of any function, and the gradients for all of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Factors of a case that are not options, and which the tests that use them bring about.
+# Factors of a case that are not options. The tests that have them implement them.
 NOT_OPTIONS = {"dense", "none", "bfloat16", "axis", "fsdp"}
-# Factors that are another kind of value of an option.
+# Factors that are another kind of value for an option
 KINDS_OF = {"where_class": "where", "row_scale": "logit_scale"}
 
 
@@ -17,15 +17,15 @@ def normal(*shape, dtype="float32", seed=0):
 
 
 def wide_dtype(dtype):
-    """The dtype that the losses compute in."""
+    """The dtype in which the losses compute."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def logits_problem(*options, dense=False, dtype="float32", shape=(8, 24), lead=(), seed=0):
     """Logits, labels and these options of sxe.softmax_cross_entropy, as NumPy arrays.
 
-    ``shape`` is that of the logits, [..., K]. Every array but ``ignore_index``, a Python integer,
-    has the axes ``lead`` before its own. Row 1 has the weight 0.
+    ``shape`` is the shape of the logits, [..., K]. Every array has the axes ``lead`` in front of
+    its own axes. ``ignore_index`` is a Python integer. Row 1 has weight 0.
     """
     *rows, classes = shape
     rng = np.random.default_rng([seed, *lead, *shape])
@@ -39,7 +39,7 @@ def logits_problem(*options, dense=False, dtype="float32", shape=(8, 24), lead=(
 def head_problem(*options, dense=False, dtype="float32", shape=(8, 3, 16), lead=(), seed=0):
     """Hidden states, kernel, labels and these options of sxe.linear_softmax_cross_entropy.
 
-    As ``logits_problem``, with the shape [..., D, K] of hidden states and kernel together.
+    Like ``logits_problem``, with the sizes [..., D, K] of hidden states and kernel as the shape.
     """
     *rows, width, classes = shape
     rng = np.random.default_rng([seed, *lead, *shape])
@@ -55,7 +55,7 @@ def head_problem(*options, dense=False, dtype="float32", shape=(8, 3, 16), lead=
 def divergence_problem(*options, dtype="float32", shape=(8, 24), lead=(), seed=0):
     """Logits, target logits and these options of sxe.kl_divergence.
 
-    As ``logits_problem``. A "target_logit_scale" is one number, a "target_row_scale" one a row.
+    Like ``logits_problem``. "target_logit_scale" is one number, "target_row_scale" one per row.
     """
     of_targets = {"target_logit_scale": "logit_scale", "target_row_scale": "row_scale"}
     p = logits_problem(
@@ -84,23 +84,23 @@ def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):
     count = int(np.prod(rows))
     weights = uniform(0.5, 2, count)
     weights[..., 1:2] = 0
-    # One row of five does not count.
+    # One row in five does not count.
     counts = np.broadcast_to(np.arange(count) >= (count + 4) // 5, (*lead, count))
     counts = rng.permuted(counts, axis=-1)
     possible = np.random.default_rng([*lead, *rows, classes]).random((*lead, classes)) < 0.7
     possible[..., 0] = True
     if "class_mask" in options:
-        # A label that cannot occur costs infinity, which would hide all else.
+        # A label that cannot occur has an infinite loss, which would hide everything else.
         of_rows = possible.reshape(*lead, *(1 for _ in rows), classes)
         can_occur = np.take_along_axis(of_rows, labels[..., None], axis=-1)[..., 0]
         labels = np.where(can_occur, labels, 0)
     mask = rng.random((*lead, *rows, classes)) < 0.7
     if not dense:
-        # Likewise.
+        # For the same reason, labels can occur.
         np.put_along_axis(mask, labels[..., None], True, axis=-1)
-    mask.reshape(*lead, count, classes)[..., -1, :] = False  # no class is left for the last row
+    mask.reshape(*lead, count, classes)[..., -1, :] = False  # the last row has no class left
     if "label_smoothing" in options:
-        # So does the smoothing's target of a class that cannot occur: mask whole rows.
+        # The smoothing's target for an impossible class costs infinity, too. Mask whole rows.
         mask[:] = mask.any(-1, keepdims=True)
     values = {
         "where": counts.reshape(*lead, *rows),
@@ -127,32 +127,32 @@ def _labels_and_options(rng, options, dense, dtype, lead, rows, classes):
 
 
 def apart(p):
-    """The arrays of p, and its Python numbers, which are part of the program."""
+    """The arrays of p, and its Python numbers, which become part of the program."""
     numbers = {name: x for name, x in p.items() if isinstance(x, int | float)}
     return {name: x for name, x in p.items() if name not in numbers}, numbers
 
 
 def floats(p):
-    """The arguments for which there is a gradient."""
+    """The arguments that have a gradient."""
     return {n: x for n, x in p.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
 
 
 def at(p, i):
-    """Example i of arguments, or results, that have a leading axis of examples."""
+    """Example i of arguments or results that have a leading axis of examples."""
     return jax.tree.map(lambda a: a[i], p)
 
 
 def cotangent(p, reduction="mean", seed=0):
-    """Random, and of both signs: one for each row where the loss has one, else one."""
+    """A random cotangent of both signs: one number per row if the loss has one, else one number."""
     rows = (p["hidden"] if "hidden" in p else p["logits"]).shape[:-1]
     wide = wide_dtype(p["hidden" if "hidden" in p else "logits"].dtype)
     return normal(*(rows if reduction == "none" else ()), dtype=wide, seed=seed + 1)
 
 
 def with_gradients(loss, by=None):
-    """A function of p and g: loss(p), and the gradients of its product with g, by name.
+    """A function of p and g that returns loss(p), and the gradients of its product with g, by name.
 
-    The gradients are for the arguments in ``by``, or for all that have one.
+    The gradients are for the arguments in ``by``; by default, for all that have a gradient.
     """
 
     def call(p, g):

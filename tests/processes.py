@@ -1,4 +1,4 @@
-"""One process of a training run on a mesh of 8 virtual devices, which its processes share.
+"""One process of a training run on a mesh of 8 virtual devices, shared by all its processes.
 
 python tests/processes.py --processes 2 --process-id 0 --port 12345 --out run.npz
 """
@@ -22,7 +22,7 @@ import sxe
 DEVICES = 8
 N, D, K, VOCABULARY = 32, 8, 24, 11
 
-# Seconds that a process waits for one that no longer answers; JAX's are 100 and 300.
+# Seconds until a process gives up on another that does not answer. JAX's defaults are 100 and 300.
 TIMEOUT = 10
 
 optimizer = optax.adam(3e-2)
@@ -44,14 +44,14 @@ def parse_args():
 
 
 def make_mesh(plain):
-    """2 x 4, with rows and classes both split across processes, of two as of four."""
+    """A 2 x 4 mesh. Both rows and classes are sharded across processes, for two and for four."""
     order = [[0]] if plain else [[0, 1, 4, 5], [6, 7, 2, 3]]
     devices = np.array(jax.devices())[np.array(order)]
     return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_at(step, mesh):
-    """Tokens, labels and a mask of N rows, of which each process makes those of its devices."""
+    """Tokens, labels and a mask of N rows. Each process makes the rows of its devices."""
     rng = np.random.default_rng(step)
     arrays = {
         "tokens": rng.integers(VOCABULARY, size=N, dtype=np.int32),
@@ -76,7 +76,7 @@ def init():
 
 
 def abstract_state(mesh):
-    """Shapes, and how they are split: the head's kernel, and all that Adam keeps of it."""
+    """Shapes and shardings. The head's kernel and Adam's state for it are sharded."""
 
     def abstract(path, x):
         spec = P("data", "model") if "kernel" in jax.tree_util.keystr(path) else P()
@@ -108,7 +108,7 @@ def make_train_step(mesh, shardings, plain):
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         params = optax.apply_updates(params, updates)
         state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        # Adam's steps do not depend on the scale of a gradient; its norm does.
+        # Adam's steps do not depend on the scale of a gradient, but its norm does.
         norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         return state, (loss, metrics.weight_sum, norm)
 
@@ -134,7 +134,7 @@ def main():
     train_step = make_train_step(mesh, shardings, args.plain)
     manager = None
     if args.checkpoint_dir:
-        import orbax.checkpoint as ocp  # not at the top: optional, and pytest imports this file
+        import orbax.checkpoint as ocp  # here, because it is optional and pytest imports this file
 
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         manager = ocp.CheckpointManager(args.checkpoint_dir, options=options)

@@ -1,7 +1,7 @@
-"""Programs that compile fast, for tests that do not depend on how well XLA optimises them.
+"""Programs that compile fast, for tests that do not depend on XLA's optimizations.
 
-Compiling is most of the time of such a test. conftest.py has the same settings for all tests, but
-the user's XLA_FLAGS replace those, as they do in CI.
+Such a test spends most of its time compiling. conftest.py has the same settings for all tests, but
+the user's XLA_FLAGS replace these settings, as in CI.
 """
 
 import functools
@@ -15,9 +15,9 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def all_of(functions):
-    """One function of a list with a tuple of arguments for each of these functions.
+    """A single function that calls each function of a list with its own tuple of arguments.
 
-    One program is compiled faster than many.
+    One large program compiles faster than many small ones.
     """
     functions = list(functions)
 

@@ -1,6 +1,6 @@
-"""Programs for accelerators that are not here: how they are traced, and what a TPU's XLA makes.
+"""Programs for accelerators that are not present: how they are traced, and how XLA compiles them.
 
-Its compiler needs no TPU, but `pip install libtpu`. Nothing that it compiles runs here.
+The compiler for TPUs needs no TPU, only `pip install libtpu`. Compiled programs do not run here.
 """
 
 import functools
@@ -38,7 +38,7 @@ def abstract_mesh(platform, *sizes):
 
 @pytest.fixture
 def host_of_one(monkeypatch):
-    """A process with one device of its own, whose programs loop over blocks of rows."""
+    """A process with one device. Its programs loop over blocks of rows."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
     jax.clear_caches()
     yield
@@ -46,7 +46,7 @@ def host_of_one(monkeypatch):
 
 
 def test_a_program_for_an_accelerator_has_nothing_that_serves_a_cpu():
-    """No barrier between passes, and products of bfloat16 for the gradients too."""
+    """There is no barrier between passes, and products for gradients are in bfloat16, too."""
     shapes = [((64, 5000), "float32"), ((64, 16), "bfloat16"), ((16, 5000), "bfloat16")]
     logits, hidden, kernel = (jax.ShapeDtypeStruct(*each) for each in shapes)
     labels = jax.ShapeDtypeStruct((64,), jnp.int32)
@@ -81,24 +81,24 @@ def test_export_for_the_devices_of_an_abstract_mesh(host_of_one, platform):
     assert loops == []
 
 
-# What a TPU's XLA makes of them.
+# What XLA compiles for a TPU
 
 
 @pytest.fixture(scope="module")
 def devices():
-    """16 of TPU v5e, not here. Skips, or fails where SXE_TPU says that they are needed."""
+    """16 virtual TPU v5e. Without libtpu, skip, or fail if SXE_TPU says that it is required."""
     if find_spec("libtpu") is None:
         reason = "libtpu is not installed: pip install libtpu"
         if os.environ.get("SXE_TPU") == "required":
             pytest.fail(f"SXE_TPU=required, but {reason}")
         pytest.skip(reason)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # whether this is a TPU's host
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # in several processes: none uses one
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask whether this is a TPU's host
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no process uses a TPU
     return np.array(topologies.get_topology_desc("v5e:4x4", "tpu").devices)
 
 
 def compiled(f, mesh, *arguments):
-    """f for shapes, dtypes and partition specs."""
+    """Compile f for these shapes, dtypes and partition specs."""
     structs = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
         for shape, dtype, spec in arguments
@@ -123,7 +123,7 @@ def of_head(rows, hidden, classes, dtype, batch=None, model=None, fsdp=None):
 
 
 def temporaries(program):
-    """Older versions allocate a chunk's logits twice, or the kernel's gradient in its result."""
+    """Older libtpu allocates a chunk's logits twice, or the kernel's gradient in its result."""
     libtpu = version("libtpu")
     if tuple(int(n) for n in libtpu.split(".")[:3]) < (0, 0, 51):
         pytest.skip(f"libtpu {libtpu} allocates otherwise than 0.0.51 and newer ones")
@@ -153,7 +153,7 @@ def test_every_option_compiles(devices, loss, rule, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "classes"), [(8192, 32000), (65536, 1000)])
 def test_logits_are_read_and_their_gradient_is_written(devices, rows, classes, dtype):
-    """No array of their size comes between."""
+    """There is no array of their size in between."""
     f = jax.value_and_grad(sxe.softmax_cross_entropy)
     program = compiled(f, one_device(devices), *of_logits(rows, classes, dtype))
     assert program.memory_analysis().temp_size_in_bytes < MIB
@@ -215,7 +215,7 @@ def test_a_mesh_moves_what_the_plan_says(devices, split, fsdp, dtype):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("around", [True, False], ids=["set_mesh", "by its arguments"])
 def test_jit_on_a_mesh_moves_neither_logits_nor_kernel(devices, host_of_one, kind, around):
-    """A program for the host's own device would gather the kernel in every chunk."""
+    """A program for the devices of this host would gather the kernel in every chunk."""
     mesh = Mesh(devices.reshape(4, 4), ("data", "model"), axis_types=(kind,) * 2)
     logits = of_logits(16384, K, "bfloat16", "data", "model")
     head = of_head(N, D, K, "bfloat16", "data", "model")
@@ -231,7 +231,7 @@ def test_jit_on_a_mesh_moves_neither_logits_nor_kernel(devices, host_of_one, kin
     assert {c.opcode for c in of_a_head} == {"all-reduce"}
     most = max(N // 4 * D, D * K // 4)  # the gradients of hidden and kernel, once
     assert max(c.size for c in of_a_head) <= most
-    if around or kind == AxisType.Auto:  # the loss asks for set_mesh on an Explicit mesh
+    if around or kind == AxisType.Auto:  # on an Explicit mesh, the loss requires set_mesh
         of_logits_ = moved(sxe.softmax_cross_entropy, logits, 0)
         assert max(c.size for c in of_logits_) <= 16384 // 4
 

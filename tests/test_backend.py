@@ -1,4 +1,4 @@
-"""What sxe knows of platforms and versions, and where a program will run."""
+"""The facts about platforms and versions, and where a program will run."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ BACKENDS = [
 ]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# Where each property is true: platforms, local, versions.
+# Where each property is true: platform, is_local, versions
 WHERE_TRUE = {
     "loops_over_rows": ("cpu", (True,), VERSIONS),
     "writes_out_shared_terms": ("cpu", (True, False), VERSIONS),
@@ -59,7 +59,7 @@ def test_a_gpu_multiplies_whole_16_bytes_of_classes():
 
 
 DTYPES = {
-    # of hidden states and kernel, by platform: of the logits' product, and of the gradients'
+    # platform, dtype of hidden states and kernel: dtype of the logits' product, of the gradients'
     ("cpu", "float16"): ("float32", "float32"),
     ("cpu", "bfloat16"): ("bfloat16", "float32"),
     ("cpu", "float32"): ("float32", "float32"),
@@ -90,7 +90,7 @@ def test_limits_of_chunks():
         assert backend.chunk_limits(jnp.dtype(dtype)) == expected, (backend, dtype)
 
 
-# Where a program will run.
+# Where a program will run
 
 
 def abstract_mesh(platform, *sizes):
@@ -101,7 +101,7 @@ def abstract_mesh(platform, *sizes):
 
 
 def host_of(monkeypatch, devices):
-    """A process with so many devices of its own."""
+    """A process with this number of devices."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: devices)
 
 
@@ -113,7 +113,7 @@ def test_the_mesh_around_a_call_says_where_it_runs(platform, name):
     with jax.sharding.use_abstract_mesh(abstract_mesh(platform, 4, 2)):
         assert backend_of() == Backend(name, is_local=False)
         found = sxe.plan(8192, 4096, 128256, "bfloat16")
-    if name != "cpu":  # where it depends on how many there are
+    if name != "cpu":  # on a CPU it depends on the number of devices
         assert found == sxe.plan(8192, 4096, 128256, "bfloat16", backend=name)
     assert backend_of().platform == jax.default_backend()
 
@@ -178,7 +178,7 @@ def test_an_axis_that_a_type_names_splits_however_few_devices_it_has(monkeypatch
     assert backend_of(x).is_local == local
 
 
-# What hides arrays from XLA.
+# Hiding arrays from XLA
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)

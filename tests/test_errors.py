@@ -849,7 +849,12 @@ def test_head_within_shard_map(argument, specs, message):
 @named(
     [
         ("loss", {"loss": jnp.mean}, TypeError, r"expected one of sxe\.softmax_.*, got .*mean.*"),
-        ("loss", {"loss": jax.jit(HEAD)}, TypeError, "expected .*; options and jax.jit go with .*"),
+        (
+            "loss",
+            {"loss": jax.jit(HEAD)},
+            TypeError,
+            "expected .*; pass options, and apply jax.jit, to .*",
+        ),
         ("mesh", {"mesh": (2, 4)}, TypeError, r"expected a jax.sharding.Mesh .*, got \(2, 4\)"),
         ("batch", {"batch": 0}, TypeError, f"{MESH_AXIS}0"),
         ("batch", {"batch": "x"}, ValueError, r"expected axes .*\('data', 'model'\), got 'x'"),
@@ -914,7 +919,7 @@ MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shap
             "axis_name",
             {"axis_name": "model"},
             TypeError,
-            "expected none with over_mesh, where batch and classes name .*, got 'model'",
+            "expected to be left out with over_mesh, whose batch and classes name .*, got 'model'",
         ),
         # The shapes are those of all devices:
         ("labels", {"labels": zeros(4, dtype=int)}, ValueError, r"expected .*\(8,\).*\(4,\) .*"),
@@ -1093,7 +1098,7 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "axis_name",
             {"mesh": {"data": 2}, "memory_bytes": 1e9},
             ValueError,
-            "expected one axis of mesh, whose size memory_bytes decides, got None",
+            "expected one axis of mesh, whose size memory_bytes determines, got None",
         ),
         (
             "memory_bytes",
@@ -1111,7 +1116,7 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "mesh",
             OF_DEVICES | {"rows": 7, "classes": 13, "memory_bytes": 1e9},
             ValueError,
-            "expected 4 devices that divide 7 rows and 13 classes .*, got .*; pad rows or classes",
+            "expected 4 devices that can divide 7 rows and 13 classes, got .*; pad rows or classes",
         ),
         ("target_hidden", {"target_hidden": 0}, ValueError, "expected at least 1, got 0"),
         ("target_hidden", {"target_hidden": 2.0}, TypeError, "expected an int, got 2.0"),
@@ -1119,13 +1124,13 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "differentiate",
             {"differentiate": ("target_kernel",)},
             ValueError,
-            "expected 'target_kernel' for a divergence alone; pass target_hidden, its D', besides",
+            "expected 'target_kernel' only for a divergence; pass target_hidden, its D', as well",
         ),
         (
             "options",
             {"options": ("jensen_shannon",)},
             ValueError,
-            "expected 'jensen_shannon' for a divergence alone; pass target_hidden, .*",
+            "expected 'jensen_shannon' only for a divergence; pass target_hidden, .*",
         ),
         (
             "options",

@@ -1,4 +1,4 @@
-"""The head: every option, precision, edges and cost, against logits in float64 NumPy."""
+"""The head compared with float64 logits in NumPy: options, precision, edge cases and cost."""
 
 import functools
 import itertools
@@ -34,9 +34,9 @@ INF, NAN = np.inf, np.nan
 
 
 def problem(*options, dense=False):
-    """The arguments of a call with a prime number of rows, and these options."""
-    # Gradients of three reductions are added, each rounded to its dtype. Of the seeds 0 and 1 some
-    # entry of these is much larger than their sum, and 16 bits hold too little of that.
+    """The arguments of a call with these options and a prime number of rows."""
+    # Gradients of three reductions are added, each rounded to its dtype. With seeds 0 and 1, an
+    # entry of one of these is much larger than the sum, and 16 bits hold too few digits of the sum.
     return head_problem(*options, dense=dense, shape=(N, D, K), seed=2)
 
 
@@ -50,7 +50,7 @@ def cotangents():
 
 @functools.cache
 def program(by, reductions, metrics, static, compiler_options):
-    """A jitted function of p, its entries ``by``, and a cotangent for each of these reductions."""
+    """A jitted function of p, its entries ``by``, and one cotangent per reduction."""
 
     def run(given, p, g):
         def losses(given):
@@ -68,9 +68,9 @@ def program(by, reductions, metrics, static, compiler_options):
 
 
 def value_and_gradients(p, g, by=None, metrics=False, compiler_options=QUICK, **static):
-    """The losses by the reductions in g, the gradients of their sum with these weights, metrics.
+    """The loss for each reduction in g, the gradients of their sum weighted by g, and the metrics.
 
-    The gradients are those for ``by``, by default for all that have one.
+    The gradients are for the arguments in ``by``; by default, for all that have a gradient.
     """
     p, numbers = apart(p)
     static |= numbers
@@ -80,7 +80,7 @@ def value_and_gradients(p, g, by=None, metrics=False, compiler_options=QUICK, **
 
 
 def expected(p, g):
-    """The same by the oracle: of the head's arguments by hand, of the other options numerically."""
+    """The reference: gradients by formula for the head's arguments, numerical for the others."""
 
     def losses(p):
         return {r: oracle.head_loss(**p, reduction=r) for r in g}
@@ -92,7 +92,7 @@ def expected(p, g):
     gradients = {k: sum(d[k] for d in each) for k in each[0] if k in p}
     value, step = losses(p), 1e-6
     if "labels" in floats(p):
-        # Linear, row by row: each class of all rows at once.
+        # The loss is linear in the targets, row by row. So move one class of all rows at once.
         rows = functools.partial(oracle.head_loss, reduction="none")
         total_of_rows = rows(**p).sum()
         ratio = {r: loss / total_of_rows if r != "none" else 1 for r, loss in value.items()}
@@ -100,7 +100,7 @@ def expected(p, g):
         labels = np.asarray(p["labels"], np.float64)
         ahead = [rows(**(p | {"labels": labels + e})) for e in np.eye(labels.shape[-1])]
         more = np.stack(ahead, axis=-1) - rows(**p)[:, None]
-        # A class that cannot occur has no target, and then no derivative.
+        # A class that cannot occur has no target, and so its derivative is 0.
         more = np.where(p.get("class_mask", True), more, 0)
         gradients["labels"] = share[:, None] * more
     for name in set(floats(p)) - set(gradients):
@@ -124,11 +124,11 @@ def check(actual, p, g):
 # Options
 
 
-# One row, ragged, one row left over, one short of two chunks, all rows, more than there are, auto.
+# One row, unequal chunks, one row left over, two chunks less a row, all rows, more, the default.
 CHUNK_SIZES = (1, 4, 12, 7, 13, 100, None)
 
 
-# A logit_scale is that of all rows and, in the next case that has one, of each row.
+# One logit_scale for all rows and, in the next case that has one, one per row.
 CASES = [
     with_row_scale(case) if i % 2 else case for i, case in enumerate(in_fours(*option_cases.HEAD))
 ]
@@ -147,7 +147,7 @@ EVERY = [(*EVERY_OF_HEAD, "ignore_index"), (*with_row_scale(EVERY_OF_HEAD), "den
     ],
 )
 def test_option_cases(case, chunk_size, rule):
-    """Values, gradients for every argument, and metrics, rows that do not count included."""
+    """Check values, gradients for every argument, and metrics, also with rows that do not count."""
     p, g = problem(*case, dense="dense" in case), cotangents()
     actual = value_and_gradients(p, g, metrics=True, rule=rule, chunk_size=chunk_size)
     check(actual, p, g)
@@ -165,7 +165,7 @@ def test_option_cases(case, chunk_size, rule):
     "by", [("hidden",), ("kernel",), ("labels", "softcap"), ("bias", "weights"), ("class_weights",)]
 )
 def test_the_gradients_that_are_asked_for(by):
-    """Some without the others, which are not computed."""
+    """Request some gradients without the others, which are then not computed."""
     p = problem("bias", "softcap", "weights", "class_weights", dense=True)
     g = cotangents()
     check(value_and_gradients(p, g, by, chunk_size=4), p, g)
@@ -177,7 +177,7 @@ def test_the_gradients_that_are_asked_for(by):
 )
 @pytest.mark.parametrize("rule", ["vjp", "jvp"])
 def test_leading_dimensions(shape, width, classes, rule):
-    """One row, one class, a hidden size of 1, and none: a loss of 0 and gradients of zeros."""
+    """One row, one class, hidden size 1, and no rows, with a loss of 0 and gradients of zeros."""
     p = {"hidden": normal(*shape, width), "kernel": normal(width, classes)}
     p["labels"] = np.random.default_rng(0).integers(classes, size=shape)
     g = {"mean": np.float32(1.7), "none": normal(*shape)}
@@ -192,9 +192,9 @@ def test_leading_dimensions(shape, width, classes, rule):
 
 
 def test_lse_where_logits_are_computed_twice():
-    """XLA may compute logit_scale * u + bias once for the maximum, and once more for the sum.
+    """XLA may compute logit_scale * u + bias once for the maximum, and again for the sum.
 
-    With several CPU devices and without optimizations the two differ by a rounding.
+    With several CPU devices and without optimizations, the two differ by a rounding error.
     """
     p = head_problem("bias", "logit_scale", shape=(64, D, K))
     x, _ = oracle.head(**{name: a for name, a in p.items() if name != "labels"})
@@ -218,7 +218,7 @@ def test_lse_where_logits_are_computed_twice():
     ],
 )
 def test_dtypes(hidden, kernel, x64):
-    """Different dtypes are promoted as in hidden @ kernel; each gradient has its input's."""
+    """Different dtypes are promoted as in hidden @ kernel. A gradient has its input's dtype."""
     with (
         jax.enable_x64(x64),
         jax.numpy_dtype_promotion("strict" if hidden == kernel else "standard"),
@@ -245,9 +245,9 @@ def test_dtypes(hidden, kernel, x64):
     dtype=["bfloat16", "float16"],
 )
 def test_precision(of, dtype):
-    """As precise as float32 logits of the same inputs, and one rounding.
+    """The result is as precise as one from float32 logits of the same inputs, rounded once.
 
-    A gradient of the kernel that is added up in the inputs' dtype is not, by this same measure.
+    By this measure, a kernel gradient that is accumulated in the inputs' dtype fails.
     """
     rule, reduction = of
     n, width, classes, chunk_size = 257, 24, 61, 16
@@ -298,7 +298,7 @@ def test_precision(of, dtype):
 
 @vjp_by_default
 def test_digits_of_extreme_rows(rule):
-    """Confident rows and large offsets, where one hidden unit a row makes the logits exact."""
+    """Confident rows and large offsets. With one hidden unit per row, the logits are exact."""
     x = normal(8, 16)
     for i, lead in enumerate([20, 40, 80, 20, 40]):
         x[i, 3] = x[i].max() + lead
@@ -319,11 +319,11 @@ def test_digits_of_extreme_rows(rule):
     assert (np.abs(gradients["hidden"] - d_x @ wide.T) <= bound).all()
 
 
-# Rows that do not count, and rows that are bad
+# Rows that do not count, and bad rows
 
 
 def edges(rule, p):
-    """Losses and gradients; one program serves all tests of this section."""
+    """Losses and gradients. One program serves all tests of this section."""
     g = {"mean": np.float32(1.7), "none": normal(N)}
     options = {"where": np.ones(N, bool), "weights": np.ones(N, np.float32), "bias": normal(K)}
     by = ("hidden", "kernel", "bias", "weights")
@@ -334,7 +334,7 @@ def edges(rule, p):
 @vjp_by_default
 @pytest.mark.parametrize("reason", ["where", "weights", "ignore_index"])
 def test_a_row_that_does_not_count_contributes_nothing(reason, rule):
-    """NaN and infinity in hidden states, labels out of range."""
+    """The row has NaN or infinity in its hidden states, or a label out of range."""
     out = [0, 3, 7, 8, 12]
     counts = ~np.isin(range(N), out)
     hidden, labels = np.array(problem()["hidden"]), np.array(problem()["labels"])
@@ -350,12 +350,12 @@ def test_a_row_that_does_not_count_contributes_nothing(reason, rule):
         assert not a[out].any()
 
 
-# With rules that leave the kernel's product to JAX, a cotangent of 0 meets the kernel's infinity.
+# With rules that leave the kernel's product to JAX, a cotangent of 0 meets an infinite kernel.
 @pytest.mark.parametrize(
     ("reason", "rule"), [*(("where", rule) for rule in RULES), ("weights", "vjp")]
 )
 def test_logits_that_overflow_where_they_do_not_count(reason, rule):
-    """Of finite hidden states; the kernel's infinity is a class that cannot occur for the rest."""
+    """Finite hidden states overflow. The infinite kernel entry is an impossible class elsewhere."""
     counts, others = np.arange(N) % 3 > 0, np.arange(K) != 4
     hidden, kernel = (np.array(problem()[name]) for name in ("hidden", "kernel"))
     hidden[:, 0] = np.where(counts, -np.abs(hidden[:, 0]), 3e38)
@@ -378,7 +378,7 @@ def test_logits_that_overflow_where_they_do_not_count(reason, rule):
 
 @vjp_by_default
 def test_a_bad_row_is_nan_alone(rule):
-    """NaN or infinity in its hidden states, a label out of range."""
+    """A row is bad with NaN or infinity in its hidden states, or a label out of range."""
     bad = np.isin(range(N), [1, 4, 5, 12])
     hidden, labels = np.array(problem()["hidden"]), np.array(problem()["labels"])
     hidden[1, 2], hidden[4, 0], labels[[5, 12]] = NAN, INF, (K, -1)
@@ -406,7 +406,7 @@ def test_checkify_names_position_label_and_classes():
 
 @vjp_by_default
 def test_a_bias_of_minus_infinity_cannot_occur(rule):
-    """No gradient there; if it is the label's, the loss is infinite and its gradient -1."""
+    """The class has no gradient. If it is the label, the loss is infinite with gradient -1."""
     bias = np.where(np.arange(K) == 4, -INF, normal(K)).astype(np.float32)
     labels = np.where(problem()["labels"] == 4, 1, problem()["labels"])
     value, gradients, p, g = edges(rule, {"bias": bias, "labels": labels})
@@ -435,9 +435,9 @@ def test_a_bias_of_minus_infinity_cannot_occur(rule):
     ],
 )
 def test_flops(of, reduction, products):
-    """2 N D K for each product; one more where the backward pass computes the logits again.
+    """2 N D K per product, and one more product if the backward pass computes the logits again.
 
-    XLA counts what a loop computes once: two chunks are a half, and one needs no loop.
+    XLA counts the body of a loop once. So two chunks count half, and one chunk needs no loop.
     """
     n, width, classes = 64, 1024, 256
     chunks = 2 if reduction == "none" else 1
@@ -452,7 +452,7 @@ def test_flops(of, reduction, products):
 
     given = {k: p.pop(k) for k in of}
     g = normal(n) if reduction == "none" else np.float32(2)
-    # JAX is not given what XLA would have to remove.
+    # JAX itself traces no product that XLA would have to remove.
     assert str(jax.make_jaxpr(run)(given, p, g)).count("dot_general[") == products
     flops = jax.jit(run).lower(given, p, g).compile().cost_analysis()["flops"]
     assert flops == pytest.approx(2 * n // chunks * width * classes * products, rel=0.05)
@@ -469,7 +469,7 @@ def test_flops(of, reduction, products):
     ],
 )
 def test_chunks_on_an_accelerator(rows, width, classes, chunk):
-    """As many rows as leave their logits and gradient below 64 MiB or a fifth of all logits."""
+    """A chunk keeps logits and gradient below 64 MiB or below a fifth of all logits."""
     plan = sxe.plan(rows, width, classes, "bfloat16", backend="gpu")
     assert plan.chunk_size == chunk
     assert plan.gradient_dtype == "bfloat16"
@@ -478,7 +478,7 @@ def test_chunks_on_an_accelerator(rows, width, classes, chunk):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_many_rows_of_tiny_losses_add_up(reduction):
-    """Each one's share of the mean, 8e-40, is below float32's normal numbers."""
+    """The share of a row in the mean, 8e-40, is below the normal numbers of float32."""
     n = 4096
     x, kernel = np.ones((n, 1), np.float32), np.array([[82, 0, -1]], np.float32)
     loss = functools.partial(sxe.linear_softmax_cross_entropy, reduction=reduction)
@@ -486,12 +486,12 @@ def test_many_rows_of_tiny_losses_add_up(reduction):
     q = np.exp(kernel[0, 1:].astype(np.float64) - 82)
     scale = n if reduction == "sum" else 1
     np.testing.assert_allclose(value, scale * q.sum(), rtol=LOSS_BAR)
-    # The kernel's gradient is a float32 sum of 4,096 equal numbers.
+    # The gradient of the kernel is a float32 sum of 4,096 equal numbers.
     np.testing.assert_allclose(gradient[0], scale * np.array([-q.sum(), *q]), rtol=5e-5)
 
 
 def precisions(f, *arguments):
-    """Of every matrix product in f, as JAX hands it to XLA."""
+    """The precision of every matrix product in f, as JAX passes it to XLA."""
     text = jax.jit(f).lower(*arguments).as_text()
     found = re.findall(r"dot_general.*?precision = \[(\w+), (\w+)\]", text)
     assert len(found) == text.count("stablehlo.dot_general") > 0
@@ -509,7 +509,7 @@ def precisions(f, *arguments):
     reduction=["mean", "none"],
 )
 def test_precision_of_products(of, reduction, rule):
-    """By the dtype of the inputs, whose digits none of the products drops, unless asked to."""
+    """The dtype of the inputs decides. No product drops digits, unless the caller chose so."""
     hidden, kernel, precision = of
     p = {"hidden": jnp.zeros((N, D), hidden), "kernel": jnp.zeros((D, K), kernel)}
     labels = problem()["labels"]
@@ -596,9 +596,9 @@ for dtype, sizes in [("float32", [4096]), ("bfloat16", [2048, 4096])]:
 
 
 def test_one_cpu_device_takes_blocks_of_classes():
-    """And of rows, with remainders, and memory that does not grow with the rows.
+    """It also takes blocks of rows, with remainders. The memory does not grow with the rows.
 
-    In a process of its own: here the tests see several devices, and blocks are ruled out.
+    This runs in its own process, because the tests have several devices, where there are no blocks.
     """
     fresh.run("-c", ONE_DEVICE)
 
@@ -623,5 +623,5 @@ for name, right in found[0].items():
 
 
 def test_a_bias_and_a_scale_in_chunks_on_one_device():
-    """XLA computes the logits of a chunk again there, and rounds them in another way."""
+    """On one device XLA computes the logits of a chunk again, and may round them differently."""
     fresh.run("-c", BIAS_AND_SCALE)

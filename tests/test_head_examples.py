@@ -1,4 +1,4 @@
-"""Rows of the head that do not count, and examples of ``jax.vmap``, which become its rows."""
+"""The head with rows that do not count, and under ``jax.vmap``, where examples become its rows."""
 
 import functools
 import itertools
@@ -25,13 +25,13 @@ PADDED = 64
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    """Of several, JAX does not say before a program is compiled whether one has all rows."""
+    """With several devices, JAX does not know before compiling whether one device has all rows."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
 
 
 @pytest.fixture
 def rows_multiplied(monkeypatch):
-    """The rows of each product with the kernel that a program runs for logits."""
+    """The number of rows that a program multiplies with the kernel to get logits."""
     found = []
     u = projection.Products.u
 
@@ -59,13 +59,13 @@ def rows_multiplied(monkeypatch):
 
 
 def masks(number):
-    """So many rows that count, scattered and in one piece."""
+    """Masks with this number of rows that count: scattered, and in one piece."""
     scattered = np.isin(np.arange(N), np.random.default_rng(number).permutation(N)[:number])
     return scattered, np.arange(N) >= N - number
 
 
 def ways(p, mask):
-    """The ways to leave rows out, as arguments of a call."""
+    """The ways to exclude rows, as arguments of a call."""
     weights = np.where(mask, np.linspace(0.5, 2, N), 0).astype(np.float32)
     return {
         "where": {"where": mask},
@@ -80,7 +80,7 @@ def head(p, **static):
 
 @each_value(way=["where", "ignore_index", "weights"], reduction=["mean", "sum", "none"])
 def test_chunks_without_a_row_that_counts_are_not_run(way, reduction, rows_multiplied):
-    """Neither for the value nor for gradients; the loss and gradients are those of all chunks."""
+    """Neither for the value nor for gradients, which are the same as when all chunks are run."""
     p = head_problem("bias", shape=(N, D, K), seed=3)
     g = normal(N) if reduction == "none" else np.float32(1.3)
     static = {"ignore_index": -7 if way == "ignore_index" else None, "reduction": reduction}
@@ -115,7 +115,7 @@ def test_chunks_without_a_row_that_counts_are_not_run(way, reduction, rows_multi
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_rows_that_are_left_are_run_in_quarters_of_a_chunk(reduction, rows_multiplied):
-    """Of 3 chunks of 128 rows. The loss and gradients are those of rows that all are in chunks."""
+    """3 chunks of 128 rows. The loss and gradients are the same as with all rows in chunks."""
     n, size = 384, 128
     p = head_problem("bias", shape=(n, D, K), seed=3)
     g = normal(n) if reduction == "none" else np.float32(1.3)
@@ -151,7 +151,7 @@ def test_rows_that_are_left_are_run_in_quarters_of_a_chunk(reduction, rows_multi
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("way", ["where", "ignore_index", "weights"])
 def test_chunks_whose_rows_all_count_are_not_masked(way, reduction):
-    """On a CPU, masked logits would be written out. As many arrays are selected as without mask."""
+    """XLA's CPU backend would write masked logits out. The number of selects is as without mask."""
     n, size = 384, 128
     p = head_problem(shape=(n, D, K), seed=3)
     given = {"where": np.ones(n, bool), "ignore_index": None, "weights": np.ones(n, np.float32)}
@@ -178,7 +178,7 @@ def test_chunks_whose_rows_all_count_are_not_masked(way, reduction):
 
 
 def test_derivatives_of_weights_of_0_beside_a_row_without_loss():
-    """Whole chunks then hold rows of weight 0. One whose logits overflow leaks no NaN."""
+    """Whole chunks then include rows of weight 0. A row whose logits overflow causes no NaN."""
     n, size = 24, 8
     p = head_problem(shape=(n, D, K), seed=3)
     p["weights"] = np.where(np.arange(n) % 3 == 0, 0, 1.5).astype(np.float32)
@@ -218,7 +218,7 @@ def test_when_all_chunks_are_run(case, rows_multiplied):
     gradients, count = rows_multiplied(jax.jit(jax.grad(loss)), given)
     assert count % PADDED == 0
     assert count >= PADDED
-    if case == "derivative of weights":  # of a row of weight 0 it is (loss - mean) / sum of weights
+    if case == "derivative of weights":  # (loss - mean) / sum of weights, for a row of weight 0
         losses = oracle.head_loss(p["hidden"], p["kernel"], p["labels"], reduction="none")
         mean = oracle.head_loss(**p)
         assert_close(gradients["weights"], (losses - mean) / p["weights"].sum(dtype=np.float64))
@@ -247,7 +247,7 @@ def test_second_derivatives_with_rows_that_do_not_count(second):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma, monkeypatch):
-    """Devices along "data" have no row, one, and all; those along "model" share rows."""
+    """Along "data", devices have no, one, all or some rows that count. "model" has classes."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: 8)
     mesh = make_mesh(4, 2, names=("data", "model"))
     rows = 4 * N
@@ -264,7 +264,7 @@ def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma, monke
     split = (P("data"), P(None, "model"), P("model"), P("data"), P("data"))
     f = jax.shard_map(of_devices, mesh=mesh, in_specs=split, out_specs=out, check_vma=check_vma)
     *inputs, labels = p["hidden"], p["kernel"], p["bias"], p["labels"]
-    assert "cumsum" in str(jax.make_jaxpr(f)(*inputs, labels, mask))  # sorts rows, to skip some
+    assert "cumsum" in str(jax.make_jaxpr(f)(*inputs, labels, mask))  # rows are sorted to skip some
     value, pullback = jax.vjp(lambda *inputs: jax.jit(f)(*inputs, labels, mask), *inputs)
     gradients = pullback(jnp.asarray(g))
     assert_close(value, oracle.head_loss(**p, where=mask, reduction=reduction))
@@ -274,7 +274,7 @@ def test_each_device_of_a_mesh_skips_rows_of_its_own(reduction, check_vma, monke
 
 
 def test_rows_are_sorted_where_one_device_has_them_and_some_may_not_count(monkeypatch):
-    """Else nothing changes. Rows that several devices hold would have to be moved."""
+    """In other cases nothing is sorted. Rows that several devices hold would have to be moved."""
     p = head_problem("where", shape=(N, D, K))
 
     def sorts(p):
@@ -290,7 +290,7 @@ def test_rows_are_sorted_where_one_device_has_them_and_some_may_not_count(monkey
 
 
 def test_a_number_of_rows_that_is_a_symbol():
-    """One program for any of them, which runs all chunks."""
+    """One program serves any number of rows. It runs all chunks."""
     (n,) = export.symbolic_shape("n")
 
     def loss(hidden, kernel, labels, where):
@@ -328,11 +328,11 @@ def test_nan_in_rows_that_do_not_count_in_reverse_over_reverse(reduction, size):
     np.testing.assert_allclose(run(dirty), run(p["hidden"]), rtol=2e-5, atol=1e-6)
 
 
-# Examples of a vmap.
+# Examples of a vmap
 
 B, T = 3, 7
 ARRAYS = ("hidden", "kernel", "labels", "where", "weights", "bias", "logit_scale", "z_loss")
-# What is mapped, and whether examples then become rows of one call.
+# The mapped arguments, and whether the examples become rows of one call.
 MAPPED = {
     ("hidden", "labels"): True,
     ("hidden",): True,
@@ -350,7 +350,7 @@ MAPPED = {
 
 
 def examples_problem(mapped, dense=False):
-    """The arguments of a call, with an axis of examples first in those that are mapped."""
+    """The arguments of a call. The mapped ones have an axis of examples first."""
     options = ("where", "weights", "bias", "logit_scale", "z_loss")
     p = head_problem(*options, dense=dense, shape=(T, D, K), lead=(B,), seed=4)
     return {name: a if name in mapped else a[0] for name, a in p.items()}
@@ -363,7 +363,7 @@ def by_example(p, mapped):
 @pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @each_value(mapped={"-".join(names): names for names in MAPPED}, reduction=["mean", "none"])
 def test_vmap_over_any_arguments(mapped, reduction, dense):
-    """Values, a gradient of the vmap, and a vmap of the gradient, example by example."""
+    """The values, a gradient of the vmap, and a vmap of the gradient, checked per example."""
     p = examples_problem(mapped, dense)
     g = normal(B, T) if reduction == "none" else normal(B)
     axes = {name: 0 if name in mapped else None for name in p}
@@ -405,7 +405,7 @@ def test_vmap_over_any_arguments(mapped, reduction, dense):
 
 @pytest.mark.parametrize("mapped", MAPPED, ids="-".join)
 def test_examples_that_share_the_kernel_are_rows_of_one_call(mapped):
-    """No product, and no gradient of the kernel, has an axis of examples then."""
+    """Then no product and no gradient of the kernel has an axis of examples."""
     p = examples_problem(mapped)
     axes = {name: 0 if name in mapped else None for name in p}
 
@@ -420,7 +420,7 @@ def test_examples_that_share_the_kernel_are_rows_of_one_call(mapped):
 
 @pytest.mark.parametrize(("inside", "outside"), [*itertools.product((False, True), repeat=2)])
 def test_nested_vmaps(inside, outside):
-    """Of gradients inside, outside, between the two; jitted and not."""
+    """The gradient is inside, outside, or between the two vmaps, jitted or not."""
     hidden, labels = normal(2, B, T, D), np.arange(2 * B * T).reshape(2, B, T) % K
     kernel = normal(D, K)
     loss = functools.partial(sxe.linear_softmax_cross_entropy, chunk_size=2)
@@ -488,7 +488,7 @@ def test_vmap_by_other_rules(rule):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_of_examples_is_that_of_one_call(gradient):
-    """8 sequences of 64 tokens, and 512 single rows; JAX's rule needs a kernel for each of them."""
+    """8 sequences of 64 tokens, or 512 single rows. JAX's own rule needs one kernel for each."""
     shapes = [((8, 64, 128), "bfloat16"), ((128, 8192), "bfloat16"), ((8, 64), "int32")]
     inputs = [jax.ShapeDtypeStruct(*s) for s in shapes]
     rows = [

@@ -22,9 +22,9 @@ N, D, K = 8, 3, 16
 
 
 def cases(rule="vjp"):
-    """Every option with either kind of labels, none, and each reduction: p and the rest of a call.
+    """p and the static options of some calls: every option, both kinds of labels, each reduction.
 
-    The last has bfloat16 operands.
+    The last call has no options and bfloat16 operands.
     """
     static = {"rule": rule, "chunk_size": 3}
     p, ignored = apart(head_problem(*EVERY_OF_HEAD, "ignore_index"))
@@ -36,7 +36,7 @@ def cases(rule="vjp"):
 
 
 def spec(p, rows, classes):
-    """How the arguments lie on a mesh that splits rows and classes along these axes."""
+    """The sharding of the arguments on a mesh with these axes for rows and classes."""
     layouts = {
         "hidden": P(rows, None),
         "kernel": P(None, classes),
@@ -57,14 +57,14 @@ def head(static):
 
 
 def outside(p, static, mesh, rows, classes, **options):
-    """The gradient of the loss in shard_map."""
+    """The gradient, taken outside shard_map, of the loss in shard_map."""
     loss = head(static | {"axis_name": classes, "batch_axis_name": rows})
     options |= {"in_specs": (spec(p, rows, classes),), "out_specs": out_spec(static, rows)}
     return with_gradients(jax.shard_map(loss, mesh=mesh, **options))
 
 
 def inside(p, static, mesh, rows, classes):
-    """The gradient in shard_map."""
+    """The gradient, taken inside shard_map."""
     layout, g = spec(p, rows, classes), out_spec(static, rows)
     return jax.shard_map(
         with_gradients(head(static | {"axis_name": classes, "batch_axis_name": rows})),
@@ -78,7 +78,7 @@ _ONE_DEVICE = {}
 
 
 def on_one_device(p, static):
-    """The gradients of the same call, which many tests share, by rule "vjp" and in one chunk."""
+    """The gradients of the same call by rule "vjp" in one chunk. Many tests share them."""
     key = p["kernel"].dtype, p["kernel"].shape, p["labels"].ndim, static["reduction"], tuple(p)
     if key not in _ONE_DEVICE:
         static = {k: v for k, v in static.items() if k not in ("rule", "chunk_size")}
@@ -88,7 +88,7 @@ def on_one_device(p, static):
 
 
 def compare(functions, calls, place=lambda p, static: (p, cotangent(p, static["reduction"]))):
-    """One program with these functions against the oracle, and against the calls on one device."""
+    """Run these functions in one program, and compare with the oracle and with one device."""
     results = quick_jit(all_of(functions))([place(*call) for call in calls])
     for (p, static), (value, gradients) in zip(calls, results, strict=True):
         with naming(*static.values(), *p):
@@ -122,7 +122,7 @@ unchecked = functools.partial(outside, check_vma=False)
     ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", "unchecked"),
 )
 def test_shard_map(transform, rule):
-    """Rows and classes split; the gradient outside, with check_vma on and off, and inside."""
+    """Sharded rows and classes. The gradient is outside, with and without check_vma, or inside."""
     calls = cases(rule)
     compare([transform(*call, make_mesh(2, 4), "data", "model") for call in calls], calls)
 
@@ -140,7 +140,7 @@ def test_one_axis_or_several(rows, classes):
 
 
 def test_blocks_in_shard_map(monkeypatch):
-    """Of one row and of 256 classes, of a shard's 300."""
+    """Blocks of one row, and of 256 of a shard's 300 classes."""
     monkeypatch.setattr(Backend, "row_block_bytes", 1)
     monkeypatch.setattr(Backend, "class_block_bytes", 2)
     shape, static = (N, 2, 1200), {"chunk_size": 3}
@@ -158,9 +158,9 @@ def test_blocks_in_shard_map(monkeypatch):
 
 @vjp_by_default
 def test_rows_that_do_not_count(rule):
-    """NaN, labels out of range, and logits that overflow on one device; in bad rows, too.
+    """Rows with NaN, labels out of range, and logits that overflow on one device.
 
-    Those are NaN alone, on every device.
+    If these rows count, they alone are NaN, on every device.
     """
     p, static = head_problem("bias", "weights"), {"rule": rule, "reduction": "none"}
     p["kernel"][0], p["kernel"][0, 13], p["weights"][[3, 7]] = 0.5, 2, 0
@@ -200,12 +200,12 @@ def test_wrong_use(options, message):
         jax.eval_shape(loss, p)
 
 
-# jit on global arrays, which JAX splits
+# jit on global arrays, which JAX shards
 
 
 @each_value(layout=[("data", "model"), (None, "model"), ("data", None)], kind=["explicit", "auto"])
 def test_global_arrays(kind, layout):
-    """Every reduction; on an explicit mesh a gradient is split as its argument."""
+    """Every reduction. On an explicit mesh, a gradient has the sharding of its argument."""
     mesh, context = use_mesh(kind)
     rule = RULES[[("data", None), (None, "model"), ("data", "model")].index(layout)]
     calls = cases()[:2] + cases(rule)[2:]
@@ -232,7 +232,7 @@ def test_global_arrays(kind, layout):
 
 @pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
 def test_metrics(kind):
-    """The first of the largest logits wins, in whichever shard it lies."""
+    """The first of the largest logits is the prediction, whichever shard has it."""
     p = head_problem("weights", "where", "bias")
     p["hidden"][0], p["hidden"][1] = 0, 0
     p["bias"][[5, 13]] = 9
@@ -257,12 +257,12 @@ def test_metrics(kind):
     assert np.asarray(metrics.predictions)[0] == 5
 
 
-# What the compiled program moves
+# Communication in the compiled program
 
 
 @each_value(rule=["vjp", "jvp"], reduction=["mean", "none"])
 def test_collectives(rule, reduction):
-    """Statistics of rows, and once the gradient of the hidden states: not the kernel, no logits."""
+    """Statistics of rows, and once the gradient of the hidden states; neither kernel nor logits."""
     rows, width, classes = 32, 12, 512
     p = head_problem(*EVERY_OF_HEAD, shape=(rows, width, classes))
     static = {"rule": rule, "reduction": reduction, "chunk_size": 8}

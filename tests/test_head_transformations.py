@@ -1,4 +1,4 @@
-"""The head under every transformation of JAX, against logits in float64."""
+"""The head under every JAX transformation, compared with logits in float64."""
 
 import functools
 import itertools
@@ -28,26 +28,26 @@ slow = pytest.mark.slow
 
 
 def problem(dense=False, dtype="float32", lead=()):
-    """The array arguments of a call with all options by name, with these leading axes."""
-    # Beside dense targets each row has a logit_scale.
+    """The array arguments of a call with all options, by name, with these leading axes."""
+    # With dense targets, each row has its own logit_scale.
     every = with_row_scale(EVERY_OF_HEAD) if dense else EVERY_OF_HEAD
     p = head_problem(*every, dense=dense, dtype=dtype, shape=(N, D, K), lead=lead, seed=1)
     return jax.tree.map(jnp.asarray, p)
 
 
 def plain(p):
-    """Without the options."""
+    """The arguments without options."""
     return {name: p[name] for name in ("hidden", "kernel", "labels")}
 
 
 def cotangents(lead=(), dtype="float32"):
-    """For both reductions, random and with a sign of its own for each row."""
+    """Random cotangents for both reductions. Those of rows have different signs."""
     shapes = {"mean": lead, "none": (*lead, N)}
     return {r: jnp.asarray(normal(*shape, dtype=dtype)) for r, shape in shapes.items()}
 
 
 def head(rule="vjp", reductions=REDUCTIONS):
-    """p to the loss by both reductions, which take different ways to the gradient."""
+    """p to the loss by both reductions, which compute the gradients on different paths."""
 
     def losses(p):
         call = functools.partial(sxe.linear_softmax_cross_entropy, chunk_size=2, rule=rule)
@@ -64,13 +64,13 @@ def assert_matches(actual, p, g, dtype=None):
     for name, gradient in gradients.items():
         right = sum(d[name] for d in each.values())
         scale = max(np.abs(d[name]).max(initial=0) for d in each.values())
-        # A scalar's gradient is a sum with cancellation.
+        # The gradient for a scalar is a sum with cancellation.
         assert_close(gradient, right, dtype, scale if np.ndim(right) else max(10, scale))
         assert gradient.dtype == p[name].dtype
 
 
 def materialised(p):
-    """The losses as anyone would write them, in JAX, from logits."""
+    """The losses in plain JAX, from logits."""
     scale, possible = p["logit_scale"], p["class_mask"][None, :]
     scale = scale[:, None] if scale.ndim else scale
     z = scale * (p["hidden"] @ p["kernel"]) + p["bias"][None, :]
@@ -86,12 +86,12 @@ def materialised(p):
     return {"mean": loss.sum() / norm.sum(), "none": loss}
 
 
-# jit, and none of it
+# With and without jit
 
 
 @vjp_by_default
 def test_without_jit(rule):
-    """Eager, and every primitive on its own, where JAX looks for a NaN in what each of them gives.
+    """Run eagerly, each primitive on its own, while JAX checks every result for NaN.
 
     One class cannot occur.
     """
@@ -149,7 +149,7 @@ def test_eval_shape(rule, dtype):
     ],
 )
 def test_vmap(rule, mapped):
-    """Over some of the arguments, and the cotangents."""
+    """Map some of the arguments, and the cotangents."""
     batch, g = problem(lead=(B,)), cotangents((B,))
     p = {name: a if name in mapped else a[0] for name, a in batch.items()}
     axes = {name: 0 if name in mapped else None for name in p}
@@ -179,9 +179,9 @@ def test_gradient_of_vmap_sums_over_a_shared_kernel(rule):
 
 @vjp_by_default
 def test_gradient_of_vmap_over_labels_alone(rule):
-    """All examples share hidden states and kernel, and so lse, of which the z-loss makes use."""
+    """All examples share hidden states and kernel, and so lse, on which the z-loss depends."""
     batch, g = problem(lead=(B,)), cotangents((B,))
-    del batch["weights"]  # beside which the label says whether a row counts, and so what its lse is
+    del batch["weights"]  # with weights, the label decides whether a row counts, and so its lse
     p = {name: a if name == "labels" else a[0] for name, a in batch.items()}
     axes = {name: 0 if name == "labels" else None for name in p}
     losses = jax.vmap(head(rule), in_axes=(axes,))
@@ -201,7 +201,7 @@ def test_gradient_of_vmap_over_labels_alone(rule):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("rule", "dense"), [("jvp", False), ("autodiff", True)])
 def test_forward_mode(rule, dense):
-    """jvp, linearize and its transpose, and jacfwd, in every argument."""
+    """jvp, linearize and its transpose, and jacfwd, for every argument."""
     p, g = problem(dense, "float64"), cotangents(dtype="float64")
     p_dot = jax.tree.map(lambda a: jnp.sin(1 + 5 * a), floats(p))
 
@@ -227,7 +227,7 @@ def test_rule_vjp_has_no_forward_mode():
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_do_not_depend_on_those_taken_before(reduction):
-    """For both arguments after for one of them: JAX keeps what it knows of a custom rule."""
+    """Gradients for both arguments follow one for a single argument: JAX caches a custom rule."""
     p = plain(problem())
     static = {"labels": p["labels"], "reduction": reduction, "chunk_size": 2}
     kernels = jnp.stack([p["kernel"], 2 * p["kernel"]])
@@ -245,7 +245,7 @@ def test_gradients_do_not_depend_on_those_taken_before(reduction):
     jax.tree.map(assert_close, again, first)
 
 
-# The product of the Hessian of f at x and v, and the Hessian.
+# The product of the Hessian of f at x with v, and the Hessian
 SECOND = {
     "hessian": lambda f, x, v: jax.hessian(f)(x) @ v,  # jvp of grad
     "grad of grad": lambda f, x, v: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x),
@@ -266,7 +266,7 @@ FORWARD_SECOND = {
     ],
 )
 def test_second_derivatives(rule, reduction):
-    """In hidden states, kernel, bias, scale, cap and weights at once, mixed ones included."""
+    """In hidden states, kernel, bias, scale, cap and weights together, with mixed derivatives."""
     p, g = problem(rule == "autodiff", "float64"), cotangents(dtype="float64")[reduction]
     x, unravel = ravel_pytree({name: p[name] for name in (*DIFFERENTIATED, "weights")})
     v = jnp.sin(1 + 5 * x)
@@ -298,7 +298,7 @@ def test_checkpoint(rule, policy):
 
 
 def avals(jaxpr):
-    """Of every value that a program computes, those within loops and calls included."""
+    """The types of all values that a program computes, also within loops and calls."""
     for eqn in jaxpr.eqns:
         yield from (v.aval for v in eqn.outvars)
         for x in jax.tree.leaves(
@@ -308,7 +308,7 @@ def avals(jaxpr):
                 yield from avals(getattr(x, "jaxpr", x))
 
 
-# For vjp of grad, by the other rules, JAX keeps what its own backward loop computes.
+# For vjp of grad by the other rules, JAX keeps the values that its backward loop computes.
 @pytest.mark.parametrize(
     ("rule", "derivative"),
     [
@@ -343,7 +343,7 @@ def test_nothing_has_the_size_of_the_logits(rule, reduction, derivative):
 
 
 def test_steps_of_an_optimizer_in_a_scan():
-    """In bfloat16: the carry, parameters and the optimizer's state, keeps its dtypes."""
+    """In bfloat16. The carry, parameters and optimizer state, keeps its dtypes."""
     optimizer, steps = optax.sgd(0.1, momentum=0.9), 3
     p = plain(problem(dtype="bfloat16"))
     params = {"hidden": p["hidden"], "kernel": p["kernel"]}
@@ -369,7 +369,7 @@ def test_steps_of_an_optimizer_in_a_scan():
 
 
 def test_donation():
-    """Hidden states and kernel give their memory to their gradients."""
+    """The memory of hidden states and kernel is reused for their gradients."""
     p, g = problem(), cotangents()
 
     def step(hidden, kernel):
@@ -392,7 +392,7 @@ def test_donation():
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @vjp_by_default
 def test_float32_stays_float32_when_x64_is_on(rule, dense):
-    """No float64 on the way, and float64 options change nothing."""
+    """There is no float64 in between, and float64 options change nothing."""
     p, g = problem(dense), cotangents()
     numbers = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.5, "softcap": 3.0}
     q = {name: p[name] for name in p if name not in (*numbers, "weights")}
@@ -419,7 +419,7 @@ def test_float32_stays_float32_when_x64_is_on(rule, dense):
     ],
 )
 def test_export_round_trip(rule, dense):
-    """Through bytes; the program is for every platform."""
+    """The program goes through bytes. It is for every platform."""
     p, g = problem(dense), cotangents()
     f = jax.jit(with_gradients(head(rule), DIFFERENTIATED))
     exported = export.export(f, platforms=["cpu", "cuda", "tpu"])(p, g)

@@ -1,4 +1,4 @@
-"""The divergence of hidden states and kernels, against a float64 oracle."""
+"""The divergence of hidden states and kernels, compared with a float64 oracle."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ OPTIONS = ("bias", "softcap")
 
 
 def problem(*options, target=("bias", "row_scale", "softcap"), dtype="float32", seed=0):
-    """Arguments of sxe.linear_kl_divergence by name, those of the target with these options."""
+    """Arguments of sxe.linear_kl_divergence by name. ``target`` has the options of the target."""
     p = head_problem(*options, dtype=dtype, shape=(N, D, K), seed=seed)
     of_target = head_problem(*target, dtype=dtype, shape=(N, TARGET_D, K), seed=seed + 1)
     del p["labels"], of_target["labels"]
@@ -36,7 +36,7 @@ def problem(*options, target=("bias", "row_scale", "softcap"), dtype="float32", 
 
 
 def with_target_logits(p):
-    """The same with the target's product as logits, which scale and softcap then change."""
+    """The same, with the target's product as logits. They are then scaled and softcapped."""
     p = dict(p)
     u = p.pop("target_hidden").astype(np.float64) @ p.pop("target_kernel").astype(np.float64)
     p.pop("target_bias", None)
@@ -44,11 +44,11 @@ def with_target_logits(p):
 
 
 def expected(p, g, **static):
-    """The value, and the gradients of its product with g, by name, float64."""
+    """The value, and by name the gradients of its product with g, in float64."""
     names = ("hidden", "kernel", "bias", "logit_scale", "softcap")
     of_model = {name: p[name] for name in names if name in p}
     of_target = {name: p[f"target_{name}"] for name in names if f"target_{name}" in p}
-    if "target_logits" in p:  # through a kernel that leaves them as they are
+    if "target_logits" in p:  # multiply them with an identity kernel
         of_target |= {"hidden": p["target_logits"], "kernel": np.eye(K)}
     sides = oracle.head(**of_model), oracle.head(**of_target)
     rest = {name: p[name] for name in ("where", "weights", "class_mask") if name in p}
@@ -79,7 +79,7 @@ def check(results, calls):
 
 
 def calls_of(rule):
-    """Every option, either kind of target, each mode and reduction; and bfloat16."""
+    """Calls with every option, both kinds of target, each mode and reduction, and bfloat16."""
     every = problem("bias", "logit_scale", "softcap", "where", "weights", "class_mask")
     some = problem("row_scale", "weights", target=("logit_scale",), seed=1)
     static = {"rule": rule, "chunk_size": 6}
@@ -110,7 +110,7 @@ def test_values_and_gradients(rule):
 
 
 def test_a_device_that_skips_rows_that_do_not_count():
-    """It alone runs chunks without a mask, and what is left in parts."""
+    """With one device, whole chunks run without a mask, and the remaining rows in parts."""
     run_fresh(
         "-c",
         """
@@ -133,7 +133,7 @@ t.check(results, [(finite, static)])
 
 
 def spec(p, rows, classes):
-    """How the arguments lie on a mesh that splits rows and classes along these axes."""
+    """The sharding of the arguments on a mesh with these axes for rows and classes."""
     layouts = dict.fromkeys(("bias", "target_bias", "class_mask"), P(classes))
     layouts |= dict.fromkeys(("hidden", "target_hidden", "where", "weights"), P(rows))
     layouts |= dict.fromkeys(("kernel", "target_kernel"), P(None, classes))
@@ -159,7 +159,7 @@ EVEN, ODD, ALL = slice(0, None, 2), slice(1, None, 2), slice(None)
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_shard_map(rule, place, check_vma, some):
-    """The gradient is taken outside of it, or inside, which needs the types of check_vma."""
+    """The gradient is outside, or inside, which needs the varying types of check_vma."""
     mesh, calls, functions = make_mesh(2, 4), calls_of(rule)[some], []
     for p, static in calls:
         static = static | {"axis_name": "model", "batch_axis_name": "data"}
@@ -185,7 +185,7 @@ def test_shard_map(rule, place, check_vma, some):
     ],
 )
 def test_over_mesh(kind, some):
-    """With kernels split by rows besides."""
+    """The rows of the kernels are sharded as well."""
     mesh = make_mesh(2, 4, kind=kind)
     calls = calls_of("vjp")[some]
     over = sxe.over_mesh(sxe.linear_kl_divergence, mesh, batch="data", classes="model", fsdp="data")
@@ -196,7 +196,7 @@ def test_over_mesh(kind, some):
 
 @pytest.mark.parametrize("some", [EVEN, slow(ALL)])
 def test_explicit_types(some):
-    """They say how the arguments are split, and no ``over_mesh`` is needed."""
+    """The types say how the arguments are sharded, and ``over_mesh`` is not needed."""
     mesh, calls = make_mesh(2, 4, kind=AxisType.Explicit), calls_of("vjp")[some]
     placed = [
         {
@@ -223,7 +223,7 @@ def test_explicit_types(some):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_devices_exchange_numbers_of_rows(reduction):
-    """And once a call the gradients of hidden states and kernel."""
+    """Also, once per call, the gradients of hidden states and kernel."""
     p = problem()
     mesh = make_mesh(2, 4)
     over = sxe.over_mesh(sxe.linear_kl_divergence, mesh, batch="data", classes="model")
@@ -281,7 +281,7 @@ def test_second_derivatives_and_vmap():
 
 @each_value(mode=MODES, distance=[1e-3, 1.0])
 def test_digits_where_both_sides_nearly_agree(mode, distance):
-    """One hidden unit a row makes the logits exact."""
+    """With one hidden unit per row, the logits are exact."""
     z = normal(4, 16, seed=2)
     z[0, 3] += 30
     x = (z + distance * normal(4, 16, seed=7)).astype(np.float32)
@@ -296,7 +296,7 @@ def test_digits_where_both_sides_nearly_agree(mode, distance):
     gradients = oracle.kl_divergence_gradients(
         logits=x, target_logits=z, mode=mode, reduction="none"
     )
-    # float64 has digits enough for all but the confident row.
+    # float64 has enough digits for all rows except the confident one.
     np.testing.assert_allclose(value[1:], right[1:], rtol=DIVERGENCE_BAR)
     for a, name in zip(d, ("logits", "target_logits"), strict=True):
         top = np.abs(gradients[name]).max(-1, keepdims=True)
@@ -306,7 +306,7 @@ def test_digits_where_both_sides_nearly_agree(mode, distance):
 
 
 def test_a_side_that_is_not_differentiated_costs_its_logits():
-    """Its products are one, and the other side's three."""
+    """It has one product, and the other side has three."""
     p = problem()
 
     def products(*by):
@@ -347,7 +347,7 @@ def test_errors(change, error, message):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_an_infinite_divergence_of_weight_0(mode, reduction):
-    """One side has a class that the other has not: neither side has a gradient there."""
+    """One side has a class that the other side does not have. Neither side has a gradient there."""
     hidden, kernel = np.zeros((2, 2), np.float32), np.eye(2, dtype=np.float32)
     weights, bias = np.array([0, 0], np.float32), np.array([0, -np.inf], np.float32)
     biases = {"bias" if mode == "forward" else "target_bias": bias}

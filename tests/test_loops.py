@@ -1,4 +1,4 @@
-"""How the head divides its work, and the loops over the parts: each gives what one part gives."""
+"""How the head divides its work, and the loops over parts, which give what a single part gives."""
 
 import functools
 
@@ -34,7 +34,7 @@ BACKENDS = [
 VERSIONS = pytest.mark.parametrize("version", [(0, 10), (0, 12)], ids=str)
 
 
-# Chunks: how many, and how large.
+# Chunks: number and size
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ VERSIONS = pytest.mark.parametrize("version", [(0, 10), (0, 12)], ids=str)
         (1, 4, Tiling(1, 1, 0), Tiling(1, 1, 0)),
         (1, 1, Tiling(1, 1, 0), Tiling(1, 1, 0)),
         (12, 5, Tiling(3, 4, 0), Tiling(3, 4, 0)),
-        (9, 5, Tiling(3, 3, 0), Tiling(3, 3, 0)),  # half as many more
-        (10, 4, Tiling(3, 4, 2), Tiling(5, 2, 0)),  # nearly twice as many
+        (9, 5, Tiling(3, 3, 0), Tiling(3, 3, 0)),  # 1.5 times the fewest
+        (10, 4, Tiling(3, 4, 2), Tiling(5, 2, 0)),  # nearly twice the fewest
         (25, 9, Tiling(3, 9, 2), Tiling(5, 5, 0)),
         (13, 4, Tiling(4, 4, 3), Tiling(4, 4, 3)),  # a prime
         (13, 13, Tiling(1, 13, 0), Tiling(1, 13, 0)),
@@ -61,22 +61,22 @@ def test_chunks_by_hand(rows, chunk_size, local, elsewhere):
 @pytest.mark.parametrize(
     ("rows", "classes", "backend", "dtype", "expected"),
     [
-        # 24 or 48 MiB of logits on a CPU, 32 MiB on others
+        # 24 or 48 MiB of logits on a CPU, 32 MiB elsewhere
         (2**16, 1024, Backend("cpu", True, (0, 10)), "float32", Tiling(16, 4096, 0)),
         (2**16, 1024, Backend("cpu", True, (0, 12)), "float32", Tiling(8, 8192, 0)),
         (2**16, 1024, Backend("cpu", True, (0, 12)), "float64", Tiling(16, 4096, 0)),
         (2**16, 1024, Backend("cpu", True, (0, 12)), "bfloat16", Tiling(8, 8192, 0)),
         (2**16, 1024, Backend("gpu", True), "bfloat16", Tiling(8, 8192, 0)),
-        # as many rows as a matmul wants
+        # as many rows as a matmul needs
         (2**16, 2**17, Backend("cpu", True), "float32", Tiling(512, 128, 0)),
         (2**16, 2**17, Backend("gpu", True), "bfloat16", Tiling(32, 2048, 0)),
         (2**16, 2**17, Backend("gpu", True), "float16", Tiling(32, 2048, 0)),
         (2**16, 2**17, Backend("gpu", True), "float32", Tiling(128, 512, 0)),
-        # but in so many chunks
+        # at least this number of chunks
         (1031, 2**17, Backend("cpu", True, (0, 12)), "float32", Tiling(11, 94, 3)),
         (1024, 2**19, Backend("cpu", True, (0, 12)), "float32", Tiling(16, 64, 0)),
         (1024, 2**19, Backend("gpu", True), "bfloat16", Tiling(8, 128, 0)),
-        # a row at a time, at least
+        # at least one row
         (9, 2**26, Backend("cpu", True), "float32", Tiling(9, 1, 0)),
     ],
 )
@@ -107,7 +107,7 @@ def test_any_chunks(rows, classes, chunk_size, dtype, backend):
     if chunk_size is None:
         limits = backend.chunk_limits(dtype)
         of_a_row = classes * (8 if dtype == np.float64 else 4)
-        # Either the logits are small enough, or a matmul wants them, and there are enough chunks.
+        # The logits are small enough; or a matmul needs these rows and there are enough chunks.
         few = size * of_a_row <= limits.logits_bytes
         wanted = size <= limits.wanted_rows and chunks >= limits.most_chunks
         assert few or wanted or size == 1
@@ -118,7 +118,7 @@ def test_any_chunks(rows, classes, chunk_size, dtype, backend):
         fewest = max(1, -(-rows // chunk_size))
         most = fewest * 3 // 2 if backend.is_local else fewest * 2
         assert fewest <= chunks <= most
-        # No smaller number would have done without padding, and with padding none more is taken.
+        # No smaller number avoids padding. With padding, the number is the smallest.
         assert not any(rows % n == 0 for n in range(fewest, chunks) if rows)
         assert padding == 0 or chunks == fewest
 
@@ -132,12 +132,12 @@ def test_chunks_of_any_number_of_rows():
         assert chunks * size - padding == rows
 
 
-# Loops over chunks.
+# Loops over chunks
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4, 12])
 def test_chunks_give_what_all_rows_give(chunks):
-    """In the rows' order. Each chunk has every n-th row, and comes after those before it."""
+    """Rows keep their order. Each chunk has every n-th row, and chunks run in order."""
     rows = {"x": jnp.arange(12.0), "y": jnp.arange(24).reshape(12, 2), "none": None}
     seen = []
 
@@ -166,7 +166,7 @@ def test_chunks_give_what_all_rows_give(chunks):
 
 
 def wide_rows(weight, x, chunks):
-    """Sums and rows of arrays [C, 500] that a backward pass needs."""
+    """A loss whose backward pass needs arrays [C, 500] of each chunk."""
 
     def body(weight, total, x, all_run):
         wide = jnp.sin(x[:, None] * weight[None])
@@ -197,11 +197,11 @@ def test_nothing_of_a_chunks_size_is_kept_for_the_backward_pass():
     assert largest(4) == 500
 
 
-# Loops over chunks of the rows that run.
+# Loops over chunks of the rows to run
 
 
 def runs_of(rows, chunks, runs):
-    """A sum and outputs of rows by ``over_chunks``, and the rows that were in a chunk."""
+    """The sum and outputs of rows by ``over_chunks``, and which rows were in a chunk."""
 
     def body(factor, carry, rows, all_run):
         total, chunk = carry
@@ -213,8 +213,8 @@ def runs_of(rows, chunks, runs):
     return over_chunks(body, arrays, chunks, runs=runs)
 
 
-PARTS = {3: 3, 127: 127, 128: 32, 130: 26, 129: 43, 134: 67, 131: 131}  # of chunks of such a size
-SIZES = (3, 128)  # whole chunks alone, and quarters at the end
+PARTS = {3: 3, 127: 127, 128: 32, 130: 26, 129: 43, 134: 67, 131: 131}  # chunk size: part size
+SIZES = (3, 128)  # only whole chunks, and quarters of a chunk at the end
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 32, 33, 64, 65, 127, 128, 129, 192, 193, 511, 512])
@@ -233,7 +233,7 @@ def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
     whole, left = divmod(number, size)
     expected = whole * size + -(-left // PARTS[size]) * PARTS[size]
     assert rows_run == ran.sum() == expected == steps_of(number, size).rows
-    # Of whole chunks it is known that all of their rows run.
+    # All rows of whole chunks are known to be rows to run.
     known = np.asarray(outputs["known"]) == 1
     assert known.sum() == whole * size
     np.testing.assert_array_equal(runs[known], True)
@@ -243,7 +243,7 @@ def test_as_many_chunks_run_as_hold_rows_that_run(number, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_examples_of_a_vmap_run_as_many_chunks_as_one_of_them_needs(size):
-    """Without a choice between the old and the new carry, which would copy it."""
+    """Without a select between the old and the new carry, which would copy it."""
     runs = np.arange(4 * size) < np.array([[size], [2 * size + 1], [size + 2]])
     x = np.random.default_rng(0).normal(size=runs.shape).astype(np.float32)
     several = jax.vmap(lambda x, runs: runs_of({"x": x}, 4, runs))
@@ -251,12 +251,12 @@ def test_examples_of_a_vmap_run_as_many_chunks_as_one_of_them_needs(size):
     ran = np.asarray(outputs["ran"]) == 1
     assert set(rows_run.tolist()) == {3 * size if size < 128 else 2 * size + size // 4}
     assert ran.sum(axis=1).tolist() == rows_run.tolist()
-    # The rows of a whole chunk run in every example, or it is not known that all of them do.
+    # A chunk is known to have only rows to run if this holds in every example.
     known = np.asarray(outputs["known"]) == 1
     assert known.sum(axis=1).tolist() == [size] * 3
     assert runs[known].all()
     np.testing.assert_allclose(totals, 1 + np.where(ran, x, 0).sum(axis=1), rtol=1e-5, atol=1e-5)
-    # For a number of steps that differs, JAX asks in each step whether any example goes on.
+    # If the numbers of steps differed, JAX would ask in each step whether any example goes on.
     text = jax.jit(several).lower(x, runs).as_text()
     assert text.count("stablehlo.while") == 2
     assert "stablehlo.or" not in text
@@ -264,7 +264,7 @@ def test_examples_of_a_vmap_run_as_many_chunks_as_one_of_them_needs(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_derivatives_of_a_loop_over_rows_that_run(size):
-    """Also in reverse mode, where all chunks run, and by what is moved alone."""
+    """Also in reverse mode, where all chunks run, and for only some of the arguments."""
     x = jnp.linspace(-2, 3, 4 * size)
     runs = np.arange(4 * size) % 3 == 0
 
@@ -284,14 +284,14 @@ def test_derivatives_of_a_loop_over_rows_that_run(size):
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), found, expected)
 
 
-# Loops over blocks of rows.
+# Loops over blocks of rows
 
 
-ROWS = {12: 4, 13: 4, 3: 3}  # by a block of 4: three of them, a rest of 1, and one block
+ROWS = {12: 4, 13: 4, 3: 3}  # for blocks of 4 rows: three blocks, a remainder of 1, one block
 
 
 def in_blocks(rows, *, backend, replaces, traced=True):
-    """What the loop gives for so many rows of 3 classes, and the parts that its body saw."""
+    """The results of the loop for this number of rows of 3 classes, and the shapes of its parts."""
     seen = []
     tile = jnp.arange(3.0 * rows).reshape(rows, 3)
     of_rows = {"i": jnp.arange(rows), "none": None}
@@ -332,7 +332,7 @@ def test_blocks_of_rows_give_what_all_rows_give(monkeypatch, rows, replaces, tra
 
 
 def has_loop(backend, rows):
-    """Whether a program has one over blocks of so many rows."""
+    """Whether a program has a loop over blocks of this number of rows."""
     tile = jnp.zeros((rows, 3))
     jaxpr = jax.make_jaxpr(
         lambda tile: in_row_blocks(
@@ -360,7 +360,7 @@ def test_a_small_tile_is_one_block():
     assert not has_loop(LOCAL_CPU, 13)
 
 
-# Loops over blocks of classes.
+# Loops over blocks of classes
 
 
 @pytest.mark.parametrize(
@@ -368,12 +368,12 @@ def test_a_small_tile_is_one_block():
     [
         (4096, 8192, 8 * MIB, 512),
         (4096, 8191, 8 * MIB, 512),  # a prime
-        (4096, 128256, 8 * MIB, 501),  # the largest that divides, if it is more than half
+        (4096, 128256, 8 * MIB, 501),  # the largest divisor, if it is more than half
         (1024, 8192, 8 * MIB, 2048),
-        (1, 8192, 8 * MIB, 2048),  # not more
+        (1, 8192, 8 * MIB, 2048),  # at most
         (0, 8192, 8 * MIB, 2048),
-        (2**20, 8192, 8 * MIB, 256),  # not fewer
-        (1000, 8191, 2 * MIB, 512),  # of 524, a multiple of 64
+        (2**20, 8192, 8 * MIB, 256),  # at least
+        (1000, 8191, 2 * MIB, 512),  # at most 524, and a multiple of 64
         (4096, 100, 8 * MIB, 100),
     ],
 )
@@ -436,7 +436,7 @@ def test_classes_are_one_block_elsewhere(monkeypatch):
 @VERSIONS
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int16"])
 def test_columns_are_taken_and_replaced_bit_by_bit(dtype, version):
-    """NaN, -0 and subnormal numbers included."""
+    """Also NaN, -0 and subnormal numbers."""
     numbers = np.random.default_rng(0).integers(0, 2**16, size=(3, 11)).astype(np.uint16)
     x = lax.bitcast_convert_type(jnp.asarray(numbers), jnp.float16).astype("float32")
     if dtype != "float32":
@@ -473,7 +473,7 @@ def test_all_columns_are_the_array_itself(version):
 @VERSIONS
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_columns_are_linear(dtype, version):
-    """Though bits have no derivative."""
+    """Columns have a derivative although they are taken as bits, which have none."""
     at = Columns(jnp.int32(3), 4, Backend("cpu", True, version))
     x, g = jnp.arange(22, dtype=dtype).reshape(2, 11), jnp.arange(1, 9, dtype=dtype).reshape(2, 4)
 

@@ -1,6 +1,6 @@
-"""What loops over sequences and ``jax.vmap`` need, by how they are written; the docs say it.
+"""The memory of loops over sequences and of ``jax.vmap``, by the way they are written.
 
-python tests/test_memory_of_loops.py
+The documentation has these numbers: python tests/test_memory_of_loops.py
 """
 
 import functools
@@ -22,7 +22,7 @@ def one_call(hidden, kernel, labels):
 
 
 def loop(hidden, kernel, labels, loss_fn):
-    """The mean of a loss of each sequence."""
+    """The mean of the losses of all sequences."""
 
     def add(total, sequence):
         return total + loss_fn(sequence[0], kernel, sequence[1]), None
@@ -36,7 +36,7 @@ def mean_of_none(hidden, kernel, labels):
 
 
 def gradient_inside(hidden, kernel, labels):
-    """Value and gradients of `loop` with the head's mean, taken in each step."""
+    """Value and gradients of `loop` with the head's mean, where each step takes the gradient."""
 
     def add(sums, sequence):
         loss, (d_hidden, d_kernel) = jax.value_and_grad(head, (0, 1))(
@@ -74,7 +74,7 @@ WAYS = {
 
 
 def temporaries(f):
-    """MiB."""
+    """The temporary memory in MiB."""
     hidden = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
     kernel = jax.ShapeDtypeStruct((D, K), jnp.bfloat16)
     compiled = jax.jit(f).lower(hidden, kernel, jax.ShapeDtypeStruct((B, T), jnp.int32)).compile()
@@ -93,7 +93,7 @@ def test_loops_agree():
 
 
 def test_a_gradient_outside_of_a_loop_keeps_one_of_the_kernel_for_each_mean():
-    """On one device, in a process of its own."""
+    """On one device, in a separate process."""
     lines = fresh.run(__file__).splitlines()
     mib = dict(line.rsplit(" ", 1) for line in lines)
     assert mib.keys() == WAYS.keys()

@@ -1,4 +1,4 @@
-"""over_mesh: both losses on global arrays, whose rows and classes a mesh splits."""
+"""over_mesh: losses of global arrays, whose rows and classes are sharded over a mesh."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
 WITH_GRADIENT = sxe.softmax_cross_entropy_with_gradient
 LOSSES = [HEAD, LOGITS, WITH_GRADIENT]
 
-# Beside the options: "none" reduces nothing, "bfloat16" is the dtype, "fsdp" splits the kernel.
+# In addition to options: "none" is a reduction, "bfloat16" the dtype, "fsdp" shards the kernel.
 OF_LOGITS = tuple(name for name in option_cases.LOGITS if name != "where_class")
 FACTORS = {
     LOGITS: (*OF_LOGITS, "none", "bfloat16"),
@@ -39,14 +39,14 @@ FACTORS = {
 
 
 def problem(loss, *options, **more):
-    """The arguments of one call, whose rows and classes every mesh of SHAPES divides."""
+    """The arguments of one call. Every mesh of SHAPES divides its rows and classes."""
     if loss is HEAD:
         return head_problem(*options, shape=(N, D, K), **more)
     return logits_problem(*options, shape=(N, K), **more)
 
 
 def calls(loss, rule="vjp"):
-    """The arrays and the other arguments of one call for each case, and those of its mesh."""
+    """The arrays and other arguments of one call per case, and the arguments of its mesh."""
     for i, case in enumerate(in_pairs(*FACTORS[loss])):
         dtype = "bfloat16" if "bfloat16" in case else "float32"
         p = problem(loss, *case, dense="dense" in case, dtype=dtype, seed=i)
@@ -61,7 +61,7 @@ def called(loss, static):
 
 
 def assert_alike(results, expected):
-    """Value and gradients, the latter to the tolerance of their dtype."""
+    """Compare value and gradients, each gradient with the tolerance of its dtype."""
     (value, gradients), (right_value, right_gradients) = results, expected
     assert_close(value, np.asarray(right_value, np.float64))
     assert gradients.keys() == right_gradients.keys()
@@ -69,14 +69,14 @@ def assert_alike(results, expected):
         with naming(name):
             assert gradients[name].dtype == right.dtype
             right = np.asarray(right).astype(np.float64)
-            # Of a scalar it is a sum of terms of size 1 or more, of both signs, one for each row.
+            # The gradient for a scalar sums terms of size 1 or more, of both signs, one per row.
             least = 8 if right.ndim == 0 else 1
             assert_close(gradients[name], right, scale=max(least, np.abs(right).max()))
 
 
 @functools.cache
 def dense_results(loss):
-    """Of one device, by rule "vjp"."""
+    """The results on one device, by rule "vjp"."""
     each = list(calls(loss))
     run = quick_jit(all_of(called(loss, static) for _, static, _ in each))
     return run(arguments_of(each))
@@ -139,7 +139,7 @@ def test_sharded_equals_dense(loss, shape, kind, rule):
     kind=KINDS,
 )
 def test_axes(axes, kind):
-    """None, one, several; rows [B, T]; metrics, and what the results are split like."""
+    """No, one or several axes; rows [B, T]; the metrics, and the sharding of the results."""
     batch, classes, fsdp = axes
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"), kind=kind)
     p = head_problem("class_weights", "weights", "bias", shape=(4, 4, D, K))
@@ -177,7 +177,7 @@ def test_axes(axes, kind):
     [((8, 8, 3), 1, "data"), ((8, 4, 2), 0, P(None, "data")), ((2, 4, 8), (2, 1), "data")],
 )
 def test_class_axes_of_logits(shape, axis, batch):
-    """And the loss with its gradient in one pass, with masks of classes."""
+    """Also the loss with its gradient in one pass, and masks of classes."""
     mesh = make_mesh(2, 4)
     rng = np.random.default_rng(0)
     logits = rng.normal(size=shape).astype(np.float32)
@@ -203,9 +203,9 @@ def test_class_axes_of_logits(shape, axis, batch):
 
 @pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
 def test_shards_of_nothing(loss):
-    """No label in most shards of the classes, and no row that counts in most shards of the rows.
+    """Most shards of the classes have no label; most shards of the rows have no row that counts.
 
-    Logits of -inf fill a shard, too.
+    One shard has only logits of -inf.
     """
     p = problem(HEAD, "bias")
     p["labels"][:] = [0, 1, 2, 3] * 2
@@ -276,7 +276,7 @@ def test_transformations(loss):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("abstract", [False, True], ids=["devices", "abstract"])
 def test_over_mesh_is_a_value(loss, abstract):
-    """Compared, copied and pickled as what it was made of, with its devices in their order."""
+    """It is compared, copied and pickled by its loss, layout and devices in their order."""
     devices = make_mesh(2, 4).devices[::-1]
     mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AUTO, EXPLICIT))
     mesh = mesh.abstract_mesh if abstract else mesh
@@ -312,7 +312,7 @@ def test_a_pickled_loss_is_the_loss():
 
 
 def test_a_pickled_loss_where_its_devices_are_not():
-    """A pickle holds the ids of devices, here one that no device of this process has."""
+    """A pickle holds ids of devices; here, one that no device of this process has."""
     over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data")
     load, (*arguments, ids) = over.__reduce__()
     assert load(*arguments, ids) == over
@@ -326,7 +326,7 @@ def test_a_pickled_loss_where_its_devices_are_not():
 
 @pytest.mark.parametrize("kernel", [P("data", "model"), P(("data", "other"), "model")], ids=str)
 def test_explicit_kernel_split_by_rows(kernel):
-    """Along mesh axes of the rows, or of others as well."""
+    """Over mesh axes of the rows, or also over others."""
     mesh = make_mesh(2, 2, 2, names=("data", "model", "other"), kind=EXPLICIT)
     p = problem(HEAD, dtype="bfloat16")
     layout = {"hidden": P("data"), "kernel": kernel, "labels": P("data")}
@@ -345,7 +345,7 @@ def test_explicit_kernel_split_by_rows(kernel):
 
 @pytest.mark.parametrize("auto", ["data", "model"])
 def test_meshes_of_both_kinds(auto):
-    """over_mesh takes all of its axes; the plain call leaves the automatic one to the compiler."""
+    """over_mesh handles both axes. The plain call leaves the Auto axis to the compiler."""
     kinds = tuple(AUTO if name == auto else EXPLICIT for name in ("data", "model"))
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
     p = problem(HEAD, "label_smoothing", "bias")
@@ -360,7 +360,7 @@ def test_meshes_of_both_kinds(auto):
 
 
 def test_abstract_mesh():
-    """Of the context, as in a model that is not told of its devices."""
+    """The mesh of the context, as in a model that does not know its devices."""
     p = problem(HEAD)
 
     def loss(p):
@@ -376,23 +376,23 @@ def test_labels_are_checked():
     p["labels"][5] = K
     over = sxe.over_mesh(HEAD, make_mesh(2, 4), batch="data", classes="model")
     error, value = checkify.checkify(jax.jit(over))(p["hidden"], p["kernel"], p["labels"])
-    # The position is that in the device's rows.
+    # The position is counted in the rows of the device.
     with pytest.raises(checkify.JaxRuntimeError, match=rf"labels: .*\[0, {K}\), got {K} at"):
         error.throw()
     assert np.isnan(value)
 
 
-# What the compiled program moves
+# Communication in the compiled program
 
 ALL_METRICS = sxe.Metrics._fields
 WITHOUT_RANKS = tuple(name for name in ALL_METRICS if name != "label_rank")
-ROWS, WIDTH, CLASSES = 64, 24, 512  # of all shards; no two products of parts of them are the same
+ROWS, WIDTH, CLASSES = 64, 24, 512  # global; no two products of parts of them are equal
 
 
 def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=False, **layout):
     """The collectives of value and gradients, as (opcode, elements, whether in a loop).
 
-    ``return_metrics`` among the static options is a tuple of those metrics that are returned.
+    ``return_metrics`` among the static options is a tuple of the metrics to return.
     """
     static = dict(static)
     wanted = static.pop("return_metrics", ())
@@ -410,7 +410,7 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
         value, pull, metrics = jax.vjp(loss, q, has_aux=True)
         return value, metrics, pull(g)
 
-    # Where they lie in training, so that nothing has to be brought there.
+    # Place the arrays as in training, so that nothing has to be moved at first.
     batch, classes = layout.get("batch"), layout.get("classes")
     at = dict.fromkeys(("hidden", "labels", "weights", "where"), P(batch))
     at |= {"kernel": P(layout.get("fsdp"), classes)}
@@ -429,10 +429,10 @@ def moved(mesh, static, options=(), differentiate=("hidden", "kernel"), dense=Fa
     metrics={"ranks": ALL_METRICS, "sums": WITHOUT_RANKS},
 )
 def test_collectives(shape, metrics, reduction):
-    """d hidden and d kernel once a call, and else a number a row or less.
+    """d hidden and d kernel are reduced once per call. The rest is one number per row or less.
 
-    In the loop over chunks are the statistics of a sum's chunk: its gradients follow at once. There
-    also is the label's logit, if the metrics are asked how many are larger.
+    For a sum, the loop over chunks reduces statistics, because the gradients follow at once. It
+    also reduces the label's logit, if the metrics count the larger logits.
     """
     data, model = shape
     rows, classes = ROWS // data, CLASSES // model
@@ -441,24 +441,24 @@ def test_collectives(shape, metrics, reduction):
     large = sorted((c.opcode, c.size, c.in_loop) for c in found if c.size > rows)
     d_kernel = ("all-reduce", WIDTH * classes, False)
     d_hidden = ("all-reduce", rows * WIDTH, False)
-    # XLA merges neighbours into one: both, or either with sums of rows.
+    # XLA merges neighboring reductions: these two, or either with sums of rows.
     assert large == sorted([d_kernel] * (data > 1) + [d_hidden] * (model > 1))
     assert {c.opcode for c in found} <= {"all-reduce"}
     in_loop = [c for c in found if c.in_loop]
     assert {c.size for c in in_loop} <= {2}
-    # In the loop over whole chunks the maximum and the sums, and in that over parts of a chunk the
-    # maximum for weights besides. XLA merges the label's logit with these.
+    # The loop over whole chunks reduces the maximum and the sums. The loop over parts of a chunk
+    # also reduces the maximum for weights. XLA merges the label's logit with these.
     ranks = "label_rank" in metrics
     number = 2 + 3 if reduction == "mean" else 2 * ranks
     assert len(in_loop) == (number if model > 1 else 0)
     if model > 1 and reduction == "mean":
-        # The two sums of a state, what the targets cost, and the sum for the entropy.
+        # The two sums of a state, the cost of the targets, and the sum for the entropy
         assert max(c.bytes for c in in_loop) == 2 * 4 * (4 + ranks)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_collectives_of_a_kernel_split_by_rows(reduction):
-    """Gathered once a call, its gradient reduced and scattered once."""
+    """The kernel is gathered once per call, and its gradient reduced and scattered once."""
     static = {"reduction": reduction, "chunk_size": 2}
     found = moved(make_mesh(2, 4), static, batch="data", classes="model", fsdp="data")
     kernel = WIDTH * CLASSES // 4
@@ -480,7 +480,7 @@ def test_a_frozen_input_moves_nothing(frozen):
 
 
 def test_collectives_of_a_value():
-    """Statistics once a call, whatever the number of chunks, with all metrics but label_rank."""
+    """Statistics are reduced once per call for any number of chunks, without label_rank."""
     static = {"chunk_size": 2, "return_metrics": WITHOUT_RANKS}
     found = moved(
         make_mesh(2, 4), static, EVERY_OF_HEAD, differentiate=(), batch="data", classes="model"
@@ -489,7 +489,7 @@ def test_collectives_of_a_value():
     assert all(not c.in_loop and c.size <= ROWS // 2 for c in found), found
 
 
-# Weights of both signs: what counts is the sum over all shards, and the rows of all shards
+# Weights of both signs: the sum and the rows of all shards decide.
 
 
 MEANS = {

@@ -1,6 +1,6 @@
-"""What sxe.plan predicts, against the compiled program's own analysis, and how it is printed.
+"""Predictions of sxe.plan, compared with the compiler's analysis of the program, and as text.
 
-As a script it prints the predictions of memory for the shapes below, on one device.
+As a script, it prints predictions of memory for the shapes below, on one device.
 """
 
 import collections
@@ -29,10 +29,10 @@ TOLERANCE = 0.15
 RATES = {"flops": 8e14, "bytes": 3e12, "link-bytes": 4e11}
 BOTH = ("hidden", "kernel")
 ALL = (*BOTH, "target_hidden", "target_kernel")
-# The tests' XLA flags leave out a fusion, and with it an array, that a program elsewhere has.
+# The tests' XLA flags disable a fusion. Other programs have it, and an array that it adds.
 AS_ELSEWHERE = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
-# N, D, K, dtype, what is differentiated, options of the call: ragged and even, one chunk and many.
+# N, D, K, dtype, inputs with a gradient, options: equal and unequal chunks, one and many.
 CALLS = [
     (2048, 512, 32768, "float32", BOTH, {}),
     (2048, 512, 32768, "bfloat16", BOTH, {}),
@@ -57,7 +57,7 @@ CALLS = [
     (2048, 256, 32768, "float32", (), {"label_smoothing": 0.1, "softcap": 30.0}),
 ]
 
-# Likewise of a divergence, and D' of the target.
+# The same for a divergence, with D' of the target.
 DIVERGENCES = [
     (2048, 512, 32768, 512, "float32", BOTH, {}),
     (2048, 512, 32768, 512, "bfloat16", BOTH, {"reduction": "none"}),
@@ -77,7 +77,7 @@ DIVERGENCES = [
 ]
 
 
-# Mesh, options of the mesh, and a call: rows and classes split, by one axis or several.
+# Mesh, options of the mesh, and a call: rows and classes are sharded over one or several mesh axes.
 MESHES = [
     ({"data": 2, "model": 4}, {}, (4096, 512, 32768, "float32", BOTH, {})),
     ({"data": 8}, {"fsdp": "data"}, (4096, 512, 16384, "float32", BOTH, {})),
@@ -96,7 +96,7 @@ MESHES = [
 ]
 
 
-# Likewise of a divergence.
+# The same for a divergence.
 MESHES_OF_DIVERGENCES = [
     ({"data": 2, "model": 4}, {}, (4096, 512, 16384, 256, "float32", BOTH, {})),
     ({"data": 2, "model": 4}, {}, (4096, 512, 16384, 256, "float32", (), {})),
@@ -127,7 +127,7 @@ def test_a_plan_is_a_value():
 
 
 def test_a_dtype_in_the_other_byte_order():
-    """As an array from a file has it, which the head takes."""
+    """Arrays from files may have this dtype, which the head accepts."""
     for dtype in ("float16", "float32", "float64"):
         other = np.dtype(dtype).newbyteorder()
         assert sxe.plan(8, 4, 16, other) == sxe.plan(8, 4, 16, dtype)
@@ -148,7 +148,7 @@ def test_sizes_of_any_integer_type(integer):
 
 
 def call(rows, hidden, classes, *target, sizes=None, **axes):
-    """The compiled call, and its plan. In front of the dtype D' may stand, of a divergence."""
+    """The compiled call and its plan. For a divergence, D' stands in front of the dtype."""
     *target, dtype, differentiate, options = target
     head, layouts = sxe.linear_softmax_cross_entropy, (None,) * 4
     if target:
@@ -193,7 +193,7 @@ def call(rows, hidden, classes, *target, sizes=None, **axes):
     return program, plan
 
 
-# N, D, K, dtype, what is differentiated, options of the call.
+# N, D, K, dtype, inputs with a gradient, options of the call.
 LEFT_OUT = [
     (2048, 512, 32768, "float32", BOTH, {}),
     (2048, 512, 32768, "bfloat16", BOTH, {"reduction": "none"}),
@@ -205,7 +205,7 @@ LEFT_OUT = [
 
 @pytest.mark.parametrize("each", LEFT_OUT, ids=str)
 def test_memory_where_rows_are_left_out(each, monkeypatch):
-    """By one device, which brings those that count to the front. Their share changes nothing."""
+    """One device moves the rows that count to the front. Their share does not change the memory."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
     *sizes, dtype, differentiate, options = each
     program, plan = call(*sizes, dtype, differentiate, options | {"ignore_index": -1})
@@ -235,14 +235,14 @@ def test_only_chunks_with_rows_that_count_are_in_the_plan(monkeypatch):
     assert sxe.plan(**(sizes | {"chunk_size": 2048}), counting=0.25).rows_run == 2048
     split = sxe.plan(**sizes, counting=0.25, mesh={"data": 2}, batch_axis_name="data")
     assert (split.chunks, split.rows_run) == (4, 256)
-    monkeypatch.setattr("sxe._backend.device_count", lambda: 8)  # without a mesh: nobody knows
+    monkeypatch.setattr("sxe._backend.device_count", lambda: 8)  # no mesh: rows may be sharded
     assert sxe.plan(**sizes, counting=0.25).rows_run == 2048
 
 
 @pytest.mark.parametrize("by", [BOTH, ("hidden",), ("kernel",)], ids="-".join)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_the_forward_pass_keeps(reduction, by):
-    """All that ``jax.vjp`` holds but the operands of the product, which a loop does not copy."""
+    """The residuals of ``jax.vjp``, except the operands of products, which a loop does not copy."""
     hidden, kernel = jnp.ones((640, 32), jnp.bfloat16), jnp.ones((32, 300), jnp.bfloat16)
     labels, given = jnp.zeros(640, jnp.int32), {"hidden": hidden, "kernel": kernel}
 
@@ -285,7 +285,7 @@ def test_what_the_forward_pass_of_a_divergence_keeps(reduction, mode, by):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_of_log_probabilities_and_entropies(dtype, monkeypatch):
-    """Its memory, and what its forward pass keeps, are those of single losses."""
+    """Its memory and its residuals are those of the losses of single rows."""
     monkeypatch.setattr("sxe._backend.device_count", lambda: 1)
     plan = sxe.plan(2048, 512, 32768, dtype, reduction="none")
 
@@ -329,7 +329,7 @@ def bytes_by_kind(collectives):
 
 
 def memory_ratio(program, plan):
-    """Predicted over actual bytes: temporaries, and peak."""
+    """The predicted bytes divided by the actual ones: of temporaries, and at the peak."""
     memory = program.memory_analysis()
     temporary = memory.temp_size_in_bytes
     peak = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -352,7 +352,7 @@ def memory_ratios(step):
     ids=str,
 )
 def test_mesh(sizes, axes, each):
-    """Bytes of the collectives as in the compiled program, its memory within 15 percent."""
+    """The bytes of collectives are those of the compiled program; memory is within 15 percent."""
     program, plan = call(*each, sizes=sizes, **axes)
     found = [(c.opcode, c.bytes * (c.times or 1)) for c in collectives(program.as_text())]
     if each[-1].get("reduction") == "none":
@@ -372,9 +372,9 @@ def test_mesh(sizes, axes, each):
 
 
 def test_the_kernel_is_gathered_in_its_own_dtype():
-    """And its gradient reduced in float32, scattered first: as XLA is told.
+    """In the program for XLA, its gradient is reduced in float32 and scattered first.
 
-    XLA's CPU backend widens what it gathers, others don't.
+    XLA's CPU backend widens the kernel before it gathers it. Others don't.
     """
     mesh = make_mesh(4, 2, names=("data", "other"))
     batch = ("data", "other")
@@ -396,7 +396,7 @@ def test_the_kernel_is_gathered_in_its_own_dtype():
 
 
 SIZES_OF_KERNELS = [
-    # Sizes, options of the plan, how often the functions of rows read a chunk's logits.
+    # Sizes, options of the plan, and how often the row functions read the logits of a chunk.
     ((4096, 384, 32768), {}, 1),
     ((4096, 384, 32768), {"options": ("where",)}, 1),
     ((4096, 384, 32768), {"options": ("label_smoothing",)}, 1),
@@ -405,8 +405,8 @@ SIZES_OF_KERNELS = [
     ((4096, 384, 32768), {"reduction": "none"}, 2),
     ((4096, 384, 32768), {"differentiate": ()}, 1),
     ((4096, 384, 50257), {}, 2),
-    ((4096, 384, 24), {}, 3),  # which are left to XLA
-    ((4096, 384, 1024), {}, 2),  # where the gradient would be narrower than the logits
+    ((4096, 384, 24), {}, 3),  # which XLA computes
+    ((4096, 384, 1024), {}, 2),  # the gradient would be narrower than the logits
     ((4096, 384, 32768), {"mesh": {"model": 8}, "axis_name": "model"}, 2),
     ((4096, 384, 32768), {"options": ("label_weights",)}, 2),
 ]
@@ -421,7 +421,7 @@ def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
     assert (by_xla.implementation, plan.implementation) == ("xla", "mosaic_gpu")
     times = ("once", "twice", "three times", "four times")
     assert times[reads - 1] in plan.reason
-    assert ("left to XLA" in plan.reason) == (sizes[2] < 32)
+    assert ("run by XLA" in plan.reason) == (sizes[2] < 32)
     reads_of_xla = 2 if options.get("differentiate") == () else 3
     reads_of_xla += "label_smoothing" in options.get("options", ())
     assert times[reads_of_xla - 1] in by_xla.reason
@@ -442,11 +442,11 @@ def test_floor():
     plan = sxe.plan(64, 8, 32, "bfloat16", **options, fsdp="a", backend="gpu")
     rows, hidden, classes = 16, 8, 16
     assert plan.flops == 6 * rows * hidden * classes
-    # Sums and statistics, d hidden, the kernel in bfloat16, d kernel in float32.
+    # Sums and statistics, d hidden, the kernel in bfloat16, d kernel in float32
     all_reduce = (8 * 3 / 4) + (16 * rows + 4 * rows * hidden) / 2
     sent = 2 * all_reduce + (2 + 4) * hidden * classes * 3 / 4
-    # The kernel twice and d kernel in and out; hidden thrice; logits out and in thrice, for the
-    # maximum, the sums and the gradient, which goes out and in twice.
+    # The kernel is read twice, d kernel read and written, hidden read three times. Logits are
+    # written, and read for maximum, sums and gradient. Their gradient is written, and read twice.
     moved = (
         hidden * classes * (2 * 2 + 8) + rows * hidden * 2 * 3 + rows * classes * (4 * 4 + 3 * 2)
     )
@@ -484,7 +484,7 @@ def test_the_smallest_class_split_that_fits():
 
 @pytest.mark.parametrize("step", [slow(1), 3])
 def test_memory_within_15_percent_of_the_compiled_program(step):
-    """In a process with one device: the blocks that keep memory small need one."""
+    """The process has one device, because only then blocks keep the memory small."""
     output = fresh.run(__file__, str(step))
     ratios = [[float(r) for r in line.split()[:2]] for line in output.splitlines()]
     for pair, each in zip(ratios, (CALLS + DIVERGENCES)[::step], strict=True):
@@ -492,8 +492,8 @@ def test_memory_within_15_percent_of_the_compiled_program(step):
             assert abs(ratio - 1) < TOLERANCE, (each, ratios)
 
 
-# MiB of temporaries of value and gradient, in bfloat16: the program that JAX 0.11.2 compiled on an
-# NVIDIA H200, for N, D, K and a chunk size.
+# MiB of temporaries for value and gradient in bfloat16, for N, D, K and a chunk size, in the
+# program that JAX 0.11.2 compiled on an NVIDIA H200.
 ON_A_GPU = [
     ((16384, 4096, 131072), None, 2832.2),
     ((16384, 4096, 131072), 1024, 2568.1),
@@ -513,10 +513,10 @@ def test_memory_within_1_percent_of_a_program_on_a_gpu(sizes, chunk_size, measur
     assert plan.temporary_bytes / 2**20 == pytest.approx(measured, rel=0.01)
 
 
-# N rows in chunks of C, and K classes in blocks of J.
+# N rows in chunks of C, and K classes in blocks of J
 N, C, D, K, J = 4096, 1024, 512, 8192, 2048
 FOUR_CHUNKS = {"rows": N, "hidden": D, "classes": K, "chunk_size": C}
-ON_A_CPU = {"backend": "cpu", "mesh": {"data": 2}}  # as on one device, however many there are
+ON_A_CPU = {"backend": "cpu", "mesh": {"data": 2}}  # like one device, however many there are
 KERNEL_SCATTERED = {"mesh": {"data": 2}, "batch_axis_name": "data", "fsdp": "data"}
 TERMS = [
     (
@@ -528,7 +528,7 @@ TERMS = [
         },
     ),
     (
-        # The kernel's gradient is summed in its result. That of hidden holds a block of classes.
+        # The kernel's gradient lies in the memory of its result, and a class block in hidden's.
         ON_A_CPU,
         {
             "logits of a chunk": 4 * C * K,
@@ -539,7 +539,7 @@ TERMS = [
         },
     ),
     (
-        # The result, in bfloat16, holds a chunk's hidden states.
+        # The hidden states of a chunk lie in the memory of the result, in bfloat16.
         {"backend": "gpu", "dtype": "bfloat16", "differentiate": ("kernel",)},
         {
             "logits of a chunk": 4 * C * K,
@@ -594,10 +594,10 @@ def test_terms(options, expected):
     assert plan.temporary_bytes == sum(expected.values())
 
 
-# Of a divergence, with D' = 2 D.
+# For a divergence, with D' = 2 D
 TERMS_OF_DIVERGENCES = [
     (
-        # The results, in bfloat16, hold a chunk's hidden states of both sides.
+        # The hidden states of a chunk lie in the memory of the results, in bfloat16.
         {"backend": "gpu", "dtype": "bfloat16"},
         {
             "target_logits of a chunk": 4 * C * K,
@@ -662,9 +662,9 @@ def test_a_block_of_rows_is_as_large_as_the_backend_says(monkeypatch, mebibytes)
 def test_flops_within_15_percent_of_the_compiled_program(
     differentiate, options, products, chunk_size
 ):
-    """XLA counts the body of a loop once, so that the figure is that of one chunk."""
+    """XLA counts the body of a loop once, so its number is for one chunk."""
     if chunk_size == 256 and products == 4:
-        products = 3  # XLA sees that one chunk's logits are computed twice, and keeps them
+        products = 3  # XLA merges the two computations of the logits of a single chunk
     rows, hidden, classes = 256, 512, 384
     options = {**options, "chunk_size": chunk_size}
     program, plan = call(rows, hidden, classes, "float32", differentiate, options)
@@ -688,15 +688,15 @@ def test_a_divergence_with_and_without_a_gradient_of_its_target():
 
 
 def test_what_a_divergence_on_a_gpu_reads():
-    """Of each side, the logits once more than a loss does, and in the target's no gradient."""
+    """It reads the logits of each side once more than a loss. The target has no gradient."""
     sizes = {"rows": 64, "hidden": 8, "classes": 96, "dtype": "bfloat16", "backend": "gpu"}
     model, target = (sxe.plan(**sizes, differentiate=by) for by in (BOTH, ()))
     both = sxe.plan(**sizes, target_hidden=8)
-    # For the sums of the divergence; and the target's logits again for the gradient.
+    # The sums of the divergence read both, and the gradient reads the target's logits again.
     more = 64 * 96 * 4 * 3
     assert both.traffic_bytes == model.traffic_bytes + target.traffic_bytes + more
     assert both.logits_bytes == 2 * model.logits_bytes
-    # Labels are no argument of a divergence.
+    # A divergence has no labels among its arguments.
     logits = both.logits_peak_bytes - both.logits_bytes
     assert logits == 2 * (2 * (64 * 8 + 8 * 96)) + 2 * (64 * 8 + 8 * 96) + 4
 

@@ -1,4 +1,4 @@
-"""From hidden states to logits and back, each function alone: lines H0 to H7."""
+"""From hidden states to logits and back: each function alone, compared with lines H0 to H7."""
 
 import itertools
 
@@ -36,7 +36,7 @@ CAPS = (1e-3, 0.3, 1.0, 30.0, 1e4, 1e10, 1e20, 1e30, INF)
 PARTS = list(itertools.product((False, True), repeat=3))
 
 
-PARAMETERS = Transform._fields[:3]  # those that have a gradient
+PARAMETERS = Transform._fields[:3]  # the parameters that have a gradient
 
 
 def name_of(parts):
@@ -49,7 +49,7 @@ def normal(*shape, seed=0):
 
 
 def some_u(dtype):
-    """[C, K], rows of size 1e-4 to 100, and one of zeros."""
+    """[C, K], with rows of size 1e-4 to 100 and a row of zeros."""
     sizes = np.array([1e-4, 1e-2, 1, 1, 10, 100, 0])
     return jnp.asarray(sizes[:, None] * normal(C, K), dtype)
 
@@ -66,7 +66,7 @@ def in_digits(x):
 
 
 def exact(u, by, d_x):
-    """Logits, d u and the gradients for the parameters by H1 to H5 in 60 digits, then float64."""
+    """Logits, d u and parameter gradients by H1 to H5, in 60-digit arithmetic, as float64."""
     tanh, sech = (np.vectorize(f, otypes=[object]) for f in (mpmath.tanh, mpmath.sech))
     with mpmath.workdps(oracle.DIGITS):
         u, d_x = in_digits(u), in_digits(d_x)
@@ -89,7 +89,7 @@ def exact(u, by, d_x):
 
 @jax.jit
 def forward_and_back(u, by, d_x):
-    """By the functions under test; and the gradients by JAX's derivative of the first of them."""
+    """The logits and gradients of the functions under test, and gradients by JAX's derivative."""
     x, pullback = jax.vjp(transform, u, by)
     return (transform(u, by), *transform_bwd(d_x, u, by)), (x, *pullback(d_x))
 
@@ -110,7 +110,7 @@ def test_the_transform_and_its_gradients(parts, x64):
 
 @pytest.mark.parametrize("parts", PARTS, ids=name_of)
 def test_nothing_is_nan_at_zero(parts):
-    """Where z is 0, so are the logits and the cap's gradient, and the slope is 1."""
+    """Where z is 0, the logits and the gradient of the cap are 0, and the slope is 1."""
     zeros, ones = jnp.zeros((C, K)), jnp.ones((C, K))
     by = some_transform(parts, "float32")
     by = by._replace(bias=None if by.bias is None else jnp.zeros(K))
@@ -131,7 +131,7 @@ def test_nothing_is_nan_at_zero(parts):
 
 @pytest.mark.parametrize("parts", PARTS, ids=name_of)
 def test_a_scale_for_each_row(parts):
-    """It does in its row what the same number does for all rows."""
+    """A scale of one row has the effect in that row that a common scale has in all rows."""
     u, d_x = some_u("float32"), jnp.asarray(normal(C, K, seed=2), "float32")
     by = some_transform((parts[0], True, parts[2]), "float32")
     scales = jnp.asarray([0.7, -2, 0, 1, 3, 0.1, 5], "float32")
@@ -154,7 +154,7 @@ def test_a_scale_for_each_row(parts):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("parts", PARTS, ids=name_of)
 def test_masked_classes(parts, bad, scaled):
-    """Their logits are -inf and their gradients 0, whatever u and bias are; as without them."""
+    """Logits are -inf and gradients 0, whatever u and bias are. Other classes do not change."""
     mask = np.arange(K) % 3 != 1
     u, d_x = some_u("float32"), jnp.asarray(normal(C, K, seed=2), "float32")
     by = some_transform(parts, "float32")
@@ -178,7 +178,7 @@ def test_masked_classes(parts, bad, scaled):
 
 @pytest.mark.parametrize("softcap", [None, 30.0, INF])
 def test_a_bias_of_minus_infinity(softcap):
-    """It takes a class away; a finite softcap bounds it, and then has a gradient of its own."""
+    """Without a softcap the class cannot occur. A finite softcap bounds it and has a gradient."""
     by = some_transform((True, True, softcap is not None), "float32", softcap)
     by = by._replace(bias=by.bias.at[2].set(-INF))
     d_x = np.zeros((C, K), np.float32)
@@ -198,7 +198,7 @@ def test_a_bias_of_minus_infinity(softcap):
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("cap", [1e-3, 1, 30, 1e4, 1e20, 1e30, 3e38])
 def test_the_softcap_and_its_derivatives_in_60_digits(cap, traced):
-    """Up to a cap that z over it underflows, and down to a slope that 1 - tanh^2 rounds away."""
+    """Up to a cap where z / cap underflows, and down to a slope that 1 - tanh^2 rounds to 0."""
     z = np.array([1e-30, 1e-9, 1e-4, 0.1, 0.4, 0.6, 5, 10, 40, 1e4, 1e10, 1e30, 3e38], np.float32)
     cap = np.float32(cap)
     f = jax.vmap(jax.value_and_grad(capped, (0, 1)), (0, None))
@@ -220,7 +220,7 @@ def test_the_softcap_and_its_derivatives_in_60_digits(cap, traced):
 
 
 def test_the_derivative_by_the_cap_is_precise_where_its_formulas_meet():
-    """The series serves ratios below 1/2, and the difference, which cancels there, those above."""
+    """The series serves ratios below 1/2. The difference serves the others; it cancels below."""
     y = np.geomspace(1e-3, 8, 200).astype(np.float32)
     found = jax.jit(jax.vmap(jax.grad(capped, 1), (0, None)))(y, jnp.float32(1))
     with mpmath.workdps(oracle.DIGITS):
@@ -241,7 +241,7 @@ def test_an_infinite_softcap_is_none():
 
 
 def test_the_softcap_in_float64():
-    """In so many digits, y - y slope of the smallest ratio y is exact."""
+    """The reference has 1000 digits, so that y - y slope is exact for the smallest ratio y."""
     z = np.array([-1e200, -1e4, -3, -1e-9, 0, 0.3, 20, 1e100, 1e300])
     run = jax.jit(jax.vmap(jax.value_and_grad(capped, (0, 1)), (0, None)))
     with jax.enable_x64(True), mpmath.workdps(1000):
@@ -271,7 +271,7 @@ BACKENDS = {
     "gpu": Backend("gpu", is_local=True),
     "tpus": Backend("tpu", is_local=False),
 }
-CLASSES = {100: 100, 512: 256, 521: 256}  # in one block, in two, and in two and a rest
+CLASSES = {100: 100, 512: 256, 521: 256}  # in one block, in two, in two and a remainder
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def small_blocks(monkeypatch):
 
 
 def operands(classes, dtype):
-    """Hidden states, kernel, d u and a kernel's gradient so far."""
+    """Hidden states, kernel, d u, and the gradient of the kernel so far."""
     hidden, kernel = (jnp.asarray(a, dtype) for a in (normal(C, D), normal(D, classes)))
     wide = "float64" if dtype == "float64" else "float32"
     return (
@@ -330,7 +330,7 @@ def test_products_of_float64(small_blocks):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_gradients_too_small_for_float16_reach_its_products(platform):
-    """1e-9, which float16 rounds to 0."""
+    """d u is 1e-9, which float16 rounds to 0."""
     hidden, kernel, d_u, _ = operands(100, "float16")
     d_u = 1e-9 * d_u
     backend = Backend(platform, is_local=True)
@@ -342,7 +342,7 @@ def test_gradients_too_small_for_float16_reach_its_products(platform):
 
 
 def equations(jaxpr, primitives):
-    """Those of these primitives, inner programs included."""
+    """The equations of these primitives, also in inner programs."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in primitives:
             yield eqn
@@ -361,7 +361,7 @@ def test_all_products_have_the_precision_and_accumulate_in_float32(small_blocks,
     for eqn in found:
         assert eqn.params["precision"] == (lax.Precision.HIGH,) * 2
         assert eqn.params["preferred_element_type"] == np.float32
-    # A block is multiplied at a time where operands are widened or a product is added.
+    # Blocks are multiplied one at a time if operands are widened or a product is accumulated.
     in_blocks = (
         backend.product_dtype(jnp.dtype(dtype)) != dtype,
         backend.gradient_dtype(jnp.dtype(dtype)) != dtype,
@@ -389,7 +389,7 @@ def test_the_precision_keeps_the_dtype_unless_the_caller_chose_another(dtype, ex
             assert product_precision(dtype) == chosen
 
 
-# The kernel's rows from all devices.
+# Gathering the rows of the kernel
 
 
 SUMS = {"psum", "psum_invariant", "reduce_scatter"}
@@ -418,8 +418,8 @@ def test_rows_are_gathered_and_their_gradient_is_rounded_once(names):
     devices = 4 * (2 if "model" in names else 1)
     np.testing.assert_array_equal(rows, np.stack(devices * [kernel.astype(jnp.float32)]))
     assert_close(d_kernel, np.sum(g, axis=0) * (devices / 4))
-    # What XLA sums in bfloat16, it may do in float32 after all. So the program says more.
+    # XLA may compute in float32 a sum that was traced in bfloat16. So check the traced program.
     sums = list(equations(jax.make_jaxpr(run)(kernel, g).jaxpr, SUMS))
     assert len(sums) == len(names)
     assert all(x.aval.dtype == np.float32 for eqn in sums for x in eqn.invars)
-    assert sums[0].primitive.name == "reduce_scatter"  # fewer numbers are left for the other sum
+    assert sums[0].primitive.name == "reduce_scatter"  # it leaves fewer numbers for the other sum

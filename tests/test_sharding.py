@@ -21,11 +21,11 @@ from tolerances import CENTRAL_DIFFERENCES, GRADIENT_BAR, LOSS_BAR, SMALLEST, ZE
 
 import sxe
 
-N, K = 8, 24  # what 1, 2, 4 and 8 devices divide; a shard holds 3, 6, 12 or 24 classes
+N, K = 8, 24  # 1, 2, 4 and 8 devices divide both; a shard has 3, 6, 12 or 24 classes
 
 
 class Call(NamedTuple):
-    """A call of the loss. Its numbers are part of the program, its arrays are arguments of it."""
+    """A call of the loss. Its numbers are part of the program, its arrays are arguments."""
 
     logits: np.ndarray
     labels: np.ndarray
@@ -62,7 +62,7 @@ EVERY_MASKED = ("where_class", "weights", "class_weights", "z_loss")
 def a_call(
     *options, dense=False, reduction="mean", rule="vjp", dtype="float32", seed=0, shape=(N, K)
 ):
-    """A call with random arguments. The numbers among its options are Python's."""
+    """A call with random arguments. Numbers among its options are Python numbers."""
     p = logits_problem(*options, dense=dense, dtype=dtype, shape=shape, seed=seed)
     g = cotangent(p, reduction, seed=seed)
     logits, labels = p.pop("logits"), p.pop("labels")
@@ -71,7 +71,7 @@ def a_call(
 
 
 def spec(value, rows, classes, option=None):
-    """How an array of a call lies on a mesh that splits rows and classes along these axes."""
+    """The sharding of an array of a call on a mesh with these axes for rows and classes."""
     of_classes = option in ("class_weights", "class_mask")
     axes = {0: (), 1: (classes if of_classes else rows,), 2: (rows, classes)}
     return P(*axes[np.ndim(value)])
@@ -98,7 +98,7 @@ def globally(call):
 
 
 def over_shards(call, mesh, rows, classes, *, function=None, out=None, **options):
-    """A function of logits, labels and the other arrays, in shard_map; the loss, if none given."""
+    """A function of logits, labels and other arrays, in shard_map. By default, the loss."""
     function = function or call.loss(axis_name=classes, batch_axis_name=rows)
     if out is None:
         out = P(rows) if call.reduction == "none" else P()
@@ -107,13 +107,13 @@ def over_shards(call, mesh, rows, classes, *, function=None, out=None, **options
 
 
 def outside(call, mesh, rows, classes, **options):
-    """Value and gradient of the loss in shard_map."""
+    """Value and gradient, taken outside shard_map, of the loss in shard_map."""
     loss = over_shards(call, mesh, rows, classes, **options)
     return lambda *arrays: value_and_gradient(loss, *arrays)
 
 
 def inside(call, mesh, rows, classes):
-    """Value and gradient, in shard_map."""
+    """Value and gradient, taken inside shard_map."""
     loss = call.loss(axis_name=classes, batch_axis_name=rows)
     return jax.shard_map(
         lambda *arrays: value_and_gradient(loss, *arrays),
@@ -124,7 +124,7 @@ def inside(call, mesh, rows, classes):
 
 
 def with_gradient(call, mesh, rows, classes):
-    """Value and gradient in one pass, in shard_map; the gradient scaled by the call's cotangent."""
+    """Value and gradient in one pass, in shard_map. The call's cotangent scales the gradient."""
     options = {"reduction": call.reduction, "axis_name": classes, "batch_axis_name": rows}
 
     def both(logits, labels, given, g):
@@ -142,7 +142,7 @@ def with_gradient(call, mesh, rows, classes):
 
 
 def run(functions, calls, place=lambda call: call.arrays):
-    """The results of one program that holds all of these functions."""
+    """The results of one program that contains all of these functions."""
     return quick_jit(all_of(functions))([place(call) for call in calls])
 
 
@@ -161,7 +161,7 @@ def run_and_check(transform, calls, *layout, **options):
 
 
 def numerical_gradient(f, x, step=1e-3):
-    """Central differences of a scalar function that is all but linear in x."""
+    """Central differences of a scalar function that is nearly linear in x."""
     x = np.asarray(x, np.float64)
     out = np.zeros(x.shape)
     for i in np.ndindex(*x.shape):
@@ -177,7 +177,7 @@ def numerical_gradient(f, x, step=1e-3):
 
 @pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)], ids=str)
 def test_every_mesh(shape):
-    """But for 2 x 4, which serves all other tests."""
+    """All shapes except 2 x 4, which the other tests use."""
     calls = [
         a_call(*EVERY, rule="vjp", reduction="mean"),
         a_call(*EVERY_OF_LOGITS, dense=True, rule="vjp", reduction="none"),
@@ -191,7 +191,7 @@ CASES = of_logits("none")
 
 
 def calls_of(cases, **more):
-    """One call for each of these cases; the sums of rows are in turn means and plain sums."""
+    """One call per case. Reductions of the rows alternate between mean and sum."""
     sums = itertools.cycle(["mean", "sum"])
     return [
         a_call(
@@ -220,7 +220,7 @@ def test_loss_with_gradient():
 
 
 def mixed(rule="vjp", **options):
-    """Every option but ignore_index with dense targets, every reduction, in three calls."""
+    """Three calls: every option (for dense targets, all but ignore_index) and every reduction."""
     return [
         a_call(*EVERY, rule=rule, reduction="mean", **options),
         a_call(*EVERY_OF_LOGITS, dense=True, rule=rule, reduction="none", **options),
@@ -245,7 +245,7 @@ def test_gradient_inside(rule):
     ],
 )
 def test_one_axis_or_several(rows, classes):
-    """Either argument alone and both, a tuple in the order of the array's specification."""
+    """Rows, classes or both are sharded. A tuple has the order of the array's specification."""
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"))
     calls = mixed()
     functions = [
@@ -256,7 +256,7 @@ def test_one_axis_or_several(rows, classes):
 
 
 def test_class_axis_that_is_not_the_last():
-    """Logits [B, K, H], sharded in B and K."""
+    """Logits [B, K, H], sharded over B and K."""
     rng = np.random.default_rng(4)
     logits = rng.standard_normal((4, 8, 3)).astype(np.float32)
     labels = rng.integers(8, size=(4, 3))
@@ -286,12 +286,12 @@ def test_other_dtypes(dtype):
 
 @every_rule
 def test_without_varying_types(rule):
-    """check_vma=False, differentiated outside."""
+    """check_vma=False, with the gradient outside."""
     run_and_check(outside, mixed(rule, seed=5), make_mesh(2, 4), "data", "model", check_vma=False)
 
 
 def test_value_with_gradient_without_varying_types():
-    """The closed form needs no autodiff, and so no types."""
+    """The closed form needs no autodiff, and so no varying types."""
     c = a_call(*EVERY)
     loss = over_shards(
         c,
@@ -308,7 +308,7 @@ def test_value_with_gradient_without_varying_types():
 
 
 def gradients_of_the_rest(loss):
-    """The gradients with respect to dense targets and all options that are arrays."""
+    """The gradients for dense targets and for all options that are arrays."""
 
     def of(logits, labels, given, g):
         def scalar(differentiable):
@@ -340,7 +340,7 @@ def expected_gradients_of_the_rest(call):
 
 @every_rule
 def test_gradients_of_the_rest(rule):
-    """With respect to dense targets, weights, class weights, the smoothing and the z-loss."""
+    """For dense targets, weights, class weights, label smoothing and z-loss."""
     mesh = make_mesh(2, 4)
     functions, calls = [], []
     for dense, reduction, way in [
@@ -351,7 +351,7 @@ def test_gradients_of_the_rest(rule):
         (True, "none", "outside, no varying types"),
     ]:
         c = a_call("weights", "class_weights", dense=dense, rule=rule, reduction=reduction, seed=6)
-        # A central difference must not cross 0, where a row starts to count.
+        # A central difference must not cross a weight of 0, where a row starts to count.
         c.options["weights"] += np.float32(1)
         c.options["label_smoothing"] = np.array(0.1, np.float32)
         c.options["z_loss"] = np.array(0.2, np.float32)
@@ -374,7 +374,7 @@ def test_gradients_of_the_rest(rule):
                 assert_close(a, e)
 
 
-# Rows at the edges. Each is a row of its own, so that a leak into another shows.
+# Edge cases. Each has its own row, so that a leak into another row is seen.
 
 
 @each_value(rule=RULES, dense={"integer": False, "dense": True})
@@ -412,7 +412,7 @@ def test_infinities_and_bad_labels(rule, dense):
 
 @every_rule
 def test_rows_that_do_not_count(rule):
-    """Whatever stands in them, and when none is left, on one device or on all."""
+    """Their contents have no influence, even if one device, or all, has no rows that count."""
     logits, labels, _, _, _, g = c = a_call(reduction="none", rule=rule, seed=8)
     logits[1] = np.nan
     logits[2, 3] = np.inf
@@ -446,7 +446,7 @@ def test_rows_that_do_not_count(rule):
 
 
 def test_label_that_is_masked_out():
-    """A shard that holds the label's class but may not use it: the row costs infinity."""
+    """A shard has the label's class but masks it: the loss of the row is infinite."""
     c = a_call("where_class", reduction="none", seed=9)
     c.options["where"][4, c.labels[4]] = False
     value, gradient = c.expected()
@@ -466,7 +466,7 @@ EXACT = {
 
 @every_rule
 def test_digits_of_extreme_rows(rule):
-    """As many as unsharded, where 60-digit arithmetic is the judge as well."""
+    """The precision is that of unsharded logits, compared with 60-digit arithmetic."""
     x = np.random.default_rng(10).standard_normal(64)
     logits = np.stack([row(x) for row in EXACT.values()]).repeat(2, 0).astype(np.float32)
     labels = np.array([33, 3] * len(EXACT))
@@ -487,7 +487,7 @@ def test_digits_of_extreme_rows(rule):
 
 
 def test_equal_logits():
-    """2048 of them, over all shards."""
+    """2048 equal logits over all shards."""
     logits = np.repeat(np.array([[1e7], [1e30]], np.float32), 2048, axis=1)
     labels = np.array([0, 1500])
     calls = [Call(logits, labels, {}, "none", rule, np.ones(2, np.float32)) for rule in RULES]
@@ -495,7 +495,7 @@ def test_equal_logits():
     expected = 1 / 2048 - np.eye(2048)[labels]
     for value, gradient in run(functions, calls):
         np.testing.assert_allclose(value, math.log(2048), rtol=LOSS_BAR)
-        # A quotient of exact numbers, which is as precise as a loss.
+        # The quotient of exact numbers, as precise as a loss
         np.testing.assert_allclose(gradient, expected, rtol=LOSS_BAR)
         np.testing.assert_allclose(np.sum(gradient, axis=-1), 0, atol=ZERO)
 
@@ -514,7 +514,7 @@ def check_metrics(call, loss, metrics):
 
 @every_rule
 def test_metrics(rule):
-    """The first of the largest logits wins, in whichever shard it lies."""
+    """The first of the largest logits is the prediction, whichever shard has it."""
     c = a_call(*EVERY, rule=rule, seed=11)
     top = np.float32(20)
     c.logits[0, [5, 6, 23]] = top
@@ -542,7 +542,7 @@ def test_metrics(rule):
 
 
 def test_sums_make_the_mean_over_shards():
-    """Without batch_axis_name the metrics are of this device's rows, for the caller to add."""
+    """Without batch_axis_name, metrics are for the rows of this device. The caller adds them."""
     c = a_call("weights", "where")
 
     def mean(logits, labels, given):
@@ -561,7 +561,7 @@ def test_sums_make_the_mean_over_shards():
 
 @pytest.mark.parametrize("rule", ["jvp", "autodiff"])
 def test_forward_mode(rule):
-    """jvp and linearize, inside and outside."""
+    """jvp and linearize, inside and outside shard_map."""
     c = a_call(*EVERY_OF_LOGITS, dense=True, rule=rule)._replace(g=np.float32(1))
     mesh = make_mesh(2, 4)
     loss = c.loss(axis_name="model", batch_axis_name="data")
@@ -587,7 +587,7 @@ def test_forward_mode(rule):
 
 @every_rule
 def test_hessian(rule):
-    """The Hessian outside; inside, its product with a vector that is split as the logits are."""
+    """The Hessian outside. Inside, its product with a vector that is sharded like the logits."""
     with jax.enable_x64(True):
         c = a_call(*EVERY_OF_LOGITS, rule=rule, dtype="float64", seed=13)
         c = c._replace(logits=c.logits[:, :4], labels=c.labels % 4, g=np.float64(1))
@@ -663,7 +663,7 @@ class TestWrongUse:
         self.call(function, "^batch_axis_name: .*axis_name.*'model'", x, **options)
 
 
-# 2. jit on global arrays, which JAX splits
+# 2. jit on global arrays, which JAX shards
 
 LAYOUTS = {
     "rows": ("data", None),
@@ -685,7 +685,7 @@ def at_once(call):
 
 
 def placed(mesh, rows, classes, replicated=()):
-    """Puts the arrays of a call on the mesh."""
+    """Place the arrays of a call on the mesh."""
 
     def place(call):
         logits, labels, given, g = specs(call, rows, classes)
@@ -702,7 +702,7 @@ def placed(mesh, rows, classes, replicated=()):
 def test_global_arrays(kind, layout):
     mesh, context = use_mesh(kind)
     rows, classes = LAYOUTS[layout]
-    # Over the layouts every rule meets every kind of targets.
+    # Across the layouts, every rule is used with every kind of targets.
     i = list(LAYOUTS).index(layout)
     rules = RULES[i % 3 :] + RULES[: i % 3]
     calls = [mixed(rule, seed=15)[j] for j, rule in enumerate(rules)]
@@ -720,7 +720,7 @@ def test_global_arrays(kind, layout):
 
 @each_value(kind=KINDS, replicated=[["class_weights"], ["labels", "where", "weights"]])
 def test_replicated_arrays(kind, replicated):
-    """Logits in parts, and some of the other arrays whole on every device."""
+    """Logits are sharded, and some of the other arrays are replicated."""
     mesh, context = use_mesh(kind)
     calls = [*mixed(seed=16), a_call(), a_call(dense=True)]
     with context:
@@ -776,7 +776,7 @@ def test_global_class_axis(kind, shape, axis, layout):
     check(calls, results)
 
 
-# 3. What the compiled program moves
+# 3. Communication in the compiled program
 
 
 def compiled(functions, calls, place=lambda call: call.arrays):
@@ -833,7 +833,7 @@ def test_collectives_finds_gathered_logits():
 
 @pytest.mark.parametrize("kind", ["shard_map", slow("auto"), "explicit"])
 def test_collectives_move_statistics_of_rows(kind):
-    """Nothing with both rows and classes: a number a row, and gathered class weights."""
+    """One number per row, and gathered class weights, but no array with both rows and classes."""
     calls = [
         a_call(*names, dense=dense, rule=rule, reduction=reduction, seed=19, shape=(32, 256))
         for names, dense, reduction in [(EVERY, False, "mean"), (EVERY_OF_LOGITS, True, "none")]

@@ -1,4 +1,4 @@
-"""jax.vmap where an Explicit mesh splits its arrays, and where it has shards of the classes."""
+"""jax.vmap if an Explicit mesh shards its arrays, and if its examples are shards of the classes."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ BOTH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 slow = pytest.mark.slow
 EXPLICIT = functools.partial(make_mesh, kind=AxisType.Explicit)
 
-# What every example has its own of. All else the examples share.
+# Each example has its own of these arrays. The examples share all others.
 OWN = ("hidden", "logits", "labels", "weights", "where")
 
 
@@ -40,7 +40,7 @@ def one(loss, *options, dense=False, seed=0):
 
 
 def examples(loss, *names, dense=False, own=OWN):
-    """The arrays of B calls: [B, ...] of what each has its own of."""
+    """The arrays of B calls, by name: [B, ...] if each call has its own."""
     each = [one(loss, *names, dense=dense, seed=seed) for seed in range(B)]
     return {n: np.stack([p[n] for p in each]) if n in own else a for n, a in each[0].items()}
 
@@ -77,7 +77,7 @@ def cotangents(static):
 
 
 def both_ways(loss, static, axes, **options):
-    """p, g to the losses, the gradients of a vmap, and the gradients and losses of each example."""
+    """p, g to losses and gradients of a vmap, and to gradients and losses of each example."""
 
     def run(p, g):
         def total(q):
@@ -98,7 +98,7 @@ def both_ways(loss, static, axes, **options):
 
 
 def split(p, mesh, batch, rows, classes, own=OWN):
-    """p on the mesh, whose axes split examples, rows and classes so."""
+    """p on the mesh, with these mesh axes for examples, rows and classes."""
     specs = {
         "hidden": (rows, None),
         "logits": (rows, classes),
@@ -116,7 +116,7 @@ def split(p, mesh, batch, rows, classes, own=OWN):
 
 
 def check(loss, p, static, mesh, layout, *, jit=quick_jit, own=OWN, **options):
-    """That vmap on this mesh, with this layout, gives what the oracle gives for each example."""
+    """Check that vmap on this mesh and layout gives the oracle's results for each example."""
     g = cotangents(static)
     axes = {name: 0 if name in own else None for name in p}
     with naming(*layout, *static.values(), *p), jax.set_mesh(mesh):
@@ -154,7 +154,7 @@ def mesh_of(shape):
 
 @each_value(loss=LOSSES, on=[LAYOUTS[0], LAYOUTS[3]])
 def test_examples_that_a_mesh_splits(loss, on):
-    """On one device, and with classes sharded as well."""
+    """The mesh has one device, or also shards the classes."""
     shape, layout = on
     check(loss, examples(loss, *EVERY[loss]), {"ignore_index": 1}, mesh_of(shape), layout)
 
@@ -191,7 +191,7 @@ def test_eager_calls(loss, shape, layout, rule):
 @BOTH
 @pytest.mark.parametrize(("shape", "layout"), [LAYOUTS[0], LAYOUTS[2]], ids=str)
 def test_spmd_axis_name(loss, shape, layout):
-    """It names the axis that splits the examples, or one that splits none."""
+    """It names the axis over which the examples are sharded, or another axis."""
     p = examples(loss, *EVERY[loss])
     check(loss, p, {}, mesh_of(shape), layout, spmd_axis_name="data")
     check(loss, p, {}, mesh_of(shape), (None, None, None), spmd_axis_name="data")
@@ -281,7 +281,7 @@ CLASSES = ("kernel", "bias", "class_weights", "class_mask")
 
 
 def shards(p, option):
-    """The arrays of a call as shards, and the axis of each that a vmap maps."""
+    """The arrays of a call as shards, and the axis of each array that a vmap maps."""
     cut, axes = {}, {}
     for name, a in p.items():
         axis = 0 if option == "batch_axis_name" else -1
@@ -293,7 +293,7 @@ def shards(p, option):
 
 
 def check_named_vmap(loss, p, static, option="axis_name", jit=quick_jit):
-    """Values; and gradients for cotangents of all shards alike, of one of them, and at random."""
+    """Values, and gradients for cotangents that are equal on all shards, on one only, or random."""
     cut, axes = shards(p, option)
     f = jax.vmap(functools.partial(call, loss, static | {option: "m"}), (axes,), axis_name="m")
     g = cotangents(static)[0]
@@ -345,7 +345,7 @@ def test_rows_of_a_named_vmap(loss):
 
 
 def test_shards_of_two_named_vmaps():
-    """The classes are not the last axis, and there is a mask of them."""
+    """The classes are not the last axis, and some are masked."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(3, 8, 2)).astype(np.float32), rng.integers(8, size=(3, 2))
     where = rng.random(x.shape) < 0.8
@@ -353,7 +353,7 @@ def test_shards_of_two_named_vmaps():
     options = {"axis": 1, "class_weights": rng.random(8).astype(np.float32)}
 
     def cut(a, axis):
-        return np.stack(np.split(np.stack(np.split(a, 4, axis)), 2))  # the outer axis first
+        return np.stack(np.split(np.stack(np.split(a, 4, axis)), 2))  # the outer axis comes first
 
     def f(x, where, c):
         names = {"axis": 1, "axis_name": ("outer", "inner")}
@@ -370,7 +370,7 @@ def test_shards_of_two_named_vmaps():
 
 @pytest.mark.parametrize("spec", [None, P("data"), P()], ids=["no mesh", "split", "whole"])
 def test_value_with_gradient_of_shards_of_a_named_vmap(spec):
-    """Each example gets the gradient of its classes, on an Explicit mesh that splits them too."""
+    """Each example gets the gradient of its classes, also if an Explicit mesh shards them."""
     p = one(LOGITS, "class_weights", "label_smoothing")
     cut, axes = shards(p, "axis_name")
 
@@ -392,7 +392,7 @@ def test_value_with_gradient_of_shards_of_a_named_vmap(spec):
 
 
 def test_a_vmap_around_other_axes():
-    """A vmap may have a name where the loss has an axis of shard_map, or none."""
+    """A vmap may have a name while the loss has an axis of shard_map, or none."""
     mesh = make_mesh(4, names=("model",))
     p = examples(LOGITS)
     call_ = {
@@ -415,7 +415,7 @@ def test_a_vmap_around_other_axes():
 
 @vjp_by_default
 def test_a_gradient_inside_is_that_of_the_sum_of_shards(rule):
-    """Under pmap, vmap and shard_map without varying types, as with lax.psum."""
+    """Under pmap, vmap, and shard_map without varying types, as for lax.psum."""
     p = one(LOGITS)
     x = np.stack(np.split(p["logits"], SHARDS, -1))
     gradient = jax.grad(lambda x: LOGITS(x, p["labels"], axis_name="m", rule=rule))
@@ -437,7 +437,7 @@ def test_a_gradient_inside_is_that_of_the_sum_of_shards(rule):
 
 
 def test_axes_of_a_vmap_in_shard_map():
-    """JAX itself has no sums over them where shard_map tracks what varies."""
+    """JAX has no sums over these axes if shard_map tracks varying types."""
     p = one(LOGITS)
     mesh = make_mesh(2, names=("d",))
     x = np.stack(np.split(p["logits"], SHARDS, -1))
@@ -460,7 +460,7 @@ def test_axes_of_a_vmap_in_shard_map():
 
 
 def test_rows_of_a_named_vmap_on_an_explicit_mesh():
-    """Where a mesh splits hidden states or kernel, their sum is for the caller to take."""
+    """If a mesh shards the hidden states or the kernel, the caller has to sum the rows."""
     p, mesh = one(HEAD, "weights"), EXPLICIT(2, 4)
     cut, axes = shards(p, "batch_axis_name")
 
@@ -480,7 +480,7 @@ def test_rows_of_a_named_vmap_on_an_explicit_mesh():
 
 
 def test_types_of_a_mesh_inside_shard_map_over_another_axis():
-    """What axis_name names is split by the axes that types name besides."""
+    """The shard along axis_name is itself sharded over the other axes that its types name."""
     mesh, p = EXPLICIT(2, 4), one(HEAD, "bias", "class_weights")
     specs = {"hidden": P("data"), "labels": P("data"), "kernel": P(None, "model")}
     specs = {name: specs.get(name, P("model")) for name in p}
@@ -499,7 +499,7 @@ def test_types_of_a_mesh_inside_shard_map_over_another_axis():
 
 @each_value(loss=LOSSES, devices=[1, 8])
 def test_labels_alone_are_mapped(loss, devices):
-    """Several targets for the same logits: no example has logits of its own."""
+    """Several targets for the same logits. No example has its own logits."""
     p, mesh = examples(loss, own=("labels",)), EXPLICIT(devices, names=("data",))
     p["labels"] = np.stack([np.roll(p["labels"][0], i) for i in range(B)])
     g = cotangents({})

@@ -1,1 +1,1 @@
-"""Hidden states and a kernel to the results of rows, a chunk of rows at a time."""
+"""The head: results of rows from hidden states and a kernel, one chunk of rows at a time."""

@@ -1,9 +1,11 @@
-"""One chunk of rows of the head: logits, results, and the gradients that follow from them.
+"""The head on one chunk of rows: logits, results and gradients.
 
-The logits of a chunk go through the function of rows as any others do. From their gradient the
-chain rule of ``projection`` leads to hidden states and kernel. ``chunk_fwd`` does all of that in a
-forward pass, ``chunk_bwd`` in a backward pass, which has the results already. ``chunked`` runs them
-for all chunks.
+The row function computes results from the chunk's logits, and the gradients of the logits. The
+chain rule of ``projection`` turns these into the gradients of hidden states and kernel.
+``chunk_fwd`` computes results and gradients in a forward pass. ``chunk_bwd`` computes the gradients
+in a backward pass, when the results are known already. ``chunked`` loops over the chunks.
+
+H0 to H7 are the formulas of ``projection``, and D0 and D7 are lines of ``sxe.derivation``.
 """
 
 import dataclasses
@@ -26,16 +28,18 @@ from sxe._rows.rules import RowFunction, Weighed, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows
 
 T = TypeVar("T")
-Sums = tuple[Array, "Shared"]  # the weighted results, and the gradients of what rows share
-Logits = tuple[Array, ...]  # [C, K] of each projection
+Sums = tuple[Array, "Shared"]  # the sum of weighted results; gradients of the shared parameters
+Logits = tuple[Array, ...]  # [C, K], one per projection
 
 
 class Projection(NamedTuple):
-    """What rows share on the way from hidden states to logits. Of gradients, None is not wanted.
+    """The parameters that turn hidden states into logits, shared by all rows.
+
+    In a projection of gradients, None marks a gradient that is not computed.
 
     Attributes:
-      kernel: [D, K], or None where the hidden states are [..., K], and are u already.
-      transform: of u to logits.
+      kernel: [D, K], or None if the hidden states are [..., K] and are u already.
+      transform: what turns u into logits.
     """
 
     kernel: Any
@@ -43,12 +47,11 @@ class Projection(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What rows have of their own for one projection.
+    """The arrays of one projection that have an entry for each row.
 
     Attributes:
       states: [..., D].
-      logit_scale: what its row of states @ kernel is multiplied by, [...], or None where no row has
-        one of its own.
+      logit_scale: [...], one factor per row of states @ kernel, or None if all rows share it.
     """
 
     states: Any
@@ -56,11 +59,13 @@ class Hidden(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all rows share. None: the option is off or, of gradients, not wanted.
+    """The parameters that all rows share.
+
+    None means that the option is off or, for a gradient, that it is not computed.
 
     Attributes:
-      projections: the model's and, where targets are logits of a projection too, the target's.
-      dense: what label smoothing adds to each row's targets, with t [1, K] or [1, 1].
+      projections: the model's and, if the targets are logits of a projection, the target's.
+      dense: the part of the targets that comes from label smoothing, with t [1, K] or [1, 1].
       z_loss: a scalar.
     """
 
@@ -69,26 +74,26 @@ class Shared(NamedTuple):
     z_loss: Array | None
 
 
-Chunk = tuple[tuple[Hidden, ...], Rows]  # of rows [C, ...]
+Chunk = tuple[tuple[Hidden, ...], Rows]  # a block of rows, [C, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How rows go through the head.
+    """The static options of the head.
 
     Attributes:
-      f: the function of rows.
-      products: how hidden states and kernel are multiplied, of each projection.
-      path: where its gradients are computed.
-      rule: by which it is differentiated.
-      chunk_size: the most rows that a chunk may have, None for the default.
-      skips: whether rows that do not count are left out.
-      has_weights: whether a row of weight 0 may have no loss.
-      predicts: whether the class of each row's largest logit is wanted.
-      ranks: whether the number of logits that are larger than the label's is wanted besides.
-      chunks: how many chunks the rows are divided into, once their number is known.
-      wanted: in a rule, True for what is differentiated of what rows share, of the hidden states,
-        and of the rows. No other gradient is computed.
+      f: the row function.
+      products: how matrix products are computed, one entry per projection.
+      path: in which pass the gradients are computed.
+      rule: the differentiation rule, "vjp", "jvp" or "autodiff".
+      chunk_size: the largest number of rows in a chunk, or None for the default.
+      skips: whether to skip rows that do not count: masked out, ignored, or of weight 0.
+      has_weights: whether there are row weights. A row of weight 0 may have no finite loss.
+      predicts: whether to compute the class of the largest logit of each row.
+      ranks: whether to count, in addition, the logits that are larger than the label's.
+      chunks: the number of chunks, set once the number of rows is known.
+      wanted: set in a rule: pytrees like the shared parameters, the hidden states and the rows,
+        with True for each array that is differentiated. No other gradient is computed.
     """
 
     f: RowFunction
@@ -104,22 +109,22 @@ class Head:
     wanted: tuple[Any, Any, Any] = (None, None, None)
 
     def wants(self, projection: int) -> bool:
-        """Whether a gradient is wanted that comes from these logits."""
+        """Whether any gradient of this projection or of its hidden states is requested."""
         shared, hidden, _ = self.wanted
         return any(jax.tree.leaves((shared.projections[projection], hidden[projection])))
 
 
 class Tile(NamedTuple):
-    """Some rows on the way through the head, [C, ...].
+    """A block of rows on the way through the head, [C, ...].
 
     Attributes:
-      x: the logits. What stands in rows that do not count has no influence.
-      targets: of each row and each class, or their logits.
-      us: what the logits come from, of each projection, 0 in these rows.
-      by: what makes logits of us. If rows have a logit_scale of their own, it is 0 in these rows.
-      mask: the rows that count, or None where all do.
-      late_mask: the mask where x is not masked, so that gradients have to be, and else None.
-      ranking: of the logits, or None where it is not wanted.
+      x: the logits. Their values in rows that do not count have no influence.
+      targets: the targets of the row function, or the target's logits.
+      us: u of each projection, [C, K], with 0 in rows that do not count.
+      by: the transform of each projection. A per-row logit_scale is 0 in rows that do not count.
+      mask: the rows that count, or None if all do.
+      late_mask: the mask if x is not masked, so that the gradients have to be; otherwise None.
+      ranking: of the logits, or None if it is not requested.
     """
 
     x: Array
@@ -132,7 +137,7 @@ class Tile(NamedTuple):
 
 
 def us_of(head: Head, shared: Shared, hidden: tuple[Hidden, ...]) -> Logits:
-    """H0 of each projection."""
+    """H0 for each projection."""
     parts = zip(head.products, hidden, shared.projections, strict=True)
     return tuple(
         products.u(of_rows.states, by.kernel, by.transform.class_mask)
@@ -147,9 +152,9 @@ def scales_of(hidden: tuple[Hidden, ...]) -> tuple[Array | None, ...]:
 def tile_of(
     head: Head, shared: Shared, us: Logits, scales_and_rows: Any, *, by_kernel: bool = False
 ) -> Tile:
-    """H1 and H2. Where a row does not count, u and a logit_scale of its own are taken as 0.
+    """H1 and H2, with u and a per-row logit_scale set to 0 in rows that do not count.
 
-    So nothing there is NaN.
+    So nothing in these rows is NaN.
     """
     scales, rows = scales_and_rows
     mask, by = rows.mask, _transforms(shared, scales)
@@ -161,8 +166,8 @@ def tile_of(
         mask = rows.with_loss(functools.reduce(jnp.logical_and, have_loss))
     kept = keep_rows(mask, us)
     kept_by = _transforms(shared, keep_rows(mask, scales))
-    # For a kernel XLA would write a masked copy of u, so that gradients are masked instead. The
-    # exception is XLA's gradient for targets that rows share, a sum over all rows.
+    # For a GPU kernel, XLA would write out a masked copy of u. So the gradients are masked instead,
+    # except where XLA computes the gradient for shared targets, which is a sum over all rows.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
     parts = zip(kept if late_mask is None else us, kept_by, strict=True)
@@ -177,7 +182,7 @@ def tile_of(
 
 
 def _transforms(shared: Shared, scales: tuple[Array | None, ...]) -> tuple[Transform, ...]:
-    """What makes logits of these rows: each may have a logit_scale of its own."""
+    """The transform of each projection, with the per-row logit_scale if there is one."""
     return tuple(
         by.transform if scale is None else by.transform._replace(logit_scale=scale)
         for by, scale in zip(shared.projections, scales, strict=True)
@@ -185,7 +190,7 @@ def _transforms(shared: Shared, scales: tuple[Array | None, ...]) -> tuple[Trans
 
 
 def _has_gradient_kernel(head: Head, shared: Shared, scales_and_rows: Any) -> bool:
-    """Whether one kernel computes the results of rows and the gradient of their logits."""
+    """Whether a single GPU kernel computes the rows' results and the gradient of their logits."""
     f, (scales, rows) = head.f, scales_and_rows
     if not f.backend.uses_row_kernels or not isinstance(f, CrossEntropy):
         return False
@@ -206,7 +211,7 @@ def _has_gradient_kernel(head: Head, shared: Shared, scales_and_rows: Any) -> bo
 def chunk_fwd(
     head: Head, shared: Shared, sums: Sums, chunk: Chunk, all_run: bool
 ) -> tuple[Sums, Any]:
-    """The results of a chunk and, from its logits on, the gradients of their weighted sum."""
+    """Compute the results of a chunk and, from its logits, the gradients of their weighted sum."""
     hidden, rows = zeroed(chunk, all_run)
     if all_run and not runs_weightless(head):
         head = dataclasses.replace(head, has_weights=False)
@@ -233,7 +238,7 @@ def chunk_fwd(
 def chunk_bwd(
     head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]], all_run: bool
 ) -> tuple[Sums, Any]:
-    """The logits of a chunk again and, from the state and the cotangents g of rows, gradients."""
+    """Compute the logits of a chunk again, and gradients from the rows' state and cotangents g."""
     (hidden, rows), state_and_g = zeroed(chunk[0], all_run), chunk[1]
     us = us_of(head, shared, hidden)  # H0
 
@@ -254,12 +259,13 @@ def chunk_bwd(
 
 
 def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
-    """With hidden states of 0 in rows that do not count: a NaN there times a d u of 0 is a NaN.
+    """Set the hidden states to 0 in rows that do not count.
 
-    That is so in the transpose of a product, too, where a gradient is differentiated again.
+    A NaN there times a d u of 0 would be NaN. This also holds for the transpose of a product, when
+    a gradient is differentiated again.
 
-    Rows that all have to be run all count. They need no mask, for which XLA's CPU backend would
-    write out the masked logits.
+    If ``all_run`` is True, all rows count. The mask is dropped then, because XLA's CPU backend
+    would write out the masked logits.
     """
     hidden, rows = chunk
     if all_run:
@@ -270,7 +276,7 @@ def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
 def _tile_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
 ) -> tuple[Any, Weighed, tuple[Array, Any]]:
-    """The results of rows, what they add to their sum, and its gradients for logits and targets."""
+    """The rows' results, what they add to the sum, and its gradients for logits and targets."""
     results, state = results_and_state(head.f, tile.x, tile.targets)
     results = keep_rows(tile.mask, results)
     weighed = head.f.weigh(results, rows.weight, shared.z_loss)
@@ -280,8 +286,8 @@ def _tile_results(
 def _kernel_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
 ) -> tuple[Any, Weighed, tuple[Array, Any]]:
-    """``_tile_results`` by one kernel."""
-    from sxe._rows import gpu_mean  # Pallas takes a while to import
+    """The same as ``_tile_results``, by a single GPU kernel."""
+    from sxe._rows import gpu_mean  # here, because importing Pallas takes long
 
     found = gpu_mean.forward(
         cast(CrossEntropy, head.f),
@@ -296,7 +302,7 @@ def _kernel_results(
 
 
 def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, Any]:
-    """The gradients for logits and targets, from the cotangents of the results."""
+    """The gradients for logits and targets, from the cotangents g of the results."""
     d_x = head.f.gradient(tile.x, tile.targets, state, g)
     d_targets = head.f.target_gradient(tile.x, tile.targets, state, g)
     return keep_rows(tile.late_mask, (d_x, d_targets))
@@ -305,7 +311,7 @@ def _tile_gradients(head: Head, tile: Tile, state: Any, g: Any) -> tuple[Array, 
 def _tile_bwd(
     head: Head, shared: Shared, tile: Tile, gradients: tuple[Array, Any]
 ) -> tuple[tuple[Array | None, ...], Shared, tuple[Array | None, ...], Any]:
-    """d u of each projection, and the gradients of what rows share, of scales, and of targets."""
+    """d u of each projection, and the gradients of shared parameters, row scales and targets."""
     d_x, d_targets = gradients
     d_logits: tuple[Array, ...] = (d_x,)
     if len(tile.us) == 2:
@@ -329,7 +335,7 @@ def _tile_bwd(
 def _products_bwd(
     head: Head, shared: Shared, sums: Sums, us_and_hidden: tuple[Logits, tuple[Hidden, ...]]
 ) -> tuple[Sums, tuple[Array | None, ...]]:
-    """The sums with d kernel; and d states. Where a row does not count, d u and states are 0."""
+    """The sums with d kernel added, and d states. Rows that do not count have d u and states 0."""
     value, d_shared = sums
     d_states, d_projections = [], []
     for i, (d_u, hidden) in enumerate(zip(*us_and_hidden, strict=True)):
@@ -363,7 +369,7 @@ def keep_rows(mask: Array | None, results: T) -> T:
 
 
 def _add(sums: T, more: T) -> T:
-    """sums + more. None in sums is not wanted, and None in more adds nothing."""
+    """sums + more. None in sums is a gradient that is not computed; None in more adds nothing."""
 
     def add(a: Array | None, b: Any) -> Array | None:
         return a if a is None or b is None else a + b
@@ -374,14 +380,14 @@ def _add(sums: T, more: T) -> T:
 def runs_weightless(head: Head) -> bool:
     """Whether rows of weight 0 have to be run.
 
-    They add nothing, but where one has a loss, that is its weight's derivative.
+    They add nothing to the sum, but the derivative for a row's weight is the row's loss.
     """
     of_rows = head.wanted[2]
     return of_rows is not None and of_rows.weight
 
 
 def only(wanted: Any, gradients: T) -> T:
-    """The gradients that are wanted, and None for all others."""
+    """The gradients that are wanted, with None for all others."""
     return jax.tree.map(
         lambda w, d: d if w else None, wanted, gradients, is_leaf=lambda a: a is None
     )

@@ -1,19 +1,18 @@
-"""A function of rows, of hidden states and a kernel, without the [N, K] logits.
+"""The head on all rows: a row function of hidden states and a kernel, without the [N, K] logits.
 
-Rows are taken in chunks, and the logits of one chunk exist at a time. From them ``chunk`` leads to
-the gradients, in one of two ways:
+Rows are processed in chunks, so that only the logits of one chunk exist at a time. ``chunk``
+computes the gradients from them, on one of two paths:
 
-    sums of rows    What each row weighs is known. Where the sum is differentiated, the forward pass
-                    goes on from a chunk's logits to the gradients, and the backward pass only
-                    scales them: 6 N D K FLOPs.
-    single rows     The cotangents are known in the backward pass, which computes the logits of each
-                    chunk again: 8 N D K FLOPs.
+    sums of rows    The weight of each row is known. If the sum is differentiated, the forward pass
+                    computes the gradients from a chunk's logits right away, and the backward pass
+                    only scales them: 6 N D K FLOPs.
+    single rows     The cotangents are known in the backward pass only. It computes the logits of
+                    each chunk again: 8 N D K FLOPs.
 
-Where some rows do not count, those that do are brought to the front. They alone are run: in whole
-chunks, and what is left of them in parts of one.
+If some rows do not count, the rows that count are moved to the front. Only these are run: in whole
+chunks, and the remaining ones in parts of a chunk.
 
-Rules other than "vjp" run all chunks, and leave their gradients to JAX, which differentiates one
-chunk after the other.
+Rules other than "vjp" run all chunks. JAX differentiates these, one chunk after the other.
 """
 
 import dataclasses
@@ -53,16 +52,16 @@ from sxe._rows.rules import RULES, cotangents, instantiate, own_targets, values_
 from sxe._rows.targets import Rows
 
 T = TypeVar("T")
-HiddenRows = tuple[Hidden, ...]  # [N, ...] of each projection
+HiddenRows = tuple[Hidden, ...]  # [N, ...], one per projection
 
 
 class Outcome(NamedTuple):
-    """What comes out of the head.
+    """The results of the head.
 
     Attributes:
-      value: the sum of the rows' weighted results, or None where single rows are wanted.
-      results: of f, for each row, [N]. Beside a sum they have no gradient.
-      ranking: of each row's logits, among this shard's classes, or None.
+      value: the sum of the rows' weighted results, or None if single rows are requested.
+      results: the results of f for each row, [N]. They have no gradient where there is a value.
+      ranking: of the logits of each row, among the classes of this shard, or None.
     """
 
     value: Array | None
@@ -71,7 +70,7 @@ class Outcome(NamedTuple):
 
 
 def outcome_of(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
-    """What comes out of the head for hidden states [N, D] and their rows, by its path and rule."""
+    """Run the head on hidden states [N, D] and their rows, on the head's path, by its rule."""
     n, dtype, backend = hidden[0].states.shape[0], head.products[0].dtype, head.f.backend
     sizes = n, shared.projections[0].kernel.shape[1]
     chunks, _, padding = tiling(*sizes, chunk_size=head.chunk_size, dtype=dtype, backend=backend)
@@ -95,17 +94,17 @@ def outcome_of(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Ou
 
 
 def _runs(head: Head, rows: Rows) -> Array | None:
-    """The rows that have to be run, or None for all."""
-    # Of a number of rows that is a symbol, JAX can't tell that a chunk fits into them.
+    """The rows to run, or None for all."""
+    # If the number of rows is a symbol, JAX can't tell that a chunk fits into them.
     if not head.skips or rows.mask is None or not are_known(rows.mask.shape[0]):
         return None
     return rows.mask if runs_weightless(head) else rows.mask & (rows.weight != 0)
 
 
 def _narrow(head: Head, shared: Shared, hidden: HiddenRows) -> tuple[Shared, HiddenRows]:
-    """Kernels and hidden states in the dtype of their product.
+    """Cast kernels and hidden states to the dtype of their product.
 
-    They come in float32, so that their gradients leave in it.
+    The arguments are float32 (or float64), so that their gradients are, too.
     """
 
     def narrow(x: Any, products: Products) -> Any:
@@ -120,9 +119,9 @@ def _narrow(head: Head, shared: Shared, hidden: HiddenRows) -> tuple[Shared, Hid
 def _results(
     head: Head, shared: Shared, hidden: HiddenRows, rows: Rows
 ) -> tuple[Outcome, Any, Array | None]:
-    """The results, the state that a backward pass starts from, and which rows count.
+    """The results, the state from which a backward pass starts, and the mask of rows that count.
 
-    Shards of the classes meet behind the loop, once for all rows.
+    The states of class shards are merged after the loop, once for all rows.
     """
     of_all = dataclasses.replace(head, has_weights=False)
 
@@ -147,7 +146,7 @@ def _results(
 
 
 def _results_by_rule(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
-    """The results of single rows by one of the rules for logits, differentiated by JAX.
+    """The results of single rows, by one of the rules for logits, differentiated by JAX.
 
     All chunks are run.
     """
@@ -160,8 +159,8 @@ def _results_by_rule(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows)
         results = RULES[head.rule](head.f, tile.x, tile.targets)
         return none, Outcome(None, keep_rows(tile.mask, results), tile.ranking)
 
-    # The products are of operands in float32, which holds those of narrower ones: JAX would round
-    # the kernel's gradient to the operands' dtype in every chunk.
+    # Multiply in float32 (or float64), which represents narrower operands exactly. In a narrower
+    # dtype JAX would round the gradient of the kernel in every chunk.
     shared = shared._replace(projections=tuple(map(_possible_classes, shared.projections)))
     products = tuple(
         dataclasses.replace(each, dtype=h.states.dtype)
@@ -172,7 +171,7 @@ def _results_by_rule(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows)
 
 
 def _possible_classes(by: Projection) -> Projection:
-    """With 0 for masked classes in the kernel, and without a mask for the product."""
+    """The projection with 0 for masked classes in the kernel, so the product needs no mask."""
     if by.kernel is None:
         return by
     return by._replace(kernel=keep_classes(by.transform.class_mask, by.kernel))
@@ -183,12 +182,12 @@ def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
     return zeros_like(rows.weight, ()), only(head.wanted[0], zeros)
 
 
-# Sums of rows: the gradient in the forward pass.
+# Sums of rows: the gradients are computed in the forward pass.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def weighted_sum(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
-    """The sum of the rows' weighted results and, without gradient, the results."""
+    """The sum of the rows' weighted results, and the results, which have no gradient here."""
     outcome, _, _ = _results(head, *_narrow(head, shared, hidden), rows)
     weighed = head.f.weigh(outcome.results, rows.weight, shared.z_loss)
     return outcome._replace(value=jnp.sum(weighed.value))
@@ -226,7 +225,8 @@ def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Ro
     if d_shared.z_loss is not None:
         g_own = equal_shares(g_sum, axis_name)
         d_shared = d_shared._replace(z_loss=jnp.where(g_own == 0, 0, g_own * d_z))
-    # Classes have their own part of the targets [N, K], as of hidden states and kernel.
+    # A class shard has its own part of the gradients of hidden states, kernel and targets [N, K].
+    # The gradients of other targets and of weights are equal on all shards, so each gives a share.
     d_targets = own_targets(d_rows.targets, 2, axis_name)
     d_weight = equal_shares(d_rows.weight, axis_name)
     return d_shared, d_hidden, d_rows._replace(targets=d_targets, weight=d_weight)
@@ -235,7 +235,7 @@ def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Ro
 weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
-# Single rows: the logits again in the backward pass.
+# Single rows: the logits are computed again in the backward pass.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -251,14 +251,14 @@ def _single_rows_fwd(
     shared, hidden = _narrow(head, shared, hidden)
     results = functools.partial(_results, dataclasses.replace(head, wanted=wanted))
     outcome, state, mask = undivided(results, shared, hidden, rows)
-    # Arrays, because residuals may not be Python values.
+    # The flags become arrays, because residuals may not be Python values.
     flags = jax.tree.map(lambda w: jnp.zeros((int(w),)), wanted)
     return outcome, (shared, hidden, rows._replace(mask=mask), state, flags)
 
 
 def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Rows]:
     shared, hidden, rows, state, flags = res
-    # The mask says already which rows have a loss.
+    # The mask contains only rows that have a loss.
     wanted = jax.tree.map(lambda w: w.size > 0, flags)
     head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
     g_results = sum_of_shares(cotangents(g.results), head.f.axis_name)

@@ -1,10 +1,11 @@
-"""What ``jax.vmap`` makes of the head: the rows of all examples become rows of one call.
+"""The rule of ``jax.vmap`` for the head: the rows of all examples become rows of one call.
 
-JAX's own rule would have the logits of a chunk of every example at the same time, and a gradient of
-the kernel for each of them, [B, D, K], only to add them up. One call has the logits of one chunk
-and one gradient of the kernel, however many examples there are. It serves a gradient of a vmap,
-which is mapped before it is differentiated. In a vmap of a gradient JAX differentiates first, and
-each example has a gradient of its own.
+JAX's own rule would hold the logits of a chunk of every example at the same time. It would also
+compute a gradient of the kernel for each example, [B, D, K], and then add them up. One call has the
+logits of one chunk and one gradient of the kernel, however many examples there are.
+
+This applies to the gradient of a vmap, where the map comes before the differentiation. In a vmap of
+a gradient, JAX differentiates first, and each example has its own gradient.
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ from sxe._rows.targets import Rows
 
 
 def outcome_of_examples(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
-    """``outcome_of``, as a call that ``jax.vmap`` makes longer."""
-    if head.rule == "autodiff":  # for jax.experimental.jet, which knows no primitive but JAX's
+    """``outcome_of`` as a primitive, for which ``jax.vmap`` makes one call with more rows."""
+    if head.rule == "autodiff":  # for jax.experimental.jet, which supports only JAX's primitives
         return outcome_of(head, shared, hidden, rows)
     inputs = shared, hidden, rows
     of_head = functools.partial(outcome_of, head)
@@ -39,7 +40,7 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
     size = next(x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None)
 
     def first(x: Array, axis: int | None) -> Array:
-        """x [B, N, ...]."""
+        """x with the mapped axis first: [B, N, ...]."""
         if axis is None:
             return jnp.broadcast_to(x, (size, *x.shape))
         return jnp.moveaxis(x, axis, 0)
@@ -48,7 +49,7 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
     _, *of_rows = jax.tree.unflatten(tree, map(first, inputs, axes))
     length = of_rows[1].weight.shape[1]
     hidden, rows = jax.tree.map(lambda x: x.reshape(size * length, *x.shape[2:]), of_rows)
-    # How much each example counts is not known in the forward pass, so that gradients wait for it.
+    # The weight of each example is unknown in the forward pass, so it can't compute the gradients.
     outcome = outcome_of_examples(dataclasses.replace(head, path=AGAIN), shared, hidden, rows)
     value = None
     if head.path != AGAIN:
@@ -62,10 +63,10 @@ def _batch(inputs: Any, axes: Any, *, head: Head, tree: Any, **params: Any) -> t
 
 
 def _are_rows_of_one_call(inputs: Any, axes: Any, tree: Any) -> bool:
-    """Whether a vmap along these axes, None where an input is not mapped, makes more rows.
+    """Whether a vmap along these axes can become one call. An axis of None is not mapped.
 
-    The examples must share the kernel and its options. Hidden states that they share are better
-    multiplied once, and dense targets that they share would be repeated.
+    The examples must share the kernel and its options. Shared hidden states are better multiplied
+    once, and shared dense targets would be repeated.
     """
     shared, hidden, rows = jax.tree.unflatten(tree, [axis is not None for axis in axes])
     dense = None if rows.targets is None else rows.targets.dense
@@ -77,7 +78,7 @@ def _are_rows_of_one_call(inputs: Any, axes: Any, tree: Any) -> bool:
         all(of_rows.states for of_rows in hidden)
         and not any(jax.tree.leaves(shared))
         and (dense is None or dense.t)
-        and not is_split  # by an Explicit mesh, along whose axes no chunk of rows can be taken
+        and not is_split  # chunks of rows can't be taken along axes of an Explicit mesh
     )
 
 

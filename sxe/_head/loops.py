@@ -1,8 +1,9 @@
 """How the head divides its work, N rows by K classes: the sizes of the parts, and loops over them.
 
-chunks of rows      whose logits exist at a time: one product forward, two backward
-blocks of rows      of a chunk, on a CPU: for the functions of rows
-blocks of classes   of a chunk, on a CPU: for the products
+chunks of rows      the logits of one chunk exist at a time; one matrix product in the forward pass
+                    and two in the backward pass
+blocks of rows      within a chunk, on a CPU, for the row functions
+blocks of classes   within a chunk, on a CPU, for the matrix products
 """
 
 import functools
@@ -27,10 +28,10 @@ Rows = TypeVar("Rows")
 
 
 class Tiling(NamedTuple):
-    """How rows are divided into chunks: their number, the rows of each, and those that are added.
+    """How rows are divided into chunks: number of chunks, rows per chunk, and rows of padding.
 
-    In a program that ``jax.export`` lowers for any number of rows, all three may be expressions of
-    that number.
+    In a program that ``jax.export`` lowers for any number of rows, all three may be symbolic
+    expressions of that number.
     """
 
     chunks: int
@@ -41,7 +42,7 @@ class Tiling(NamedTuple):
 def tiling(
     rows: int, classes: int, *, chunk_size: int | None, dtype: DTypeLike, backend: Backend
 ) -> Tiling:
-    """``chunk_size`` is the most rows that a chunk may have, None for the default."""
+    """``chunk_size`` is the largest number of rows in a chunk, or None for the default."""
     most = chunk_size or _rows_per_chunk(rows, classes, dtype, backend)
     chunks = _number_of_chunks(rows, most, backend)
     size = max_dim(1, -(-rows // chunks))
@@ -51,9 +52,10 @@ def tiling(
 def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend) -> int:
     """The default of ``chunk_size``.
 
-    Logits of a fixed number of bytes need the same memory whatever the number of rows. Where so
-    many classes leave fewer rows than a matmul wants, a chunk has as many as it wants, but not more
-    than a share of all rows: on a CPU, chunks then need a tenth of the memory of all logits.
+    A fixed number of bytes for the logits makes the memory independent of the number of rows. With
+    many classes that leaves fewer rows than an efficient matmul needs. A chunk then has as many
+    rows as the matmul needs, but at most a fixed share of all rows: on a CPU, chunks then take a
+    tenth of the memory of all logits.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
     limits = backend.chunk_limits(dtype)
@@ -62,10 +64,11 @@ def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend)
 
 
 def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
-    """How many chunks of one size, which is at most chunk_size, the last one padded if need be.
+    """The number of equal chunks of at most chunk_size rows. The last one is padded if necessary.
 
-    Padding copies the hidden states and, where devices split the rows, moves them. Half as many
-    chunks more than necessary are better, or there twice as many, if they divide the rows.
+    Padding copies the hidden states and, if the rows are sharded, moves them between devices. A
+    number of chunks that divides the rows avoids it, and is used if it is at most 1.5 times the
+    necessary number, or twice that number on several devices.
     """
     fewest = max_dim(1, -(-rows // chunk_size))
     if not are_known(fewest):
@@ -74,15 +77,15 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-# Of a chunk, to a new carry and outputs. True: each row of the chunk is one that has to be run.
+# A function of a chunk that returns a new carry and outputs. True: the chunk has only rows to run.
 Body = Callable[[Shared, Carry, Rows, bool], tuple[Carry, Any]]
 
 
 def rows_of_part(chunk_size: int) -> int:
-    """The rows of a part of a chunk, in which those rows are run that fill no chunk.
+    """The number of rows in a part of a chunk. Parts run the rows that do not fill a chunk.
 
-    One such row would cost a whole chunk. So a chunk of 128 rows or more has four parts, or five,
-    three or two, whichever of these first divides its rows. Other chunks have one.
+    Without parts, a single such row would cost a whole chunk. A chunk of 128 rows or more has 4, 5,
+    3 or 2 parts: the first of these numbers that divides its rows. Other chunks have one part.
     """
     if chunk_size < 128:
         return chunk_size
@@ -90,7 +93,7 @@ def rows_of_part(chunk_size: int) -> int:
 
 
 class Steps(NamedTuple):
-    """How many chunks are run, how many parts of one after them, and the rows of all these."""
+    """The number of chunks that are run, of parts of a chunk after them, and of rows in both."""
 
     chunks: int
     parts: int
@@ -98,7 +101,7 @@ class Steps(NamedTuple):
 
 
 def steps_of(rows: int, chunk_size: int) -> Steps:
-    """What is run if so many rows have to be."""
+    """The steps that run this number of rows."""
     part = rows_of_part(chunk_size)
     chunks, left = divmod(rows, chunk_size)
     parts = -(-left // part)
@@ -112,14 +115,14 @@ def over_chunks(
     *,
     runs: Array | None = None,
 ) -> tuple[Carry, Any]:
-    """carry, outputs = body(shared, carry, rows, all_run) of chunks of rows [N, ...], one by one.
+    """carry, outputs = body(shared, carry, rows, all_run) for each chunk of rows [N, ...], in turn.
 
-    The outputs of all chunks become arrays [N, ...]. A chunk takes every n-th row of n chunks, so
-    that where devices split the rows, each has some of them.
+    The outputs of all chunks become arrays [N, ...]. With n chunks, each chunk takes every n-th
+    row. So if the rows are sharded, every device has some rows of each chunk.
 
-    ``runs``, bool [N], says which rows have to be run, None for all. Chunks without any of them are
-    not run, and outputs are 0 in rows that were in no chunk. ``all_run`` is True in chunks of which
-    it is known that all rows have to be run, so that the body needs no mask.
+    ``runs``, bool [N], says which rows to run; None means all. Chunks without rows to run are
+    skipped, and the outputs of rows that are in no chunk are 0. ``all_run`` is True for a chunk
+    that is known to have only rows to run. The body then needs no mask.
     """
     if chunks == 1:
         return body(*arrays, False)
@@ -127,7 +130,7 @@ def over_chunks(
         return _over_chunks_that_run(body, chunks, arrays, runs)
     shared, carry, rows = arrays
 
-    # If JAX differentiates the loop, it computes a chunk again and keeps nothing of its size.
+    # If JAX differentiates the loop, recompute each chunk instead of keeping arrays of its size.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry: Carry, i: Array) -> tuple[Carry, Any]:
         def take(x: Array) -> Array:
@@ -147,15 +150,15 @@ def _over_chunks_that_run(
     arrays: tuple[Shared, Carry, Rows],
     runs: Array,
 ) -> tuple[Carry, Any]:
-    """Rows that run are brought to the front. Whole chunks of these are run, and then parts."""
+    """Move the rows to run to the front, and run them in whole chunks and then in parts of one."""
     shared, carry, rows = arrays
-    running = jnp.cumsum(runs, dtype=jnp.int32)  # among the rows up to each
+    running = jnp.cumsum(runs, dtype=jnp.int32)  # the number of rows to run, up to each row
     number, index = running[-1], jnp.arange(runs.shape[0], dtype=jnp.int32)
     position = jnp.where(runs, running - 1, number + index - running)
     order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
 
     def run(first: Array | int, size: int, times: Array, state: Any, *, all_run: bool) -> Any:
-        """state, after so many steps of so many rows, from that row of the order on."""
+        """Take ``times`` steps of ``size`` rows each, from position ``first`` of the order on."""
 
         def step(i: Array, state: Any) -> Any:
             carry, outputs = state
@@ -187,7 +190,7 @@ def _over_chunks_that_run_jvp(
     primals: tuple[Any, Any],
     tangents: tuple[Any, Any],
 ) -> tuple[Any, Any]:
-    # All chunks: JAX has no reverse mode for a loop whose number of steps is not known.
+    # Run all chunks, because JAX has no reverse mode for a loop with an unknown number of steps.
     (arrays, _), (arrays_dot, _) = primals, tangents
     return jvp_of_moved(lambda *arrays: over_chunks(body, arrays, chunks), arrays, arrays_dot)
 
@@ -199,13 +202,13 @@ def _rows_at(at: Array, rows: T) -> T:
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), rows)
 
 
-# Under a vmap, a loop whose number of steps differs between examples would select between the old
-# and the new carry in each step, and so copy all of it. So all examples take the same number.
+# Under a vmap, a loop whose number of steps differs between examples selects between the old and
+# the new carry in each step, which copies all of it. So all examples take the same number of steps.
 
 
 @custom_vmap
 def _least(steps: Array) -> Array:
-    """steps, and under a vmap those of the example that has least."""
+    """steps. Under a vmap, the smallest number of steps of all examples."""
     return steps
 
 
@@ -216,7 +219,7 @@ def _least_of_examples(size: int, mapped: Any, steps: Array) -> tuple[Array, boo
 
 @custom_vmap
 def _most(steps: Array) -> Array:
-    """steps, and under a vmap those of the example that needs most."""
+    """steps. Under a vmap, the largest number of steps of all examples."""
     return steps
 
 
@@ -226,7 +229,7 @@ def _most_of_examples(size: int, mapped: Any, steps: Array) -> tuple[Array, bool
 
 
 class Columns(NamedTuple):
-    """Some of the columns of arrays [..., K], from the first on, or all where size is None."""
+    """Columns of arrays [..., K]: ``size`` of them from ``first`` on, or all if size is None."""
 
     first: Array | int
     size: int | None
@@ -246,12 +249,12 @@ class Columns(NamedTuple):
 
 
 def classes_per_block(hidden_size: int, classes: int, backend: Backend) -> int:
-    """How many classes of the kernel are multiplied at a time.
+    """The number of classes of the kernel that are multiplied at a time.
 
-    XLA's CPU backend writes a product out before it adds it to the kernel's gradient, and widens
-    operands that are narrower than float32 before it multiplies them. Products of 1024 columns take
-    a fifth more time than those of 2048, and wider ones take no less. Where sizes are symbols, a
-    block has all classes.
+    XLA's CPU backend writes a product out before adding it to the gradient of the kernel. It also
+    converts operands that are narrower than float32 before multiplying them. Products of 1024
+    columns take a fifth more time than those of 2048, and wider ones take no less. If sizes are
+    symbols, a block has all classes.
     """
     if not backend.loops_over_rows or not are_known(hidden_size, classes):
         return classes

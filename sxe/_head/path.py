@@ -1,4 +1,4 @@
-"""Which way a call of the head takes: where gradients are computed, and which rows are run."""
+"""The path of a call of the head: in which pass gradients are computed, and which rows are run."""
 
 from typing import Final, Literal
 
@@ -10,20 +10,19 @@ AGAIN: Final = "logits again in the backward pass"
 
 
 def gradient_path(rule: str, reduction: str) -> GradientPath:
-    """The path of a call with that rule and that reduction.
+    """The path of a call with this rule and reduction.
 
-    The forward pass can go on to the gradients where it knows how much each row counts, which it
-    does for a sum. Rules other than "vjp" leave the gradients to JAX, which computes the logits of
-    each chunk again.
+    The forward pass can compute the gradients if it knows the weight of each row, which it does for
+    a sum. With rules other than "vjp" JAX computes the gradients, and computes the logits of each
+    chunk again.
     """
     return FORWARD if rule == "vjp" and reduction != "none" else AGAIN
 
 
 def skips_rows(rule: str, backend: Backend) -> bool:
-    """Whether rows that do not count are left out, where a chunk can be made of the others.
+    """Whether the head skips rows that do not count, if the other rows can be put into chunks.
 
-    Rows that several devices hold would be gathered, if they were sorted. Rules other than "vjp"
-    leave the loop over chunks to JAX, which has no reverse mode for a number of steps that is not
-    known.
+    Sorting rows that are sharded over devices would gather them. With rules other than "vjp", JAX
+    differentiates the loop over chunks, and it has no reverse mode for an unknown number of steps.
     """
     return rule == "vjp" and backend.is_local

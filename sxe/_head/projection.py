@@ -1,4 +1,4 @@
-"""From hidden states and a kernel to logits, and back from the logits' gradient.
+"""From hidden states and a kernel to logits, and back from the gradient of the logits.
 
 H0  u = hidden @ kernel
 H1  z = logit_scale u + bias
@@ -6,7 +6,7 @@ H2  x = softcap tanh(z / softcap)           or z, without softcap; -inf for a ma
 
 H3  d z = (1 - tanh(z / softcap)^2) d x
 H4  d u = logit_scale d z       d logit_scale = sum u d z       d bias = sum_rows d z
-    where the sum for logit_scale is over all that it multiplies: [C, K], or the classes of its row
+    where the sum for logit_scale is over all u that it multiplies: [C, K], or the classes of a row
 H5  d softcap = sum (tanh(y) - y (1 - tanh(y)^2)) d x           with y = z / softcap
 H6  d hidden = d u kernel^T
 H7  d kernel = hidden^T d u
@@ -31,14 +31,14 @@ Gradients = tuple[Array | None, Array | None]  # of hidden states and kernel
 
 
 class Transform(NamedTuple):
-    """The parameters of H1 and H2: what makes logits of u. None: that part is off.
+    """The parameters of H1 and H2, which turn u into logits. None means that a part is off.
 
     Attributes:
       bias: [K].
-      logit_scale: a scalar, or [C] with one for each row of a chunk.
+      logit_scale: a scalar, or [C] with one number per row of a chunk.
       softcap: a scalar.
-      class_mask: bool [K], the classes that can occur. x of the others is -inf, whatever their u
-        and their bias are.
+      class_mask: bool [K], the classes that can occur. The logits of the other classes are -inf,
+        whatever their u and bias are.
     """
 
     bias: Array | None
@@ -48,7 +48,7 @@ class Transform(NamedTuple):
 
 
 def transform(u: Array, by: Transform) -> Array:
-    """H1 and H2: the logits [C, K], from u [C, K]."""
+    """Apply H1 and H2: from u [C, K] to the logits [C, K]."""
     u, by = _of_possible(u, by)
     z = _scaled(u, by)
     x = z if by.softcap is None else capped(z, by.softcap)
@@ -56,7 +56,7 @@ def transform(u: Array, by: Transform) -> Array:
 
 
 def transform_bwd(d_x: Array, u: Array, by: Transform) -> tuple[Array, Transform]:
-    """H3 to H5: d u, and the gradients for the parameters."""
+    """Apply H3 to H5: compute d u, and the gradients of the parameters."""
     d_bias = d_scale = d_softcap = None
     u, by = _of_possible(u, by)
     d_z = d_x = d_x if by.class_mask is None else jnp.where(by.class_mask[None, :], d_x, 0)
@@ -74,7 +74,7 @@ def transform_bwd(d_x: Array, u: Array, by: Transform) -> tuple[Array, Transform
 
 
 def _of_possible(u: Array, by: Transform) -> tuple[Array, Transform]:
-    """u and bias with 0 for a masked class, so that no gradient of 0 meets a NaN there."""
+    """u and bias with 0 for masked classes, because a gradient of 0 times a NaN would be NaN."""
     if by.class_mask is None:
         return u, by
     bias = None if by.bias is None else jnp.where(by.class_mask, by.bias, 0)
@@ -88,7 +88,7 @@ def _scaled(u: Array, by: Transform) -> Array:
 
 
 def _for_rows(scale: Array) -> Array:
-    """A scale as what [C, K] is multiplied by."""
+    """The scale in a shape that broadcasts to [C, K]."""
     return scale[:, None] if scale.ndim else scale
 
 
@@ -96,7 +96,7 @@ def _for_rows(scale: Array) -> Array:
 def capped(z: Array, c: Array) -> Array:
     """c tanh(z / c) for a scalar c, and z for c = inf.
 
-    It is z as well where the two differ by less than rounding, so that z / c may underflow.
+    It is also z where the two differ by less than a rounding error, so that z / c may underflow.
     """
     y = _ratio(z, c)
     near = jnp.abs(y) < (jnp.finfo(z.dtype).eps / 2) ** 0.5  # 1 - tanh(y) / y is about y^2 / 3
@@ -104,10 +104,10 @@ def capped(z: Array, c: Array) -> Array:
 
 
 def _ratio(z: Array, c: Array) -> Array:
-    """z / c, and 0 where c is infinite, whatever z is."""
+    """z / c, or 0 if c is infinite, whatever z is."""
     off = jnp.isinf(c)
-    # XLA multiplies by the reciprocal of a scalar, which for the largest ones is rounded to 0. So
-    # both are made smaller, with a clip of no effect that keeps XLA from merging the factors.
+    # XLA multiplies by the reciprocal of a scalar, which is rounded to 0 for the largest scalars.
+    # So z and c are both scaled down. The clip changes no value, but XLA can't merge the factors.
     smaller = jnp.where(c > 1, 1 / 16, jnp.ones_like(c))
     most = jnp.finfo(z.dtype).max
     part = jnp.clip(z * smaller, -most, most)
@@ -115,19 +115,19 @@ def _ratio(z: Array, c: Array) -> Array:
 
 
 def _slope(y: Array) -> Array:
-    """1 - tanh(y)^2, without its cancellation."""
+    """1 - tanh(y)^2, computed without cancellation."""
     s = jnp.exp(-2 * jnp.abs(y))
     return 4 * s / (1 + s) ** 2
 
 
 def _derivative_by_cap(y: Array) -> Array:
-    """tanh(y) - y slope, which is slope (sinh(2 y) / 2 - y): from the series where it cancels."""
+    """tanh(y) - y slope, or slope (sinh(2 y) / 2 - y) by its series where the former cancels."""
     slope = _slope(y)
     small = jnp.abs(y) < 0.5
     near = jnp.where(small, y, 0)
     coefficients = [4.0**n / math.factorial(2 * n + 1) for n in range(9, 0, -1)]
     series = jnp.polyval(jnp.array(coefficients, y.dtype), near**2) * near**2 * near
-    # From 1000 on, slope is 0 and y may be infinite.
+    # For |y| of 1000 and more, slope is 0. y may be infinite there.
     return jnp.where(small, slope * series, jnp.tanh(y) - jnp.clip(y, -1000, 1000) * slope)
 
 
@@ -147,12 +147,12 @@ capped.defjvp(_capped_jvp, symbolic_zeros=True)
 
 @dataclasses.dataclass(frozen=True)
 class Products:
-    """How the three products of a chunk are computed: H0, H6 and H7.
+    """How the three matrix products of a chunk are computed: H0, H6 and H7.
 
     Attributes:
-      dtype: of hidden states and kernel.
-      precision: of the products.
-      backend: where they run.
+      dtype: the dtype of hidden states and kernel.
+      precision: the precision of the products.
+      backend: where the products run.
     """
 
     dtype: jnp.dtype
@@ -161,11 +161,11 @@ class Products:
 
     @property
     def gradient_dtype(self) -> jnp.dtype:
-        """In which the gradient of the logits is multiplied with hidden states and kernel."""
+        """The dtype in which the gradient of the logits is multiplied with hidden and kernel."""
         return self.backend.gradient_dtype(self.dtype)
 
     def u(self, hidden: Array, kernel: Array | None, class_mask: Array | None = None) -> Array:
-        """H0, [C, K]. Without a kernel, hidden is u."""
+        """H0, [C, K]. Without a kernel, ``hidden`` is u already."""
         if kernel is None:
             return wide(hidden)
         if class_mask is not None:
@@ -191,9 +191,9 @@ class Products:
         d_kernel: Array | None,
         want_hidden: bool,
     ) -> Gradients:
-        """d hidden [C, D] by H6 if it is wanted, and d_kernel [D, K] with H7 added in place.
+        """d hidden [C, D] by H6, if requested, and d_kernel [D, K] with H7 added in place.
 
-        None for each that is not wanted.
+        A gradient that is not requested is None.
         """
         if kernel is None:
             return d_u if want_hidden else None, None
@@ -205,7 +205,7 @@ class Products:
         if d_kernel is None and not want_hidden:
             return whole, None
 
-        # In one loop, so that a block of d_u is sliced once for both.
+        # One loop computes both gradients, so that each block of d_u is sliced once.
         def block(gradients: Gradients, at: Columns) -> Gradients:
             d_hidden, d_kernel = gradients
             part = at.take(d_u)
@@ -223,19 +223,19 @@ class Products:
         return whole if d_hidden is None else d_hidden, d_kernel
 
     def _product(self, a: Array, b: Array, over: tuple[int, int]) -> Array:
-        """The matrix product over one axis of each, accumulated in float32 or float64."""
+        """The matrix product over one axis of each array, accumulated in float32 or float64."""
         dimensions = (((over[0],), (over[1],)), ((), ()))
         return lax.dot_general(a, b, dimensions, self.precision, wide_dtype(a.dtype))
 
 
 def keep_classes(class_mask: Array | None, kernel: Array) -> Array:
-    """The kernel [D, K] with 0 for masked classes: a NaN there times a d u of 0 would be NaN."""
+    """The kernel [D, K] with 0 for masked classes, because a NaN there times a d u of 0 is NaN."""
     return kernel if class_mask is None else jnp.where(class_mask[None, :], kernel, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _u_of_possible(products: Products, hidden: Array, kernel: Array, class_mask: Array) -> Array:
-    """H0 with anything for masked classes. Its derivatives take 0 for what stands there."""
+    """H0, where u of masked classes is arbitrary. The derivatives treat the kernel as 0 there."""
     return products.u(hidden, kernel)
 
 
@@ -250,10 +250,11 @@ def _u_of_possible_jvp(
 
 
 def product_precision(dtype: DTypeLike) -> Any:
-    """The precision of all products, for inputs of that dtype: the caller's, or one that keeps it.
+    """The precision of all matrix products, for inputs of this dtype.
 
-    JAX's default multiplies float32 in TF32 on a GPU, with 10 of its 23 bits, and in bfloat16 on a
-    TPU. Neither rounds bfloat16. TF32 and the three bfloat16s that HIGH stands for hold float16.
+    It is the precision that the caller has chosen, or else one that does not round the inputs.
+    JAX's default multiplies float32 in TF32 on a GPU, with 10 of its 23 bits, and in bfloat16 on
+    a TPU. Neither rounds bfloat16. TF32, and the three bfloat16 products of HIGH, hold float16.
     """
     chosen = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     if chosen is not None:
@@ -268,10 +269,11 @@ def product_precision(dtype: DTypeLike) -> Any:
 def gather_rows(
     kernel: Array, axis_name: AxisName, names: frozenset[str], dtype: DTypeLike
 ) -> Array:
-    """The rows of the kernel from all devices along these mesh axes, in a wider dtype.
+    """Gather the rows of the kernel over these mesh axes, in a wider dtype.
 
-    It varies along the mesh axes named besides. The transpose sums in that dtype, first over the
-    axes that scatter the rows and then over the others, and rounds once.
+    The result also varies over the mesh axes in ``names``. The transpose sums gradients in the
+    wider dtype: first over the axes along which it scatters the rows, then over the others. It
+    rounds once.
     """
     return lax.all_gather(vary(kernel, names), axis_name, axis=0, tiled=True).astype(dtype)
 

@@ -1,1 +1,1 @@
-"""What a call of the head would do, from its sizes alone."""
+"""The work of a call of the head, computed from its sizes alone."""

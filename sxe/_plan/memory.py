@@ -1,10 +1,11 @@
-"""What XLA allocates beside arguments and results, at the moment when a call needs most.
+"""What XLA allocates in addition to arguments and results, at the moment of a call's peak memory.
 
-Each platform has its estimate. It names the arrays that exist at that moment and gives their bytes.
-C are the rows of a chunk. N, D and K are those of the device, and D is each side's own.
+There is one estimate for each platform. It names the arrays that exist at that moment and gives
+their bytes. C is the number of rows in a chunk. N, D and K are sizes on the device, and each side
+has its own D.
 
-A result is no temporary, and its memory is free until it is computed. XLA puts an array there that
-is needed before, and such an array is not named.
+The memory of a result is free until the result is computed. XLA puts an array there that is needed
+earlier. Such an array is no temporary and is not named.
 """
 
 import math
@@ -17,13 +18,13 @@ from sxe._rows.blocks import rows_per_block
 
 Terms = dict[str, int]
 
-# Of a divergence, on a CPU: the blocks of rows that XLA writes out beside logits, by the number of
-# sides that have a gradient.
+# For a divergence on a CPU: how many blocks of rows XLA writes out in addition to the logits, by
+# the number of sides that have a gradient.
 BLOCKS = {None: (1,), FORWARD: (1, 4, 7), AGAIN: (1, 3, 5), "jensen_shannon": (3, 7, 14)}
 
 
 def temporaries(work: Work) -> Terms:
-    """The bytes of each array, by its name."""
+    """The bytes of each array, by name."""
     estimate = {"cpu": _on_cpu, "gpu": _on_gpu, "tpu": _on_tpu}[work.backend.platform]
     return {name: size for name, size in estimate(work).items() if size}
 
@@ -37,7 +38,7 @@ def _largest(moments: Iterable[Terms]) -> Terms:
     return max(moments, key=lambda terms: sum(terms.values()))
 
 
-# A CPU. XLA writes out what it can't fuse, for a block of rows or of classes at a time.
+# CPU. XLA writes out what it can't fuse, for one block of rows or classes at a time.
 
 
 def _on_cpu(work: Work) -> Terms:
@@ -49,7 +50,7 @@ def _on_cpu(work: Work) -> Terms:
 
 
 def _of_version(work: Work) -> Terms:
-    """What some versions of XLA's CPU backend need as long as the loop over chunks runs."""
+    """What some versions of XLA's CPU backend hold in memory during the loop over chunks."""
     terms = {}
     if work.backend.widens_arrays_in_loops and work.is_narrow:
         for side in work.sides:
@@ -61,7 +62,7 @@ def _of_version(work: Work) -> Terms:
 
 
 def _of_rows(work: Work) -> Terms:
-    """While a block of rows goes through the functions of rows."""
+    """The arrays that exist while the row function of a loss computes a block of rows."""
     chunk = work.tiling.size
     rows = rows_per_block((chunk, work.classes), work.backend)
     block = _wide(work, rows, work.classes)
@@ -71,7 +72,7 @@ def _of_rows(work: Work) -> Terms:
     transformed = (work.options | masked) - fused - ({"where"} if work.skips else set())
     terms = {
         "row block: logits": block * (rows < chunk),
-        # All but the largest ones, whose sum is r.
+        # All logits of the block except the largest ones. Their exponentials sum to r.
         "row block: smaller logits": block,
     }
     if work.backend.writes_out_transformed_logits and transformed:
@@ -79,7 +80,7 @@ def _of_rows(work: Work) -> Terms:
     if dense and work.path == FORWARD:
         terms["row block: dense targets"] = block
     if dense and capped:
-        # XLA fuses each of the two, but not all of both.
+        # XLA fuses either of the two, but not both together.
         terms["row block: softcap"] = block * (2 if work.path == FORWARD else 1)
     elif capped and "class_mask" in work.options:
         terms["row block: softcap"] = block
@@ -87,7 +88,7 @@ def _of_rows(work: Work) -> Terms:
 
 
 def _of_divergence(work: Work) -> list[Terms]:
-    """Likewise, where the functions of rows compare the logits of both sides."""
+    """The arrays that exist while a divergence compares a block of rows of both sides."""
     chunk, gradients = work.tiling.size, len(work.wanted_sides)
     rows = rows_per_block((chunk, 2 * work.classes), work.backend)
     block = _wide(work, rows, work.classes)
@@ -98,12 +99,12 @@ def _of_divergence(work: Work) -> list[Terms]:
     terms |= _hidden_for_kernels(work)
     if rows == chunk:
         return [terms]
-    # Measured, for versions that copy what gradients replace: they do if both sides have gradients,
-    # and for one side in a forward pass on one device; but not if a softcap or a logit_scale is
-    # what makes the logits in the end.
+    # Some versions copy the logits that gradients replace. Measurements show that they do so if
+    # both sides have gradients, and for one side in a forward pass on one device. They do not if
+    # the last step that makes the logits is a softcap or a logit_scale.
     alone = work.row_groups == work.class_shards == 1
     replaced = gradients == 2 or (gradients == 1 and work.path == FORWARD and alone)
-    order = ("class_mask", "softcap", "bias", "logit_scale")  # from the last
+    order = ("class_mask", "softcap", "bias", "logit_scale")  # from the last to the first step
     last = next((option for option in order if option in work.options), None)
     multiplied = last in ("softcap", "logit_scale")
     if work.backend.copies_tiles_it_replaces and replaced and not multiplied:
@@ -113,13 +114,13 @@ def _of_divergence(work: Work) -> list[Terms]:
 
 
 def _hidden_for_kernels(work: Work) -> Terms:
-    """A chunk's hidden states, which their kernel's gradient needs."""
+    """The hidden states of a chunk, which the gradient of their kernel needs."""
     sides = [side for side in work.sides if side.kernel in work.differentiate]
     return {_chunk_of(side.hidden): _hidden_chunk(work, side) for side in sides}
 
 
 def _of_products(work: Work, side: Side) -> Terms:
-    """While a chunk is multiplied, for its gradients a block of classes at a time."""
+    """The arrays that exist in the matrix products of a chunk. Gradients go by class blocks."""
     terms: Terms = {}
     for each in work.sides:
         size = _hidden_chunk(work, each)
@@ -129,7 +130,7 @@ def _of_products(work: Work, side: Side) -> Terms:
     widens = work.wanted(side) and work.gradient_dtype != work.dtype
     if classes < work.classes and (side.kernel in work.differentiate or widens):
         terms["class block: gradient"] = _wide(work, work.tiling.size, classes)
-        # Of the kernel, widened, or of its gradient.
+        # Either the kernel, widened, or its gradient.
         terms["class block: kernel"] = _wide(work, side.size, classes)
     return terms
 
@@ -139,18 +140,18 @@ def _chunk_of(name: str) -> str:
 
 
 def _hidden_chunk(work: Work, side: Side) -> int:
-    """The bytes of [C, D], if it is not an argument or a result itself."""
+    """The bytes of hidden states [C, D], unless they are an argument or a result themselves."""
     apart = work.tiling.chunks > 1 or work.is_narrow
     return _wide(work, work.tiling.size, side.size) * apart
 
 
-# A GPU. XLA fuses the functions of rows, options and all, but not with the products.
+# GPU. XLA fuses the row functions with all options, but not with the matrix products.
 
 
 def _on_gpu(work: Work) -> Terms:
     chunks, rows, _ = work.tiling
     gradient = rows * work.classes * work.gradient_dtype.itemsize
-    # XLA puts one of the same dtype in the place of the logits. A kernel doesn't.
+    # XLA puts a gradient of the same dtype in the memory of the logits. A GPU kernel doesn't.
     in_place = work.gradient_dtype.itemsize == work.wide_itemsize
     in_place = in_place and not work.makes_gradient_with_state
     terms = _in_loop(work) | _before_softcap(work)
@@ -166,7 +167,7 @@ def _on_gpu(work: Work) -> Terms:
     return _largest([_beside_results(work, terms, hold_gradients=False), *_after_loop(work)])
 
 
-# A TPU. XLA fuses the functions of rows with the products, except a tanh.
+# TPU. XLA fuses the row functions with the matrix products, except for a tanh.
 
 
 def _on_tpu(work: Work) -> Terms:
@@ -174,7 +175,7 @@ def _on_tpu(work: Work) -> Terms:
     return _largest([terms, *(_after_loop(work) if work.path == FORWARD else ())])
 
 
-# What all of them share.
+# Shared by all platforms.
 
 
 def _logits(work: Work) -> int:
@@ -182,7 +183,7 @@ def _logits(work: Work) -> int:
 
 
 def _before_softcap(work: Work) -> Terms:
-    """What the softcap's derivative needs."""
+    """The logits before the softcap, which its derivative needs."""
     sides = work.wanted_sides if "softcap" in work.options else ()
     return {f"{side.logits} before the softcap": _logits(work) for side in sides}
 
@@ -193,7 +194,7 @@ def _kernel(work: Work, side: Side) -> int:
 
 
 def _in_loop(work: Work) -> Terms:
-    """As long as the loop over chunks runs."""
+    """The arrays that exist during the loop over chunks."""
     chunks, _, padding = work.tiling
     terms: Terms = {}
     for side in work.sides:
@@ -208,7 +209,7 @@ def _in_loop(work: Work) -> Terms:
 
 
 def _gradient(work: Work, name: str) -> Terms:
-    """That gradient, if it is computed in an array of its own, from which the result is made."""
+    """The gradient, if it is computed in an array of its own before the result is made from it."""
     apart = _has_gradient_apart(work, name)
     return {_gradient_name(work, name): _wide(work, work.elements[name])} if apart else {}
 
@@ -226,20 +227,21 @@ def _has_gradient_apart(work: Work, name: str) -> bool:
     if work.backend.copies_scaled_gradients:
         return summed or work.path == FORWARD
     if name in {side.hidden for side in work.sides}:
-        # The result has the order of rows, this one that of chunks. Where devices sum it, the array
-        # that they sum lies between the two, so that this one may lie in the result.
+        # This array has the rows in the order of the chunks, so it can't be the result itself. If
+        # devices sum it, the array that they sum lies between the two, and this one may lie in the
+        # result.
         return work.tiling.chunks > 1 and not summed
-    # Likewise, where devices sum a scaled one.
+    # Likewise for a kernel: if devices sum a scaled gradient, the scaled array lies between.
     return work.kernel_parts > 1 or (summed and work.path == AGAIN)
 
 
 def _beside_results(work: Work, terms: Terms, *, hold_gradients: bool) -> Terms:
-    """Without those that lie in the memory of results: the largest one that fits into each.
+    """Leave out arrays in the memory of results: for each result, the largest one that fits.
 
     Args:
       work: the call.
-      terms: what exists at one moment.
-      hold_gradients: whether a result may hold the gradient from which the other one of its side
+      terms: the arrays that exist at one moment.
+      hold_gradients: whether a result may hold the gradient from which the other result of its side
         is made.
     """
     left = dict(terms)
@@ -254,7 +256,7 @@ def _beside_results(work: Work, terms: Terms, *, hold_gradients: bool) -> Terms:
 
 
 def _after_loop(work: Work) -> list[Terms]:
-    """While devices sum gradients: what they sum is scaled, or what they get is then rounded."""
+    """The arrays that exist while devices sum gradients: scaled before, or rounded afterwards."""
     if not work.summed or not (work.path == FORWARD or work.is_narrow):
         return []
     what = "scaled" if work.path == FORWARD else "summed"
@@ -264,5 +266,5 @@ def _after_loop(work: Work) -> list[Terms]:
     more = {f"gradient of {name}, {what}": _wide(work, work.elements[name]) for name in work.summed}
     if work.kernel_parts == 1:
         return [terms | more]
-    # The kernel's is scattered, before that of hidden is summed or after it.
+    # The kernel's gradient is scattered, either before or after the gradient of hidden is summed.
     return [terms | {name: size} for name, size in more.items()]

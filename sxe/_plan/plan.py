@@ -1,4 +1,4 @@
-"""``sxe.plan``: the path of a call, its chunks, FLOPs and memory, and what its devices exchange."""
+"""``sxe.plan``: the path of a call, its chunks, FLOPs, memory, and communication over a mesh."""
 
 from __future__ import annotations  # so that help() names types shortly
 
@@ -38,13 +38,13 @@ VALUE = "value alone"
 
 
 class Collective(NamedTuple):
-    """What devices exchange, in a call and its gradient.
+    """A collective operation in a call and its gradient.
 
     Attributes:
       kind: "all-reduce", "all-gather" or "reduce-scatter".
-      of: what.
-      devices: how many take part with each other.
-      bytes: of the whole array on each device, before it is scattered or when it is gathered.
+      of: the array or arrays that the devices exchange.
+      devices: the number of devices in each group.
+      bytes: the size of the whole array on each device: before a scatter, or after a gather.
     """
 
     kind: str
@@ -54,18 +54,20 @@ class Collective(NamedTuple):
 
     @property
     def link_bytes(self) -> float:
-        """What each device has to send, at least: twice for a reduction whose result all have."""
+        """A lower bound on the bytes that each device sends. An all-reduce counts twice."""
         times = 2 if self.kind == "all-reduce" else 1
         return times * self.bytes * (self.devices - 1) / self.devices
 
 
 class Floor(NamedTuple):
-    """Seconds that a call and its gradient take at least, on each device: the largest of these.
+    """Lower bounds on the seconds that a call and its gradient take on each device.
+
+    The largest of the three is the lower bound on the time.
 
     Attributes:
       matmul: for the matrix products.
-      memory: for reading and writing what does not stay in a cache.
-      links: for what it exchanges with other devices.
+      memory: for reading and writing the data that does not stay in a cache.
+      links: for sending data to other devices.
     """
 
     matmul: float
@@ -74,33 +76,39 @@ class Floor(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call of the head does, and its gradient, on each device.
+    """The work of a call of the head, and of its gradient, on each device.
 
-    For a divergence, what is said of hidden, kernel and logits counts both sides.
+    The head is the fused final linear layer and loss. For a divergence, the numbers for hidden,
+    kernel and logits include both sides.
 
     Attributes:
-      implementation: of the functions of rows, "xla" or "mosaic_gpu".
-      reason: why it is that one, and how often it reads the logits of a chunk.
-      path: "value alone"; "gradients in the forward pass", nothing computed twice; or "logits again
-        in the backward pass".
-      chunk_size: the rows of a chunk.
-      chunks: how many there are.
-      padding: the rows that are added to make them of one size.
-      rows_run: the rows of the chunks that are run, and of the parts of chunks: fewer where only
-        some rows count.
-      gradient_dtype: in which the gradient of the logits is multiplied with hidden and kernel.
-      flops: of the matrix products, of all rows that are run.
-      terms: estimated, what XLA allocates beside arguments and results at the moment when it needs
-        most: the bytes of each array, by its name. An array in a result's memory is not named.
+      implementation: "xla" or "mosaic_gpu": what computes results and gradients from the logits.
+      reason: why this implementation is used, and how often it reads the logits of a chunk.
+      path: "value alone"; "gradients in the forward pass", where nothing is computed twice; or
+        "logits again in the backward pass".
+      chunk_size: the number of rows in a chunk.
+      chunks: the number of chunks.
+      padding: the number of rows that are added so that all chunks have the same size.
+      rows_run: the number of rows in the chunks, and parts of chunks, that are run. Not all are, if
+        some rows do not count because they are masked out, ignored, or of weight 0.
+      gradient_dtype: the dtype in which the gradient of the logits is multiplied with hidden and
+        kernel.
+      flops: of the matrix products, for all rows that are run.
+      terms: an estimate of the memory that XLA allocates in addition to arguments and results, at
+        the moment of peak memory: the bytes of each array, by its name. Arrays that lie in the
+        memory of a result are left out.
       temporary_bytes: the sum of the terms.
-      peak_bytes: estimated, with arguments and results.
-      kept_bytes: what the forward pass keeps for the backward pass, beside hidden and kernel. A
-        ``lax.scan`` or ``lax.map`` whose gradient is taken outside of it keeps that for each step.
-      logits_bytes: what the [N, K] logits would take in the dtype in which they are computed.
-      logits_peak_bytes: what a program that makes them needs at least: arguments, results, logits.
-      traffic_bytes: what the matrix products and the row rule read and write, at least.
-      mesh: the devices along each mesh axis.
-      collectives: what the devices exchange.
+      peak_bytes: an estimate of the peak memory, including arguments and results.
+      kept_bytes: the residuals: what the forward pass keeps for the backward pass, in addition to
+        hidden and kernel. A ``lax.scan`` or ``lax.map`` whose gradient is taken outside of it keeps
+        this for each step.
+      logits_bytes: the size of the [N, K] logits in the dtype in which they are computed.
+      logits_peak_bytes: a lower bound on the peak memory of a program that stores these logits:
+        arguments, results and logits.
+      traffic_bytes: a lower bound on what the matrix products, and the steps between them, read and
+        write.
+      mesh: the number of devices along each mesh axis.
+      collectives: the collective operations between devices.
     """
 
     implementation: str
@@ -128,7 +136,7 @@ class Plan(NamedTuple):
     def floor(
         self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
     ) -> Floor:
-        """For a device with that matmul rate, memory bandwidth, and bandwidth to send to others."""
+        """Lower bounds on the time, from the matmul rate, memory and link bandwidth of a device."""
         for name, rate in (
             ("flops_per_second", flops_per_second),
             ("bytes_per_second", bytes_per_second),
@@ -164,49 +172,54 @@ def plan(
     backend: Literal["cpu", "gpu", "tpu"] | None = None,
     implementation: Implementation = None,
 ) -> Plan:
-    """What ``linear_softmax_cross_entropy`` would do for inputs of that size.
+    """Compute from sizes alone what a call of ``linear_softmax_cross_entropy`` would do.
 
-    Likewise ``linear_kl_divergence``, with ``target_hidden``. ``linear_log_prob_and_entropy`` does
-    what ``reduction="none"`` says, whether its entropy is used or not: on a CPU, the entropy's sum
-    is made of logits that are in a cache, and by XLA on a GPU in the read that makes the other
-    sums. After a kernel for GPUs it is one more read. Where devices split the classes, it is one
-    more number of a row that they sum.
+    With ``target_hidden``, the plan is for ``linear_kl_divergence``. For
+    ``linear_log_prob_and_entropy``, use ``reduction="none"``. Its entropy needs no extra read of
+    the logits from memory: a CPU has them in a cache, and on a GPU XLA computes the entropy's sum
+    in the same read as the other sums. Two costs of an entropy that is used are not included: one
+    more read after a GPU kernel, and one more number per row to sum over devices that share the
+    classes.
 
-    Nothing is compiled. On a CPU device, and for rule "vjp", the estimates of memory are within
-    about 15 % of ``compiled.memory_analysis()``; so they are for a TPU, from libtpu 0.0.51 on, if
-    no array fits into a core's vector memory, which is not counted. Elsewhere they are what the
-    parts take that the work is divided into, and XLA may need more. Two things are left out, on a
-    CPU: JAX 0.10 writes out a chunk's dense targets [C, K]; and where both kernels of a divergence
-    have the same shape and all four inputs gradients, one kernel's gradient may be there twice.
+    Nothing is compiled. On one CPU device and with rule "vjp", the estimates of memory are within
+    about 15 % of ``compiled.memory_analysis()``. The same holds for a TPU, from libtpu 0.0.51 on,
+    unless an array fits into a core's vector memory, which is not counted. Elsewhere the estimates
+    are the sizes of the parts into which the work is divided, and XLA may need more. On a CPU, two
+    things are left out: JAX 0.10 writes out the dense targets [C, K] of a chunk; and if both
+    kernels of a divergence have the same shape and all four inputs have gradients, the gradient of
+    one kernel may be stored twice.
 
     Args:
-      rows, hidden, classes: N, D and K, of all devices.
-      dtype: of hidden and kernel.
-      differentiate: those of "hidden" and "kernel" for which there is a gradient; of a divergence
+      rows, hidden, classes: N, D and K, over all devices.
+      dtype: the dtype of hidden and kernel.
+      differentiate: the inputs that have a gradient: "hidden", "kernel" or both; for a divergence
         also "target_hidden" and "target_kernel".
       reduction, rule, chunk_size: as for the call.
       target_hidden: D', for a divergence from a target with hidden states [N, D'] and a kernel
-        [D', K]. None: there are labels.
-      options: the names of those options in use that make XLA write out more, or that a kernel does
-        not serve: "where" (or weights, or ignore_index), "bias", "logit_scale", "softcap",
-        "class_mask"; for a loss "label_smoothing" (or dense targets), "label_weights" (up to 16 in
-        a row); for a divergence "jensen_shannon", its mode. Any other option of a divergence is
-        taken to be in use on both sides.
-      counting: the share of the rows that count, on each device, where ``where``, ``ignore_index``
-        or ``weights`` leave the others out. Rule "vjp" runs only those that count, in whole chunks
-        and parts of one.
-      mesh: the devices along each mesh axis, as ``{"data": 64, "model": 8}``. None: one device.
-      axis_name, batch_axis_name, fsdp: the mesh axes that split the classes, the rows, and the rows
-        of the kernel: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
-      memory_bytes: of a device. The devices of ``axis_name`` and ``batch_axis_name``, one axis
-        each, are then divided anew: as few as possible for the classes, so that ``peak_bytes`` is
-        at most that. The head alone is counted: the rest of the model needs memory, too.
-      backend: where it will run, by default where this runs.
+        [D', K]. None for a loss with labels.
+      options: the names of the options in use that make XLA write out more arrays, or that a GPU
+        kernel does not support: "where" (also for weights or ignore_index), "bias", "logit_scale",
+        "softcap", "class_mask"; for a loss "label_smoothing" (also for dense targets) and
+        "label_weights" (up to 16 per row); for a divergence "jensen_shannon", its mode. Any other
+        option of a divergence is assumed to be in use on both sides.
+      counting: the share of the rows that count on each device. ``where``, ``ignore_index`` and
+        ``weights`` leave the others out. Rule "vjp" runs only rows that count, in whole chunks and
+        parts of a chunk.
+      mesh: the number of devices along each mesh axis, as ``{"data": 64, "model": 8}``. None for
+        one device.
+      axis_name, batch_axis_name, fsdp: the mesh axes over which the classes, the rows, and the rows
+        of the kernel are sharded: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
+      memory_bytes: the memory of one device. If given, ``axis_name`` and ``batch_axis_name`` have
+        to be one mesh axis each, and ``plan`` chooses their sizes for the same number of devices:
+        the fewest devices for the classes with which ``peak_bytes`` is at most ``memory_bytes``.
+        Only the head is counted; the rest of the model needs memory, too.
+      backend: the platform of the call. By default, the platform of this process.
       implementation: as for the call.
 
     Raises:
-      TypeError, ValueError: for a size below 1 (rows: 0), names that are none of the above, a mesh
-        that does not divide the sizes, and a memory that no division of the devices fits.
+      TypeError, ValueError: for a size below 1 (for rows, below 0), for a name that is not listed
+        above, for a mesh that does not divide the sizes, and if no choice of mesh sizes fits into
+        ``memory_bytes``.
 
     Example:
       >>> import sxe
@@ -218,7 +231,7 @@ def plan(
       >>> p.temporary_bytes < p.logits_bytes
       True
 
-      A student of half the size of its teacher, which has no gradient:
+      A student with half the hidden size of its teacher, which has no gradient:
 
       >>> p = sxe.plan(rows=8192, hidden=2048, classes=128256, target_hidden=4096)
       >>> p.flops == (6 * 2048 + 2 * 4096) * 8192 * 128256
@@ -262,7 +275,7 @@ def plan(
         raise ArgumentTypeError(
             "mesh",
             "expected the devices along each mesh axis, as {'data': 64, 'model': 8}, got "
-            f"{mesh!r}; of a jax.sharding.Mesh pass mesh.shape",
+            f"{mesh!r}; for a jax.sharding.Mesh pass mesh.shape",
         )
     sizes = {
         name: arguments.integer("mesh", devices, f"an int of at least 1 for {name!r}")
@@ -277,7 +290,7 @@ def plan(
     runs_on = backend_of()
     if backend is not None:
         runs_on = dataclasses.replace(runs_on, platform=backend)
-    if sizes:  # Inside of shard_map a device is alone, whatever the number of devices here.
+    if sizes:  # Inside shard_map a device is local, whatever the number of devices here.
         runs_on = dataclasses.replace(runs_on, is_local=True)
     parse_implementation("implementation", implementation)
     runs_on = choose(implementation, runs_on, dtype=dtype, shape=(rows, classes))
@@ -304,7 +317,7 @@ def plan(
 
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
     try:
-        # NumPy takes None for float64.
+        # None is refused here, because NumPy takes it for float64.
         known = None if dtype is None else jnp.dtype(dtype).newbyteorder("=")
     except TypeError:
         known = None
@@ -314,14 +327,14 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
 def _check_names(
     differentiate: tuple[str, ...], options: tuple[str, ...], *, has_targets: bool
 ) -> None:
-    """Raises for what a divergence alone has, or a loss alone."""
+    """Raise for names that only a divergence has, or only a loss."""
     given = [("differentiate", name) for name in differentiate]
     given += [("options", name) for name in options]
     for argument, name in given:
         if name in TARGET_INPUTS + OF_DIVERGENCE and not has_targets:
             raise ArgumentValueError(
                 argument,
-                f"expected {name!r} for a divergence alone; pass target_hidden, its D', besides",
+                f"expected {name!r} only for a divergence; pass target_hidden, its D', as well",
             )
         if name in OF_LOSS and has_targets:
             raise ArgumentValueError(
@@ -360,7 +373,7 @@ def _smallest_class_split(
         if len(axis_names(axes[argument])) != 1:
             raise ArgumentValueError(
                 argument,
-                f"expected one axis of mesh, whose size memory_bytes decides, got "
+                f"expected one axis of mesh, whose size memory_bytes determines, got "
                 f"{axes[argument]!r}",
             )
     (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
@@ -371,7 +384,7 @@ def _smallest_class_split(
             continue
         try:
             found = _plan(call, sizes | {model: split, data: devices // split}, **axes)
-        except ValueError:  # the sizes do not divide
+        except ValueError:  # this mesh does not divide the sizes
             continue
         if found.peak_bytes <= memory_bytes:
             return found
@@ -379,8 +392,8 @@ def _smallest_class_split(
     if least == math.inf:
         raise ArgumentValueError(
             "mesh",
-            f"expected {devices} devices that divide {call.rows} rows and {call.classes} "
-            f"classes in some way, got {sizes}; pad rows or classes",
+            f"expected {devices} devices that can divide {call.rows} rows and {call.classes} "
+            f"classes, got {sizes}; pad rows or classes",
         )
     raise ArgumentValueError(
         "memory_bytes",
@@ -444,15 +457,15 @@ def _plan(
 
 
 def _reason(work: Work) -> str:
-    """Why it has its implementation, and how often a chunk's logits are read for it."""
+    """Why this implementation is used, and how often it reads the logits of a chunk."""
     reads = ("once", "twice", "three times", "four times")[work.reads_of_logits - 1]
     if not work.backend.uses_row_kernels:
-        return f"XLA, unless the kernels are asked for; a chunk's logits are read {reads}"
+        return f"XLA, unless the kernels are requested; a chunk's logits are read {reads}"
     if work.makes_gradient_with_state:
-        return f"asked for; one kernel reads a chunk's logits {reads} and writes their gradient"
+        return f"requested; one kernel reads a chunk's logits {reads} and writes their gradient"
     if not has_state_kernel(work.classes):
-        return f"asked for, and left to XLA for so few classes; a chunk's logits are read {reads}"
-    return f"asked for; with a kernel for the state of rows, a chunk's logits are read {reads}"
+        return f"requested, but run by XLA for so few classes; a chunk's logits are read {reads}"
+    return f"requested; with a kernel for the state of rows, a chunk's logits are read {reads}"
 
 
 def _collectives(work: Work) -> tuple[Collective, ...]:

@@ -1,4 +1,4 @@
-"""What one device does in a call of the head and in its gradient."""
+"""The work of one device in a call of the head and in its gradient."""
 
 import dataclasses
 import math
@@ -24,17 +24,17 @@ TILE_OPTIONS = (
     "label_weights",
     "jensen_shannon",
 )
-# Those of one of the two: a loss has labels, and a divergence has target_hidden.
+# Names that only a loss has, which has labels, or only a divergence, which has target_hidden.
 OF_LOSS = ("label_smoothing", "label_weights")
 OF_DIVERGENCE = ("jensen_shannon",)
 
 
 class Side(NamedTuple):
-    """Hidden states and a kernel, and the logits of the two.
+    """Hidden states and a kernel, and their logits.
 
     Attributes:
-      size: D.
-      hidden, kernel, logits: their names.
+      size: the hidden size D.
+      hidden, kernel, logits: the names of the arrays.
     """
 
     size: int
@@ -53,19 +53,19 @@ TARGET = *TARGET_INPUTS, "target_logits"
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A call, with the sizes of what one device holds of it.
+    """A call, with the sizes of the part that one device has.
 
     Attributes:
-      rows, classes: N and K.
-      sides: the model's and, for a divergence, the target's. D is that of all devices.
-      dtype: of hidden states and kernels.
-      differentiate: the names of those that have a gradient.
+      rows, classes: N and K of the device.
+      sides: the model's and, for a divergence, the target's. D is the size over all devices.
+      dtype: the dtype of hidden states and kernels.
+      differentiate: the names of the inputs that have a gradient.
       reduction, rule, chunk_size: as for the call.
-      options: those of ``TILE_OPTIONS`` in use.
-      counting: the share of the rows that count.
-      backend: where it runs.
-      row_groups, class_shards, kernel_parts: among how many devices rows, classes, and the rows of
-        the kernel are divided.
+      options: the options in use, among ``TILE_OPTIONS``.
+      counting: the share of the rows that count: not masked out, ignored, or of weight 0.
+      backend: where the call runs.
+      row_groups, class_shards, kernel_parts: the numbers of devices over which the rows, the
+        classes, and the rows of the kernel are sharded.
     """
 
     rows: int
@@ -90,13 +90,13 @@ class Work:
 
     @property
     def skips(self) -> bool:
-        """Whether only rows that count are run, those in whole chunks without a mask."""
+        """Whether only rows that count are run. Chunks that they fill need no mask."""
         chunks, _, _ = self.tiling
         return "where" in self.options and chunks > 1 and skips_rows(self.rule, self.backend)
 
     @property
     def steps(self) -> Steps:
-        """The chunks and parts of chunks that are run, with padding."""
+        """The chunks and parts of chunks that are run, including padding."""
         chunks, size, _ = self.tiling
         if self.counting == 1 or not self.skips:
             return Steps(chunks, 0, chunks * size)
@@ -104,31 +104,31 @@ class Work:
 
     @property
     def path(self) -> GradientPath | None:
-        """None without a gradient."""
+        """The path of the call, or None without a gradient."""
         return gradient_path(self.rule, self.reduction) if self.differentiate else None
 
     @property
     def has_targets(self) -> bool:
-        """Whether targets are logits, those of the second side."""
+        """Whether the targets are logits of a second side, as for a divergence."""
         return len(self.sides) == 2
 
     @property
     def mixes(self) -> bool:
-        """Whether a divergence is one from the mixture of both distributions."""
+        """Whether a divergence is measured from the mixture of both distributions."""
         return "jensen_shannon" in self.options
 
     def wanted(self, side: Side) -> tuple[str, ...]:
-        """Those of the side's inputs that have a gradient."""
+        """The inputs of this side that have a gradient."""
         return tuple(name for name in side.inputs if name in self.differentiate)
 
     @property
     def wanted_sides(self) -> tuple[Side, ...]:
-        """Those whose logits have a gradient."""
+        """The sides whose logits have a gradient."""
         return tuple(side for side in self.sides if self.wanted(side))
 
     @property
     def summed(self) -> tuple[str, ...]:
-        """The inputs whose gradients devices sum."""
+        """The inputs whose gradients are summed over devices."""
         devices = self.class_shards, self.row_groups
         return tuple(
             name
@@ -139,36 +139,36 @@ class Work:
 
     @property
     def statistics(self) -> int:
-        """How many numbers of a row the devices merge that split its classes."""
+        """How many numbers per row are merged over devices if the classes are sharded."""
         if not self.has_targets:
             return 4  # the maximum; the sum, the number of maxima, and the label's part of the loss
-        # The first three of both sides; the divergence; and what gradients start from.
+        # The first three of both sides; the divergence; and the state from which gradients start.
         of_gradients = (0, 2, 4) if self.mixes else (0, 1, 3)
         return 7 + self.mixes + of_gradients[len(self.wanted_sides)]
 
     @property
     def gradient_dtype(self) -> jnp.dtype:
-        """In which the logits' gradient is multiplied."""
+        """The dtype in which the gradient of the logits is multiplied with hidden and kernel."""
         return self.backend.gradient_dtype(self.dtype)
 
     @property
     def wide_itemsize(self) -> int:
-        """Of the dtype in which logits and sums are computed."""
+        """The itemsize of the dtype in which logits and sums are computed."""
         return wide_dtype(self.dtype).itemsize
 
     @property
     def is_narrow(self) -> bool:
-        """Whether hidden states and kernels are narrower than that."""
+        """Whether hidden states and kernels are narrower than logits and sums."""
         return self.dtype.itemsize < self.wide_itemsize
 
     @property
     def implementation(self) -> str:
-        """Of the functions of rows."""
+        """What computes the row functions."""
         return "mosaic_gpu" if self.backend.uses_row_kernels else "xla"
 
     @property
     def makes_gradient_with_state(self) -> bool:
-        """Whether one kernel reads a chunk's logits and writes their gradient."""
+        """Whether a single GPU kernel reads a chunk's logits and writes their gradient."""
         if not self.backend.uses_row_kernels or self.path != FORWARD or self.class_shards > 1:
             return False
         if self.has_targets:
@@ -179,9 +179,9 @@ class Work:
 
     @property
     def reads_of_logits(self) -> int:
-        """How often the logits of a chunk are read from memory for the functions of rows.
+        """How often the row functions read the logits of a chunk from memory.
 
-        Those of a target are read as often.
+        They read the logits of a target as often.
         """
         if self.makes_gradient_with_state:
             return 1
@@ -193,30 +193,30 @@ class Work:
 
     @property
     def computes_logits_again(self) -> bool:
-        """XLA sees that both passes compute the same logits of a single chunk, and keeps them."""
+        """Whether logits are computed in both passes. XLA keeps the logits of a single chunk."""
         return self.path == AGAIN and self.tiling.chunks > 1
 
     @property
     def flops(self) -> int:
-        """Of the matrix products."""
+        """The FLOPs of the matrix products."""
         again = self.computes_logits_again
         products = sum((1 + again + len(self.wanted(side))) * side.size for side in self.sides)
         return 2 * products * self.steps.rows * self.classes
 
     @property
     def traffic_bytes(self) -> int:
-        """What the matrix products and the functions of rows read and write."""
+        """The bytes that the matrix products and the row functions read and write."""
         return sum(map(self._traffic_of, self.sides))
 
     def _traffic_of(self, side: Side) -> int:
         again, gradients = self.computes_logits_again, len(self.wanted(side))
         wants_hidden, wants_kernel = (name in self.differentiate for name in side.inputs)
-        # The kernel is read for each product with it, and its gradient read and written, in each
-        # step.
+        # In each step, every product with the kernel reads it, and the gradient of the kernel is
+        # read and written.
         kernel = (1 + wants_hidden + again) * self.dtype.itemsize
         kernel += wants_kernel * 2 * self.wide_itemsize
         hidden = (1 + again + gradients) * self.dtype.itemsize
-        # Logits are written, and read by the functions of rows. Their gradient is written, and read
+        # The logits are written, and read by the row functions. Their gradient is written, and read
         # for each product with it.
         logits = (1 + self.reads_of_logits + again) * self.wide_itemsize
         logits += ((gradients > 0) + gradients) * self.gradient_dtype.itemsize
@@ -229,14 +229,14 @@ class Work:
 
     @property
     def kept_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass, beside hidden states and kernels."""
+        """What the forward pass keeps for the backward pass, except hidden states and kernels."""
         if self.path is None:
             return 0
         if self.path == FORWARD:
             return self.wide_itemsize * sum(self.elements[name] for name in self.differentiate)
-        # Label, target, its sum, weight, m, r, and what the loss is multiplied by. Of a divergence:
-        # weight, m and r of both sides, four sums of each distribution beside another, and what it
-        # is multiplied by.
+        # A loss keeps label, target, its sum, weight, m, r, and the factor of the loss. A
+        # divergence keeps weight, m and r of both sides, and its factor; and, for each distribution
+        # that is compared with another, four sums.
         numbers = 6 + 4 * (1 + self.mixes) if self.has_targets else 7
         return self.rows * numbers * self.wide_itemsize
 
@@ -246,7 +246,7 @@ class Work:
 
     @property
     def elements(self) -> dict[str, int]:
-        """How many numbers each input has: a kernel with the rows of all devices."""
+        """The number of elements of each input. A kernel has the rows of all devices."""
         counts: dict[str, int] = {}
         for side in self.sides:
             counts[side.hidden] = self.rows * side.size
@@ -255,7 +255,7 @@ class Work:
 
     @property
     def input_bytes(self) -> dict[str, int]:
-        """Of each input, which are those of its gradient."""
+        """The bytes of each input, which are also those of its gradient."""
         kernels = {side.kernel for side in self.sides}
         return {
             name: n * self.dtype.itemsize // (self.kernel_parts if name in kernels else 1)
