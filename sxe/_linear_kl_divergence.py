@@ -126,14 +126,14 @@ def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
     if target_hidden.shape[:-1] != shape[:-1]:
         raise ArgumentValueError(
             "target_hidden",
-            f"expected the rows of hidden, {shape[:-1]}, and an axis of any size, got shape "
+            f"expected the rows of hidden, {shape[:-1]}, and one more axis of any size, got shape "
             f"{target_hidden.shape}",
         )
     if target_kernel.ndim == 2 and target_kernel.shape[1] != shape[-1]:
         raise ArgumentValueError(
             "target_kernel",
-            f"expected shape [D, K] with K = {shape[-1]}, the classes of kernel, got "
-            f"{target_kernel.shape}; slice a vocabulary that is padded on one side alone",
+            f"expected shape [D, K] with K = {shape[-1]}, the number of classes of kernel, got "
+            f"{target_kernel.shape}; if only one side has a padded vocabulary, slice it",
         )
     checks.check_projection(target_hidden, target_kernel, options, of_target=True)
 
@@ -160,11 +160,11 @@ def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
         if any(of_target not in (None, of_model) for of_target, of_model in splits):
             raise ArgumentValueError(
                 "target_kernel",
-                "expected target_hidden and target_kernel to be split as hidden and kernel are, "
-                "or not at all, got "
-                f"{jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)} "
-                f"beside {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; "
-                "jax.reshard them",
+                "expected target_hidden and target_kernel to be sharded as hidden and kernel, or "
+                "unsharded, got "
+                f"{jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)}, "
+                f"with {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; use "
+                "jax.reshard",
             )
     return inputs._replace(options=options.replace(layout=layout))
 
@@ -187,7 +187,7 @@ def divergence_of_hidden(
         got = [name for name, is_given in zip(names, given, strict=True) if is_given]
         raise ArgumentTypeError(
             "target_hidden",
-            "expected target_hidden and target_kernel, or target_logits alone, got "
+            "expected target_hidden and target_kernel, or only target_logits, got "
             f"{' and '.join(got) or 'none of them'}",
         )
 

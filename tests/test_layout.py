@@ -138,7 +138,7 @@ def test_an_option_that_is_off_has_no_spec():
 
 ROWS = "pad the rows, and mask them with where"
 CLASSES = "pad the classes, and mask them with class_mask"
-KERNEL = "split it along other axes or none"
+KERNEL = "shard it over other mesh axes, or over none"
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_sizes_that_devices_do_not_divide(inputs, layout, argument, axis, device
         layout.specs(Arrays(**inputs), 2, (1,))
     assert error.value.argument == argument
     assert error.value.message.startswith(
-        f"expected a size along axis {axis} that is a multiple of {devices}, the devices along "
-        f"mesh axes {axes}, got shape ("
+        f"expected a size along axis {axis} that is a multiple of {devices}, the number of devices "
+        f"along {axes}, got shape ("
     )
     assert f"; {advice}" in error.value.message
 
@@ -302,12 +302,12 @@ def test_the_layout_of_arrays_on_no_mesh():
         (
             P(None, None, "data"),
             P(),
-            r"^hidden: expected a last axis that no mesh axis splits, got float32\[8,4,8@data\]",
+            r"^hidden: expected a last axis that is not sharded, got float32\[8,4,8@data\]",
         ),
         (
             P("data", "other"),
             P(None, ("model", "other")),
-            r"^kernel: expected classes split along other mesh axes than the rows, "
+            r"^kernel: expected classes that are sharded over other mesh axes than the rows, "
             r"got \{'other'\} for both \(float32\[8@data,4@other,8\], ",
         ),
     ],

@@ -65,10 +65,10 @@ export.register_namedtuple_serialization(LogProbAndEntropy, serialized_name="sxe
 
 
 class Sums(NamedTuple):
-    """sum_i w_i loss_i, the mean's denominator, and how many rows have a part in the mean.
+    """The sum of w_i loss_i, the denominator of the mean, and the number of rows in the mean.
 
-    All are over the global batch. ``parts`` is None without weights: ``weight`` is then the number
-    of these rows.
+    All are over the global batch. ``parts`` is None without weights, because ``weight`` is then the
+    number of rows.
     """
 
     loss: Array
