@@ -106,7 +106,7 @@ def _call(inputs: _Inputs) -> Array:
 def divergence_of_logits(
     logits: ArrayLike, target_logits: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Array:
-    """``kl_divergence``, or with a layout the same for global arrays on a mesh."""
+    """``kl_divergence``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     inputs = _Inputs(
         arguments.array("logits", logits), arguments.array("target_logits", target_logits), parsed

@@ -139,7 +139,7 @@ def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
 
 
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
-    """The inputs, on an Explicit mesh with the layout that the types of the arrays describe."""
+    """Add the layout that the types of arrays on an Explicit mesh describe."""
     named = inputs._asdict()
     options = named.pop("options")
     if not axes.is_explicit(*named.values()):
@@ -179,7 +179,7 @@ def divergence_of_hidden(
     layout: Layout | None = None,
     **options: Any,
 ) -> Array:
-    """``linear_kl_divergence``, or with a layout the same for global arrays on a mesh."""
+    """``linear_kl_divergence``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     given = target_hidden is not None, target_kernel is not None, target_logits is not None
     if given not in ((True, True, False), (False, False, True)):

@@ -117,7 +117,7 @@ def _call(inputs: _Inputs) -> Any:
 
 
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
-    """The inputs, on an Explicit mesh with the layout that the types of the arrays describe.
+    """Add the layout that the types of arrays on an Explicit mesh describe.
 
     These types tell how the inputs are sharded. They cannot describe chunks of sharded rows.
     """
@@ -140,7 +140,7 @@ def loss_of_hidden(
     layout: Layout | None = None,
     **options: Any,
 ) -> Any:
-    """``linear_softmax_cross_entropy``, or with a layout the same for global arrays on a mesh."""
+    """``linear_softmax_cross_entropy``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     inputs = _Inputs(
         arguments.array("hidden", hidden),
@@ -165,7 +165,7 @@ def loss_of_hidden(
 def log_prob_of_hidden(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, **options: Any
 ) -> Any:
-    """``linear_log_prob_and_entropy``, or with a layout the same for global arrays on a mesh."""
+    """``linear_log_prob_and_entropy``; with a layout, for global arrays on a mesh."""
     options |= {"reduction": "none", "returns_log_prob": True}
     return loss_of_hidden(hidden, kernel, labels, **options)
 
@@ -247,13 +247,13 @@ def linear_softmax_cross_entropy(
         is the same for all rows.
       weights: float [...], one weight per row, as for ``softmax_cross_entropy``.
       class_weights: float [K], one weight per class.
-      class_mask: bool [K], True for the classes that can occur, in all rows; False, for example,
-        for the padding of a vocabulary. The result is that of a kernel, bias and class weights
-        without the masked classes, with a softcap too. Masked entries may hold anything, including
-        NaN. Their gradient is 0, except for the kernel's if a row that counts has hidden states
-        that are not finite. To keep NaN out of the gradient of hidden, an accelerator makes one
-        masked copy of the kernel, unless hidden is not differentiated. Rules other than "vjp" make
-        this copy on every platform.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
+        masked classes, such as the padding of a vocabulary. The result is that of a kernel, bias
+        and class weights without the masked classes, with a softcap too. Their entries may hold any
+        value, including NaN, and have a gradient of 0. The only exception is the kernel, if a row
+        that counts has hidden states that are not finite. To keep NaN out of the gradient of
+        hidden, an accelerator makes one masked copy of the kernel, unless hidden is not
+        differentiated. Rules other than "vjp" make this copy on every platform.
       label_smoothing: in [0, 1], as for ``softmax_cross_entropy``.
       z_loss: finite and at least 0, as for ``softmax_cross_entropy``.
       ignore_index: rows whose integer label has this value do not count.
@@ -316,7 +316,7 @@ def linear_softmax_cross_entropy(
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.
       ValueError: if a shape does not fit, ``where`` has a class axis, ``chunk_size`` is below 1, or
-        ``jax.experimental.jet`` meets a softcap; and as for ``softmax_cross_entropy``.
+        ``jax.experimental.jet`` is used with a softcap; and as for ``softmax_cross_entropy``.
 
     Source:
       Lines D0 and D7 of ``sxe.derivation``, and the chain rule, lines H0 to H7 of

@@ -45,7 +45,7 @@ def log_prob_and_entropy(
       labels: class indices [...] of any integer dtype, such as sampled tokens.
       where: bool [...], True for the rows that count. Or bool [..., K], True for the classes that
         can occur in each row: a row without any class does not count.
-      class_mask: bool [K], True for the classes that can occur, in all rows.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows.
       ignore_index: rows whose label has this value do not count.
       axis: the class axis of the logits, or a tuple of axes, as for ``softmax_cross_entropy``.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
@@ -133,7 +133,7 @@ def linear_log_prob_and_entropy(
       softcap: a number above 0 or a scalar array, a bound on the magnitude of the logits.
       chunk_size: the largest number of rows in a chunk, as for ``linear_softmax_cross_entropy``.
       where: bool [...], True for the rows that count. The other rows are not computed: see head.md.
-      class_mask: bool [K], True for the classes that can occur, in all rows.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows.
       ignore_index: rows whose label has this value do not count.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
         sharded, as for ``linear_softmax_cross_entropy``.

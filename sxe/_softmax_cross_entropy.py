@@ -292,20 +292,20 @@ def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
 def loss_of_logits(
     logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Any:
-    """``softmax_cross_entropy``, or with a layout the same for global arrays on a mesh."""
+    """``softmax_cross_entropy``; with a layout, for global arrays on a mesh."""
     inputs = _inputs(logits, labels, parse(layout=layout, **options))
     return _call(inputs, with_gradient=False)
 
 
 def log_prob_of_logits(logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
-    """``log_prob_and_entropy``, or with a layout the same for global arrays on a mesh."""
+    """``log_prob_and_entropy``; with a layout, for global arrays on a mesh."""
     return loss_of_logits(logits, labels, reduction="none", returns_log_prob=True, **options)
 
 
 def loss_and_gradient(
     logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Any:
-    """``softmax_cross_entropy_with_gradient``, or with a layout the same for global arrays."""
+    """``softmax_cross_entropy_with_gradient``; with a layout, for global arrays on a mesh."""
     arguments.one_of("reduction", options["reduction"], ("mean", "sum"))
     inputs = _inputs(logits, labels, parse(layout=layout, **options))
     return _call(inputs, with_gradient=True)
@@ -373,7 +373,7 @@ def softmax_cross_entropy(
       logits: [..., K], bfloat16, float16, float32 or float64.
       labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
         Dense targets are non-negative and need not sum to one. With ``label_weights``, class
-        indices [..., M]: M labels per row, along the last axis whatever ``axis`` is.
+        indices [..., M]: M labels per row. M is always the last axis, for any ``axis``.
       label_weights: float [..., M], one weight per label, for rows with several labels, such as the
         largest targets of a teacher or several right answers. They are non-negative and need not
         sum to one. Weights of equal labels add up. A label out of range is padding if its weight is
@@ -384,25 +384,25 @@ def softmax_cross_entropy(
       weights: float [...], one weight per row. Negative weights, such as advantages, are for "sum"
         and "none", and for a "mean" whose weights do not sum to 0.
       class_weights: float [K], one weight per class.
-      class_mask: bool [K], True for the classes that can occur, in all rows; False, for example,
-        for the padding of a vocabulary. The result is that of logits and class weights without the
-        masked classes. Masked entries may hold anything, including NaN, and have a gradient of 0. A
-        target for a masked class makes the loss +inf. If no class is left, no row counts. A
-        ``where`` of classes can be passed as well.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
+        masked classes, such as the padding of a vocabulary. The result is that of logits and class
+        weights without the masked classes. Their entries may hold any value, including NaN, and
+        have a gradient of 0. A target for a masked class makes the loss +inf. If all classes are
+        masked, no row counts. A ``where`` of classes can be passed as well.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes, or over
-        the classes of ``class_mask``. If a ``where`` of classes or a logit of -inf excludes a
-        class, the share of that class makes the loss +inf.
+        the classes of ``class_mask``. A class that a ``where`` or a logit of -inf excludes
+        still has its share, which makes the loss +inf.
       z_loss: finite and at least 0, the weight of lse^2, which keeps logits from drifting.
       ignore_index: rows whose integer label has this value do not count. Off by default: PyTorch's
         -100 is then out of range, and its row is NaN.
       axis: the class axis of the logits, or a tuple of axes. With a tuple, a label is a flat index
         over these axes in the given order, and ``class_weights`` and ``class_mask`` are flat too.
-      reduction: "mean", "sum" or "none". "sum" is sum_i w_i loss_i over the rows that count, with
-        the row weights w_i. "mean" divides this sum by sum_i v_i, where v_i is w_i, times the class
-        weight of the label if each row has one integer label. The mean is 0 if no row counts. It
-        is NaN, with its gradient, if rows count and sum_i v_i is 0; a row whose label has class
-        weight 0 counts here only if label smoothing or z_loss gives it a loss. "none" is
-        w_i loss_i, [...], and 0 in rows that do not count.
+      reduction: "sum" is sum_i w_i loss_i over the rows that count, with row weights w_i. "mean"
+        is this sum divided by sum_i v_i. Here v_i is w_i, times the class weight of the row's label
+        if each row has one integer label. The mean is 0 if no row counts. The mean and its gradient
+        are NaN if rows count but sum_i v_i is 0. In a mean, a row whose label has class weight 0
+        counts only if label smoothing or z_loss gives it a loss. "none" is w_i loss_i, [...], and 0
+        in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, computed in the same pass and without gradient.
         Pass ``has_aux=True`` to ``jax.value_and_grad``.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
@@ -418,11 +418,11 @@ def softmax_cross_entropy(
       batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded. "mean",
         "sum" and the sums in the metrics are then over the global batch. What ``axis_name`` says
         about gradients taken inside holds here too.
-      rule: how the closed form is attached. "vjp" uses ``jax.custom_vjp``, for reverse mode, and
-        takes the least memory; forward mode then raises JAX's error "can't apply forward-mode
-        autodiff (jvp) to a custom_vjp function". "jvp" uses ``jax.custom_jvp``, for forward mode
-        too. "autodiff" attaches nothing, and JAX differentiates the loss itself;
-        ``jax.experimental.jet`` needs it.
+      rule: how the gradient is defined for JAX. "vjp": the closed form, by ``jax.custom_vjp``, for
+        reverse mode, with the least memory; forward mode raises JAX's error "can't apply
+        forward-mode autodiff (jvp) to a custom_vjp function". "jvp": the closed form, by
+        ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form; JAX differentiates the
+        loss itself, as ``jax.experimental.jet`` needs.
       implementation: how the computations on rows are compiled. "xla": by XLA. "mosaic_gpu": by two
         kernels for NVIDIA GPUs of the Hopper generation. For a "mean" or "sum" with rule "vjp", the
         gradient kernel reads the logits once and writes the gradient once, in the forward pass. A
@@ -449,8 +449,8 @@ def softmax_cross_entropy(
     -log q; for the weights of a "sum" it is the loss of each row, also at a weight of 0.
 
     Rows that do not count:
-      They contribute nothing to the value or the gradient, whatever they contain: NaN, infinities,
-      labels out of range.
+      These rows contribute nothing to the value or the gradient, whatever they contain: NaN,
+      infinities, labels out of range.
 
     Infinite logits:
       A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and the
@@ -469,8 +469,8 @@ def softmax_cross_entropy(
         option is out of range (the value of a ``jax.Array`` is not checked); if two of
         ``ignore_index``, ``label_weights`` and dense targets are combined; if a mesh axis does not
         shard the logits, or an array is sharded over an Explicit mesh in another way than the
-        logits; if ``jax.experimental.jet`` meets another rule than "autodiff"; or if "mosaic_gpu"
-        cannot run, see ``implementation``.
+        logits; if ``jax.experimental.jet`` is used with another rule than "autodiff"; or if
+        "mosaic_gpu" cannot run, see ``implementation``.
 
     Source:
       Lines D0 and D7 of ``sxe.derivation``. ``sxe._rows.normalizer`` explains the arithmetic.
@@ -559,7 +559,7 @@ def softmax_cross_entropy_with_gradient(
       where: bool [...], the rows that count, or bool [..., K], the classes that can occur.
       weights: float [...], one weight per row.
       class_weights: float [K], one weight per class.
-      class_mask: bool [K], the classes that can occur, in all rows.
+      class_mask: bool [K], the classes that can occur, the same for all rows.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes.
       z_loss: finite and at least 0, the weight of lse^2.
       ignore_index: rows whose integer label has this value do not count.

@@ -40,7 +40,7 @@ def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
 
 
 def _held(x: Any, ignore_index: int | None) -> Any:
-    """Convert x so that JAX can hold it: to this machine's byte order, without too large integers.
+    """Convert x to this machine's byte order, without integers that JAX cannot hold.
 
     With x64 off, JAX would wrap a label that does not fit into 32 bits. It could then be the index
     of another class.
@@ -144,7 +144,7 @@ def number(
 
 
 def as_scalar(name: str, shape: tuple[int, ...]) -> str:
-    """Advice how to make an array of this shape a scalar, or "" if it has several elements."""
+    """Advice on how to make an array of this shape a scalar, or "" if it has several elements."""
     if math.prod(shape) != 1:
         return ""
     return f"; pass {name}{'[0]' if shape == (1,) else '.reshape(())'}"

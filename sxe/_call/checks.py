@@ -1,4 +1,4 @@
-"""Check that the arguments of a call fit together, and raise errors that tell how they would."""
+"""Check that the arguments of a call fit together. Errors tell what would fit."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...], *, each: str, advi
 def _broadcasts(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
 ) -> list[str]:
-    """The expressions that broadcast an array of this shape and vary along all axes ``along``."""
+    """The ways to broadcast an array of this shape so that it has elements along axes ``along``."""
     ways = []
     for behind in range(len(expected) - len(shape) + 1):
         full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
@@ -56,7 +56,7 @@ def _not_broadcast(ways: list[str]) -> str:
 
 
 def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], within: str = "") -> str:
-    """Advice how to bring an array of this shape to the expected shape.
+    """Advice on how to bring an array of this shape to the expected shape.
 
     ``within`` is the advice inside of ``jax.shard_map``, or "".
     """

@@ -155,7 +155,7 @@ class Layout(NamedTuple):
             if by_kernel and mapped:
                 raise unserved(
                     "a call outside of jax.vmap over an axis that an Explicit mesh shards, got one "
-                    f"sharded over {sorted(mapped)}; instead, pass this axis as an axis of rows"
+                    f"sharded over {sorted(mapped)} (it can be an axis of rows instead)"
                 )
             names &= free
             if taken := self._used - names:
@@ -174,8 +174,8 @@ class Layout(NamedTuple):
         if of_vmap := vmap_axes(batch_axis_name):
             raise ArgumentValueError(
                 "batch_axis_name",
-                f"expected no axis of a jax.vmap, got {of_vmap[0]!r}, if an Explicit mesh shards "
-                "other axes, because JAX cannot compute lax.psum over it there; use "
+                f"expected no axis of a jax.vmap, got {of_vmap[0]!r} with an Explicit mesh that "
+                "shards other axes: JAX cannot compute lax.psum over it there; use "
                 "return_metrics=True, and sum loss_sum and weight_sum",
             )
         spmd = spmd_axes(self.mesh) if explicit else None

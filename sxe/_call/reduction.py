@@ -17,8 +17,8 @@ from sxe._rows.targets import Rows, Targets
 class Metrics(NamedTuple):
     """What ``return_metrics=True`` returns in addition to the loss, without gradients.
 
-    A row counts unless it is masked out, ignored, or has weight 0. The values in rows that do not
-    count never compare as correct. A jitted program computes only the metrics that it uses.
+    A row counts unless it is masked out, ignored, or has weight 0. A row that does not count never
+    looks like a correct prediction. A jitted program computes only the metrics that it uses.
 
     Attributes:
       loss_sum: the sum of the weighted row losses, a scalar; with ``batch_axis_name``, over the
@@ -31,9 +31,9 @@ class Metrics(NamedTuple):
       max_probability: the probability of that class, [...]; 0 where the row does not count, and NaN
         where its logits have no softmax: they contain NaN or +inf, or all are -inf.
       label_rank: the number of classes with a larger logit than the label's, int32 [...]. A rank of
-        0 is a correct prediction, a rank below k is correct among the top k. Equal logits are not
-        larger. The rank is the number of all classes, masked ones included, where the row does not
-        count, has no softmax, or has a label outside of [0, K). None for dense targets and with
+        0 is a correct prediction; a rank below k is one of the top k. Equal logits are not larger.
+        The rank is the number of all classes, masked ones included, where the row does not count,
+        has no softmax, or has a label outside of [0, K). None for dense targets and with
         label_weights, where rows do not have a single label.
       entropy: -sum_k q_k log q_k of each row, with q = softmax(logits), [...]; 0 where the row does
         not count, and NaN where it has no softmax.
