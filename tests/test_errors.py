@@ -1,5 +1,8 @@
-"""What a new user would do wrong, and what the error says: the argument, what was expected, what
-came and, where that is not plain from these, what to do."""
+"""Errors for mistakes that a new user would make.
+
+Each error names the argument, what was expected and what came. It also tells what to do, if that
+is not obvious.
+"""
 
 import pickle
 import re
@@ -22,15 +25,15 @@ NAN, INF = float("nan"), float("inf")
 
 
 def says(argument, error, message):
-    """The error's text is one line, 'argument: ' and what message matches, to its end.
+    """Expect an error whose whole text is one line, 'argument: ' and a match of ``message``.
 
-    JAX may append a note on how it filters tracebacks, below a ruler.
+    Below a ruler, JAX may append a note on how it filters tracebacks.
     """
     return pytest.raises(error, match=rf"\A{argument}: {message}(\Z|\n-{{5,}}\n)")
 
 
 def named(cases):
-    """Test parameters from argument, what else a call is given, error, and message."""
+    """Parametrize by the argument, other arguments of the call, the error, and its message."""
     ids = [f"{argument}: {'; '.join(map(str, given))}" for argument, given, *_ in cases]
     return pytest.mark.parametrize(
         ("argument", "given", "error", "message"), cases, ids=[i[:40] for i in ids]
@@ -41,7 +44,7 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
-# Options that all losses share.
+# Options of all losses.
 
 ARRAY, DTYPE = (
     "expected an array, got ",
@@ -335,7 +338,7 @@ RULES = [
     ("rule", {"rule": "JVP"}, ValueError, rf"{ONE_OF}'JVP'; did you mean 'jvp'\?"),
 ]
 
-# Of the losses on logits.
+# The losses of logits.
 
 IMAGES = zeros(2, K, 4, 3)  # with PyTorch's class axis
 IN_ORDER = "; the order of arguments is logits, labels"
@@ -455,14 +458,14 @@ def test_the_pass_with_gradient_has_no_rows():
 
 
 def test_a_program_of_an_axis_that_is_equal_is_not_taken():
-    """1 == 1.0 == True, and a jitted function would not tell them apart."""
+    """1 == 1.0 == True, so jax.jit's cache does not distinguish them. The check must."""
     jax.eval_shape(lambda: sxe.softmax_cross_entropy(LOGITS, LABELS, axis=1))
     for axis in (1.0, True):
         with says("axis", TypeError, f"{AXIS}{axis}"):
             sxe.softmax_cross_entropy(LOGITS, LABELS, axis=axis)
 
 
-# Of the head.
+# The head: the fused final linear layer and loss.
 
 SHAPE = r"expected shape \[D, K\] with D = 2, the size of the last axis of hidden \(6, 2\), got "
 HEAD_ORDER = "; the order of arguments is hidden, kernel, labels"
@@ -580,7 +583,7 @@ OF_HEAD = [
         r"expected shape \(5,\), one value per class, got \(6, 5\); to mask classes in some "
         "rows only, pass logits to sxe.softmax_cross_entropy, with where",
     ),
-    # Nothing about axis, which the head does not have:
+    # The advice does not mention axis, which the head does not have:
     ("labels", {"labels": zeros(K, dtype=int)}, ValueError, rf"{INDICES}, got \(5,\) of int32"),
 ]
 
@@ -594,7 +597,7 @@ def test_head(argument, given, error, message):
         jax.eval_shape(lambda: sxe.linear_softmax_cross_entropy(**arguments))
 
 
-# Arrays of another shape for rows [B, T]. What the error says to pass is passed.
+# Arrays of another shape for rows [B, T]. The tests follow the advice of the error.
 
 B, T = 3, 4
 LOSSES = [sxe.softmax_cross_entropy, sxe.softmax_cross_entropy_with_gradient]
@@ -624,7 +627,7 @@ OTHER_SHAPES = [
     ((2, 3, 4), (3,), PASS + "jnp.broadcast_to({}[:, None], (2, 3, 4))"),
     ((2, 3, 4), (2, 3), PASS + "jnp.broadcast_to({}[:, :, None], (2, 3, 4))"),
     (
-        (T, T),  # one value per row or each column
+        (T, T),  # one value per row or per column
         (T,),
         PASS + "jnp.broadcast_to({0}, (4, 4)) or jnp.broadcast_to({0}[:, None], (4, 4))",
     ),
@@ -653,7 +656,7 @@ def test_rows_of_another_shape(rows, shape, advice, argument):
         ((B, T, K), -1, (K,), "jnp.broadcast_to(where, (3, 4, 5))"),
         ((B, T, K), -1, (B, 1, K), "jnp.broadcast_to(where, (3, 4, 5))"),
         ((B, K, T), 1, (K,), "jnp.broadcast_to(where[:, None], (3, 5, 4))"),
-        # Of rows or of classes:
+        # The mask may be one of rows or of classes:
         (
             (B, K, K),
             -1,
@@ -677,7 +680,7 @@ def test_a_class_mask_of_another_shape(logits, axis, shape, advice):
 
 
 def test_one_class_and_a_mask_of_its_shape():
-    """[B, T, 1] is then the logits' shape, and masks classes."""
+    """With one class, [B, T, 1] is the shape of the logits, and the mask is one of classes."""
     logits, labels = zeros(B, T, 1), zeros(B, T, dtype=int)
     where = np.arange(B * T).reshape(B, T, 1) < 5
     _, metrics = sxe.softmax_cross_entropy(logits, labels, where=where, return_metrics=True)
@@ -694,7 +697,7 @@ def test_labels_of_a_language_model_that_are_shifted_otherwise():
                 call(loss, (B, 9), labels=zeros(B, length, dtype=int))
 
 
-# What holds arrays, but is none.
+# Objects that contain arrays, but are not arrays.
 
 
 class Quantity:
@@ -750,7 +753,7 @@ def test_a_reference():
     ],
 )
 def test_a_static_option_that_is_traced(argument, value, message):
-    """As by jax.jit(sxe.softmax_cross_entropy)(logits, labels, axis=-1)."""
+    """For example, jax.jit(sxe.softmax_cross_entropy)(logits, labels, axis=-1)."""
     with says(argument, TypeError, message):
         jax.jit(sxe.softmax_cross_entropy)(LOGITS, LABELS, **{argument: value})
 
@@ -918,7 +921,7 @@ MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shap
             TypeError,
             "expected none with over_mesh, where batch and classes name .*, got 'model'",
         ),
-        # The shapes are those of all devices:
+        # The shapes are global:
         ("labels", {"labels": zeros(4, dtype=int)}, ValueError, r"expected .*\(8,\).*\(4,\) .*"),
         ("bias", {"bias": zeros(4)}, ValueError, r"expected shape \(16,\), .*, got \(4,\)"),
         (
@@ -977,7 +980,7 @@ OTHERWISE = [
     ("labels", {"labels": P("model")}, None, r"P\('data',\)"),
     ("class_weights", {"class_weights": P("data")}, None, r"P\('model',\)"),
     ("class_mask", {"class_mask": P("data")}, None, r"P\('model',\)"),
-    # Where nothing splits the rows another argument may, but not as the classes are:
+    # If the rows are not sharded, another argument may shard them, but not as the classes are:
     ("labels", {"rows": None, "labels": P("model")}, None, r"P\(None,\)"),
     (
         "weights",
