@@ -284,16 +284,16 @@ def linear_softmax_cross_entropy(
     once. A gradient that is not requested is not computed.
 
     Precision:
-      Logits are accumulated in float32 for operands of any dtype, and so are the gradient of hidden
-      within its chunk and the gradient of kernel over all chunks. The gradient of the logits
-      stays float32 for its matrix products on a CPU. On an accelerator it is rounded to bfloat16 if
+      Logits are accumulated in float32 for operands of any dtype. So are the gradient of hidden
+      within its chunk, and the gradient of kernel over all chunks. For its matrix products, the
+      gradient of the logits stays float32 on a CPU. On an accelerator it is rounded to bfloat16 if
       the operands are bfloat16.
 
       float32 operands are multiplied as float32, even where JAX's default for matmuls is TF32 (GPU)
-      or bfloat16 (TPU). These are several times as fast. To use them, set
+      or bfloat16 (TPU). TF32 and bfloat16 are several times as fast. To use them, set
       ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"`` around the call, or the
-      option ``jax_default_matmul_precision``. Either applies to all products of the forward and
-      the backward pass.
+      option ``jax_default_matmul_precision``. This applies to all products of the forward and the
+      backward pass.
 
       On a CPU, within one compiled program, the bits of a row's results depend on that row only.
       Another number of rows or another ``chunk_size`` may change the last bits. head.md tells where
