@@ -238,9 +238,9 @@ def linear_softmax_cross_entropy(
         included. None is off.
       chunk_size: the largest number of rows in a chunk. By default, a chunk has at most 48 MiB of
         logits on a CPU (24 MiB before JAX 0.11) and 32 MiB elsewhere, so that memory does not grow
-        with the number of rows. If this is less than 128 rows on a CPU, the default is 128 rows or
-        a sixteenth of all rows, whichever is less. On an accelerator, it is 2048 rows (512 in
-        float32) or an eighth of all rows.
+        with the number of rows. If this is less than 128 rows on a CPU, a chunk may have more: up
+        to 128 rows, but at most a sixteenth of all rows. On an accelerator, it may have up to 2048
+        rows (512 in float32), but at most an eighth of all rows.
       label_weights: float [..., M], one weight per label. The targets are sum_m w_m [k = y_m], and
         no [N, K] array of them is made.
       where: bool [...], True for the rows that count. To exclude classes, use ``class_mask``, which

@@ -61,7 +61,7 @@ def test_it_multiplies_the_product_in_float32(dtype, reduction):
 @every_rule
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_any_number(rule, reduction):
-    """With 0 all classes are equally likely, up to the bias. Negative numbers invert logits."""
+    """With 0 all classes are equally likely, up to the bias. A negative scale negates logits."""
     p = head_problem("row_scale", "bias", "z_loss", shape=(N, D, K))
     p["logit_scale"][:4] = 0, -1, -0.3, 1e-20
     g = cotangent(reduction)
