@@ -1,4 +1,4 @@
-"""What is read off a softmax in JAX: losses, log-probabilities, divergences; in closed form."""
+"""Softmax cross-entropy, log-probabilities, entropy and KL divergences for JAX, in closed form."""
 
 from sxe import derivation
 from sxe._call.reduction import LogProbAndEntropy, Metrics

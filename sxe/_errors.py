@@ -1,6 +1,6 @@
-"""Errors that say of which argument they are, so that a caller can name it in other words.
+"""Errors that carry the name of an argument, so that a caller can refer to it by another name.
 
-A command line does: of the argument ``chunk_size`` it says ``--chunk-size``.
+For an error about ``chunk_size``, the command line names ``--chunk-size``.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ class ArgumentError(Exception):
     """An error about one argument. Its text is "argument: message".
 
     Attributes:
-      argument: the argument's name.
+      argument: the name of the argument.
       message: what was expected, what came, and what to do.
     """
 
@@ -19,18 +19,18 @@ class ArgumentError(Exception):
         self.argument, self.message = argument, message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default an exception is copied and unpickled from its text alone.
+        # By default, an exception is copied and unpickled from its text only.
         return type(self), (self.argument, self.message)
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """The argument has a type or dtype that does not fit."""
+    """An argument has a wrong type or dtype."""
 
 
 class ArgumentValueError(ArgumentError, ValueError):
-    """The argument has a value or shape that does not fit."""
+    """An argument has a wrong value or shape."""
 
 
 def unserved(needed: str) -> ArgumentValueError:
-    """The error that says what the kernels for GPUs would need."""
-    return ArgumentValueError("implementation", f"expected for 'mosaic_gpu' {needed}; use 'xla'")
+    """The error for a call that the row kernels for GPUs do not support."""
+    return ArgumentValueError("implementation", f"'mosaic_gpu' needs {needed}; use 'xla'")

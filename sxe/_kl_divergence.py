@@ -1,4 +1,4 @@
-"""The divergence between a model's softmax and a target's, of logits on both sides.
+"""The divergence between the softmax of a model and that of a target, from logits of both.
 
 KL(p || q) = sum_k p_k (log p_k - log q_k)          lines K0 to K5 of the derivation
 """
@@ -32,7 +32,7 @@ class _Inputs(NamedTuple):
 
 
 def _scaled(x: Array, scale: Array | float | None) -> Array:
-    """The logits [..., K] times a scalar or, for each row, [...]."""
+    """The logits [..., K] times a scale, which is a scalar or has one value per row, [...]."""
     if scale is None:
         return x
     factor = jnp.asarray(scale, x.dtype)
@@ -40,7 +40,7 @@ def _scaled(x: Array, scale: Array | float | None) -> Array:
 
 
 def _alike(x: Array, z: Array) -> tuple[Array, Array]:
-    """Both, typed as varying along the same mesh axes and as split in the same way."""
+    """Cast both to vary over the same mesh axes and to be sharded in the same way."""
     every = varying(x) | varying(z)
     spec = [next(filter(None, at), None) for at in itertools.zip_longest(sharding(x), sharding(z))]
     x, z = (vary(reshard(a, spec), every) for a in (x, z))
@@ -48,7 +48,7 @@ def _alike(x: Array, z: Array) -> tuple[Array, Array]:
 
 
 def _is_infinite(x: Array, z: Array, options: Options) -> Array:
-    """Whether a row's divergence is +inf: one side has a class that the other has not. [...]."""
+    """Rows [...] with divergence +inf: p has a class that q lacks (or q one that p lacks)."""
     if options.mode == "jensen_shannon":
         return jnp.zeros(x.shape[:-1], bool)
     first, second = (z, x) if options.mode == "forward" else (x, z)
@@ -106,7 +106,7 @@ def _call(inputs: _Inputs) -> Array:
 def divergence_of_logits(
     logits: ArrayLike, target_logits: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Array:
-    """``kl_divergence``, of global arrays on a mesh where there is a layout."""
+    """``kl_divergence``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     inputs = _Inputs(
         arguments.array("logits", logits), arguments.array("target_logits", target_logits), parsed
@@ -132,7 +132,7 @@ def kl_divergence(
     batch_axis_name: AxisName = None,
     rule: Rule = "vjp",
 ) -> Array:
-    """The Kullback-Leibler or Jensen-Shannon divergence between the softmax of two rows of logits.
+    """The Kullback-Leibler or Jensen-Shannon divergence between two softmax distributions.
 
     With q_i = softmax(logit_scale logits_i), p_i = softmax(target_logit_scale target_logits_i):
 
@@ -141,50 +141,60 @@ def kl_divergence(
         "jensen_shannon"    beta KL(p_i || M_i) + (1 - beta) KL(q_i || M_i)
                             with M_i = beta p_i + (1 - beta) q_i
 
-    It keeps its digits where the two nearly agree, as a policy and its reference do, and where the
-    textbook form is rounding noise of either sign. It is never negative, and exactly 0 for equal
-    logits and for logits that differ by a constant.
+    The result keeps full relative precision when p and q nearly agree, such as a policy and its
+    reference, where the textbook formula gives rounding noise of either sign. It is never negative.
+    It is exactly 0 for equal logits and for logits that differ by a constant.
 
     Args:
-      logits: [..., K], bfloat16, float16, float32 or float64: of the model.
-      target_logits: [..., K], likewise: of a teacher, or of a reference policy.
-      mode: "forward", what distillation minimizes: q covers all of p. "reverse", what policies are
-        held to: q stays where p is. "jensen_shannon", between the two.
+      logits: [..., K], bfloat16, float16, float32 or float64, of the model.
+      target_logits: [..., K], of the same dtypes, of a teacher or a reference policy.
+      mode: "forward" is what distillation minimizes: q covers all of p. "reverse" keeps a policy
+        close to a reference: q stays where p is. "jensen_shannon" lies between them.
       beta: above 0 and below 1, for "jensen_shannon".
-      logit_scale, target_logit_scale: what each side's logits are multiplied by, such as
-        1 / temperature: a number, a scalar array, or float [...], one for each row.
-      where: bool [...], the rows that count; or bool [..., K], the classes that can occur in each
-        row, on both sides: a row with none left does not count.
-      weights: float [...], a weight for each row.
-      class_mask: bool [K], the classes that can occur in any row, on both sides.
-      axis: the class axis of both, or a tuple of axes.
-      reduction: "mean", sum_i w_i KL_i / sum_i w_i over the rows that count, and 0 where none does;
-        "sum", sum_i w_i KL_i; "none", w_i KL_i [...], and 0 in rows that do not count.
-      axis_name, batch_axis_name, rule: as for ``softmax_cross_entropy``. Both sides are split along
-        ``axis_name``.
+      logit_scale: a factor for the logits, such as 1 / temperature: a number, a scalar array, or
+        float [...], one per row.
+      target_logit_scale: likewise, a factor for the target logits.
+      where: bool [...], True for the rows that count. Or bool [..., K], True for the classes that
+        can occur in each row, on both sides: a row without any class does not count.
+      weights: float [...], one weight per row. A row of weight 0 does not count.
+      class_mask: bool [K], True for the classes that can occur, in all rows and on both sides.
+      axis: the class axis of both arrays of logits, or a tuple of axes.
+      reduction: "mean" is sum_i w_i KL_i / sum_i w_i over the rows that count, with the row weights
+        w_i. It is 0 if no row counts, and NaN, with its gradient, if rows count and their weights
+        sum to 0. "sum" is sum_i w_i KL_i. "none" is w_i KL_i, [...], and 0 in rows that do not
+        count.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes of both
+        sides are sharded, as for ``softmax_cross_entropy``.
+      batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded.
+      rule: "vjp", "jvp" or "autodiff", as for ``softmax_cross_entropy``.
 
-    ``mode``, ``beta``, ``axis``, ``reduction``, the axis names and ``rule`` are Python values,
-    static under ``jax.jit``.
+    ``mode``, ``beta``, ``axis``, ``reduction``, the axis names and ``rule`` are static under
+    ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The divergence, float32 (float64 if a side is). Gradients exist for both sides, their scales
-      and the weights. One that is not asked for is not computed: for a teacher that is not trained
-      nothing has to be stopped.
+      The divergence, float32 (float64 if a side is), a scalar or, for "none", [...].
 
-    Rows that do not count contribute nothing, whatever stands in them. A class whose logit is -inf
-    on both sides adds nothing. One that p has and q has not makes a forward divergence +inf, and
-    one that q has and p has not a reverse one. Jensen-Shannon's is always finite. A row of -inf
-    alone, a +inf or a NaN on either side gives NaN in that row, value and gradient, and in no other
-    row.
+    Gradients exist for the logits of both sides, their scales, and the weights. A gradient that is
+    not requested is not computed, so a teacher that is not trained needs no ``stop_gradient``.
+
+    Rows that do not count:
+      Rows that are masked out or have weight 0 contribute nothing, whatever they contain.
+
+    Infinite logits:
+      A class whose logit is -inf on both sides adds nothing. A class that p has and q lacks makes a
+      "forward" divergence +inf; a class that q has and p lacks makes a "reverse" divergence +inf. A
+      "jensen_shannon" divergence is always finite. A row that is -inf in all classes, or contains
+      +inf or NaN, on either side, gives NaN in that row, value and gradient, and in no other row.
 
     Raises:
-      TypeError: for a dtype that is none of the above, or an option of a wrong type.
-      ValueError: for shapes that differ, an unknown mode, a beta that is not between 0 and 1, and
-        as for ``softmax_cross_entropy``.
+      TypeError: if a dtype is none of the above, or an option has a wrong type.
+      ValueError: if shapes differ, a mode is unknown, or beta is not between 0 and 1; and as for
+        ``softmax_cross_entropy``.
 
-    Source: lines K0 to K5 of ``sxe.derivation``; the arithmetic is in ``sxe._rows.kl_divergence``.
+    Source:
+      Lines K0 to K5 of ``sxe.derivation``. ``sxe._rows.kl_divergence`` explains the arithmetic.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> policy, reference = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[1.0, 2.0, 3.001]])
       >>> sxe.kl_divergence(policy, reference)

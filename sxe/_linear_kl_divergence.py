@@ -1,8 +1,8 @@
-"""The divergence between a model's softmax and a target's, of hidden states, without logits.
+"""The divergence between the softmax of a model and that of a target, from hidden states.
 
-Each side is hidden states and a kernel; that of the target may be logits. A chunk of rows of both
-has logits at a time. The function of rows is that of ``_kl_divergence``, and the chain rule from
-its gradients that of ``_linear_softmax_cross_entropy``, once for each side.
+Each side consists of hidden states and a kernel; the target's side may also be logits. The logits
+of both sides exist for one chunk of rows at a time. The row function is that of ``_kl_divergence``.
+The chain rule from its gradients is that of ``_linear_softmax_cross_entropy``, once per side.
 """
 
 from __future__ import annotations  # so that help() names types shortly
@@ -47,7 +47,7 @@ class _Inputs(NamedTuple):
 
     @property
     def sides(self) -> tuple[Linear, Linear]:
-        """The model's and the target's."""
+        """The side of the model, and that of the target."""
         options, target = self.options, self.target_hidden
         if self.target_logits is not None:
             target = self.target_logits
@@ -114,7 +114,7 @@ def _call(inputs: _Inputs) -> Array:
 
 
 def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
-    """Raises unless the target's side fits logits of that shape [..., K]."""
+    """Raises unless the target's side fits logits of this shape, [..., K]."""
     options, logits = inputs.options, inputs.target_logits
     if logits is not None:
         checks.check_target_logits(shape, logits, options)
@@ -126,20 +126,20 @@ def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
     if target_hidden.shape[:-1] != shape[:-1]:
         raise ArgumentValueError(
             "target_hidden",
-            f"expected the rows of hidden, {shape[:-1]}, and an axis of any size, got shape "
+            f"expected the rows of hidden, {shape[:-1]}, and one more axis of any size, got shape "
             f"{target_hidden.shape}",
         )
     if target_kernel.ndim == 2 and target_kernel.shape[1] != shape[-1]:
         raise ArgumentValueError(
             "target_kernel",
-            f"expected shape [D, K] with K = {shape[-1]}, the classes of kernel, got "
-            f"{target_kernel.shape}; slice a vocabulary that is padded on one side alone",
+            f"expected shape [D, K] with K = {shape[-1]}, the number of classes of kernel, got "
+            f"{target_kernel.shape}; if only one side has a padded vocabulary, slice it",
         )
     checks.check_projection(target_hidden, target_kernel, options, of_target=True)
 
 
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
-    """The same with the layout that the types of arrays on an Explicit mesh have."""
+    """Add the layout that the types of arrays on an Explicit mesh describe."""
     named = inputs._asdict()
     options = named.pop("options")
     if not axes.is_explicit(*named.values()):
@@ -160,11 +160,11 @@ def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
         if any(of_target not in (None, of_model) for of_target, of_model in splits):
             raise ArgumentValueError(
                 "target_kernel",
-                "expected target_hidden and target_kernel to be split as hidden and kernel are, "
-                "or not at all, got "
-                f"{jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)} "
-                f"beside {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; "
-                "jax.reshard them",
+                "expected target_hidden and target_kernel to be sharded as hidden and kernel, or "
+                "unsharded, got "
+                f"{jax.typeof(inputs.target_hidden)} and {jax.typeof(inputs.target_kernel)}, "
+                f"with {jax.typeof(inputs.hidden)} and {jax.typeof(inputs.kernel)}; use "
+                "jax.reshard",
             )
     return inputs._replace(options=options.replace(layout=layout))
 
@@ -179,7 +179,7 @@ def divergence_of_hidden(
     layout: Layout | None = None,
     **options: Any,
 ) -> Array:
-    """``linear_kl_divergence``, of global arrays on a mesh where there is a layout."""
+    """``linear_kl_divergence``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     given = target_hidden is not None, target_kernel is not None, target_logits is not None
     if given not in ((True, True, False), (False, False, True)):
@@ -187,7 +187,7 @@ def divergence_of_hidden(
         got = [name for name, is_given in zip(names, given, strict=True) if is_given]
         raise ArgumentTypeError(
             "target_hidden",
-            "expected target_hidden and target_kernel, or target_logits alone, got "
+            "expected target_hidden and target_kernel, or only target_logits, got "
             f"{' and '.join(got) or 'none of them'}",
         )
 
@@ -232,55 +232,67 @@ def linear_kl_divergence(
 ) -> Array:
     """``kl_divergence`` of hidden states and kernels, without the [N, K] logits of either side.
 
-    Of these logits a chunk of rows exists at a time, on both sides:
+    The result is that of the following logits, which exist for one chunk of rows at a time, on both
+    sides:
 
         z = logit_scale hidden @ kernel + bias
-        logits = softcap tanh(z / softcap)         or z, without softcap; -inf by the class mask
+        logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
-    and likewise with target_hidden and all that is named target. Value and gradients are those of
-    ``kl_divergence`` on them, with its precision. A "mean" or "sum" takes the gradients in the
-    forward pass where it is differentiated: 6 N D K FLOPs for a side whose hidden states and kernel
-    are, and 2 N D K for one that is not. "none" computes both sides' logits again in the backward
-    pass.
+    The target's logits follow in the same way from target_hidden and the other arguments named
+    target. Value and gradients are those of ``kl_divergence`` for these logits, with its precision.
+    When a "mean" or "sum" is differentiated, it computes the gradients in the forward pass: 6 N D K
+    FLOPs for a side whose hidden states and kernel are differentiated, and 2 N D K for a side that
+    is not. "none" computes the logits of both sides again in the backward pass.
 
     Args:
-      hidden: [..., D], bfloat16, float16, float32 or float64: of the model.
-      kernel: [D, K], likewise.
-      target_hidden: [..., D'], likewise: of a teacher, or of a reference policy. D' may be another
-        size than D.
-      target_kernel: [D', K], likewise.
-      target_logits: [..., K], in place of these two, for a target whose logits exist.
-      bias, target_bias: float [K].
-      logit_scale, target_logit_scale: what each side's hidden @ kernel, or the target logits, are
-        multiplied by: a number, a scalar array, or float [...], one for each row.
-      softcap, target_softcap: a number above 0 or a scalar array, a bound on the logits' magnitude.
-      chunk_size: the most rows that a chunk may have, as for ``linear_softmax_cross_entropy``. A
+      hidden: [..., D], bfloat16, float16, float32 or float64, of the model.
+      kernel: [D, K], of the same dtypes.
+      target_hidden: [..., D'], of the same dtypes, of a teacher or a reference policy. D' may
+        differ from D.
+      target_kernel: [D', K], of the same dtypes.
+      target_logits: [..., K], in place of target_hidden and target_kernel, for a target whose
+        logits exist.
+      mode: "forward", "reverse" or "jensen_shannon", as for ``kl_divergence``.
+      beta: above 0 and below 1, for "jensen_shannon".
+      bias: float [K].
+      target_bias: float [K], likewise.
+      logit_scale: a factor for hidden @ kernel: a number, a scalar array, or float [...], one per
+        row.
+      target_logit_scale: likewise, for target_hidden @ target_kernel or the target logits.
+      softcap: a number above 0 or a scalar array, a bound on the magnitude of the logits.
+      target_softcap: likewise, for the target.
+      chunk_size: the largest number of rows in a chunk, as for ``linear_softmax_cross_entropy``. A
         chunk has logits of both sides.
-      where: bool [...], the rows that count. Rows that do not are not computed: see head.md.
-      class_mask: bool [K], the classes that can occur in any row, on both sides.
-      axis_name: the mesh axis (or axes) along which the classes of both kernels are split.
-      mode, beta, weights, reduction, batch_axis_name: as for ``kl_divergence``.
-      rule: as for ``linear_softmax_cross_entropy``.
+      where: bool [...], True for the rows that count. The other rows are not computed: see head.md.
+      weights: float [...], one weight per row. A row of weight 0 does not count.
+      class_mask: bool [K], True for the classes that can occur, in all rows and on both sides.
+      reduction: "mean", "sum" or "none", as for ``kl_divergence``.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes of both
+        kernels are sharded.
+      batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded.
+      rule: "vjp", "jvp" or "autodiff", as for ``linear_softmax_cross_entropy``.
 
-    ``mode``, ``beta``, ``chunk_size``, ``reduction``, the axis names and ``rule`` are Python
-    values, static under ``jax.jit``.
+    ``mode``, ``beta``, ``chunk_size``, ``reduction``, the axis names and ``rule`` are static under
+    ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The divergence, float32 (float64 if an input is). Gradients exist for hidden states, kernels,
-      target logits, biases, scales, softcaps and weights. One that is not asked for is not
-      computed.
+      The divergence, float32 (float64 if an input is), a scalar or, for "none", [...].
 
-    Rows that do not count, and infinite logits, do what they do in ``kl_divergence``.
+    Gradients exist for hidden states, kernels, target logits, biases, scales, softcaps and weights.
+    A gradient that is not requested is not computed.
+
+    Rows that do not count and infinite logits are handled as in ``kl_divergence``.
 
     Raises:
-      TypeError: for a dtype that is none of the above, an option of a wrong type, and unless there
-        are target_hidden and target_kernel, or target_logits alone.
-      ValueError: for shapes that do not fit, and as for ``kl_divergence``.
+      TypeError: if a dtype is none of the above, or an option has a wrong type; and unless either
+        target_hidden and target_kernel or target_logits alone are given.
+      ValueError: if shapes do not fit, and as for ``kl_divergence``.
 
-    Source: K0 to K5 of ``sxe.derivation``, and the chain rule H0 to H7 of
-    ``sxe._head.projection``.
+    Source:
+      Lines K0 to K5 of ``sxe.derivation``, and the chain rule, lines H0 to H7 of
+      ``sxe._head.projection``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> student, teacher = jnp.ones((2, 3, 4)), jnp.ones((2, 3, 8))
       >>> kernel, teacher_kernel = jnp.zeros((4, 50)), jnp.eye(8, 50)

@@ -2,7 +2,7 @@
 
     u = hidden @ kernel      z = logit_scale u + bias      x = softcap tanh(z / softcap)
 
-The loss and the gradient of the logits x are those of ``_softmax_cross_entropy``. From there
+The loss and the gradient of the logits x are those of ``_softmax_cross_entropy``. Then
 
     d u = logit_scale (1 - (x / softcap)^2) d x
     d hidden = d u kernel^T                         d kernel = hidden^T d u
@@ -34,7 +34,7 @@ from sxe._head.examples import outcome_of_examples
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.targets import Rows
 
-Prepared = tuple[Head, Shared, HiddenRows, Rows]  # what the head takes, of rows [N, ...]
+Prepared = tuple[Head, Shared, HiddenRows, Rows]  # the inputs of the head, with rows [N, ...]
 
 
 class _Inputs(NamedTuple):
@@ -45,7 +45,7 @@ class _Inputs(NamedTuple):
 
 
 def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
-    """A call as what the head takes; and its rows as they came."""
+    """The inputs of the head, with flat rows; and the rows of the call, in their own shape."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     side = Linear(hidden, kernel, options.bias, options.logit_scale, options.softcap)
@@ -85,8 +85,8 @@ def _result(inputs: _Inputs) -> Any:
     loss = outcome.value
     if loss is None:
         loss = head.f.weigh(outcome.results, flat.weight, shared.z_loss).value
-    # Divided after the sum: before it, what is left of a confident row's loss or gradient would be
-    # below float32's normal numbers, and 0.
+    # Divide after the sum. Divided before it, a confident row's loss or gradient would be below
+    # float32's normal numbers, and be flushed to 0.
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
     value = sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
     if options.reduction == "none":
@@ -117,9 +117,9 @@ def _call(inputs: _Inputs) -> Any:
 
 
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
-    """The same with the layout that the types of arrays on an Explicit mesh have.
+    """Add the layout that the types of arrays on an Explicit mesh describe.
 
-    They say how the inputs are split, but cannot say how chunks of split rows are.
+    These types tell how the inputs are sharded. They cannot describe chunks of sharded rows.
     """
     hidden, kernel, labels, options = inputs
     if not axes.is_explicit(hidden, kernel):
@@ -140,7 +140,7 @@ def loss_of_hidden(
     layout: Layout | None = None,
     **options: Any,
 ) -> Any:
-    """``linear_softmax_cross_entropy``, of global arrays on a mesh where there is a layout."""
+    """``linear_softmax_cross_entropy``; with a layout, for global arrays on a mesh."""
     parsed = parse(layout=layout, **options)
     inputs = _Inputs(
         arguments.array("hidden", hidden),
@@ -151,13 +151,13 @@ def loss_of_hidden(
     jet_traces = checks.check_jet(inputs, parsed)
     try:
         return _call(inputs)
-    except KeyError as error:  # from jet, of a primitive for which it has no rule
+    except KeyError as error:  # from jet, for a primitive that it has no rule for
         if not jet_traces or str(error) not in ("scan", "while"):
             raise
         raise ArgumentValueError(
             "hidden",
-            "expected as many rows as one chunk has in a call that jax.experimental.jet "
-            f"differentiates, because jet can't differentiate a loop, got {inputs.hidden.shape}; "
+            "expected rows that fit into one chunk in a call that jax.experimental.jet "
+            f"differentiates, because jet cannot differentiate a loop, got {inputs.hidden.shape}; "
             "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy",
         ) from error
 
@@ -165,7 +165,7 @@ def loss_of_hidden(
 def log_prob_of_hidden(
     hidden: ArrayLike, kernel: ArrayLike, labels: ArrayLike, **options: Any
 ) -> Any:
-    """``linear_log_prob_and_entropy``, likewise."""
+    """``linear_log_prob_and_entropy``; with a layout, for global arrays on a mesh."""
     options |= {"reduction": "none", "returns_log_prob": True}
     return loss_of_hidden(hidden, kernel, labels, **options)
 
@@ -214,98 +214,115 @@ def linear_softmax_cross_entropy(
 ) -> Array | tuple[Array, Metrics]:
     """Softmax cross-entropy of hidden states and a kernel, without the [N, K] logits.
 
-    The loss of these logits, of which a chunk of rows exists at a time:
+    This is the loss of the following logits, which exist for one chunk of rows at a time:
 
         z = logit_scale hidden @ kernel + bias
-        logits = softcap tanh(z / softcap)         or z, without softcap; -inf by the class mask
+        logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
-    Value and gradients are those of ``softmax_cross_entropy`` on them, with its options and its
-    precision. A "mean" or "sum" takes the gradients in the forward pass where it is differentiated,
-    6 N D K FLOPs for hidden and kernel, 4 N D K if one of them is not differentiated. "none"
-    computes the logits again in the backward pass, 8 N D K. ``sxe.plan`` tells what a call does.
+    Value and gradients are those of ``softmax_cross_entropy`` for these logits, with its options
+    and its precision. When a "mean" or "sum" is differentiated, it computes the gradients in the
+    forward pass: 6 N D K FLOPs for hidden and kernel, 4 N D K for one of them. "none" computes the
+    logits again in the backward pass, 8 N D K FLOPs. ``sxe.plan`` tells what a call does.
 
     Args:
       hidden: [..., D], bfloat16, float16, float32 or float64.
-      kernel: [D, K], likewise; a tied embedding [K, D] passes its transpose. If the dtypes differ
-        they are promoted as in ``hidden @ kernel``.
-      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype,
-        or class indices [..., M] with ``label_weights``: M labels for each row.
-      label_weights: float [..., M], a weight for each of several labels of a row, as for
-        ``softmax_cross_entropy``. The targets are sum_m w_m [k = y_m], and no [N, K] array of them
-        is made.
-      bias: float [K]. Without softcap, a class with a bias of -inf cannot occur. With softcap it
-        can: its logit is -softcap. See ``class_mask``.
-      logit_scale: a number or a scalar array, for example 1 / temperature; or float [...], one for
-        each row. It multiplies hidden @ kernel in float32, so that no operand is rounded again.
-      softcap: a number above 0 or a scalar array, a bound on the logits' magnitude, bias included.
-        None is off.
-      chunk_size: the most rows that a chunk may have. By default as many as have logits of 48 MiB
-        on a CPU, 32 MiB elsewhere, so that memory does not grow with the rows; more where that is
-        less than 128 rows on a CPU, up to a sixteenth of all, or on an accelerator less than 2048
-        (512 of float32), up to an eighth.
-      where: bool [...], the rows that count. For classes that cannot occur there is ``class_mask``,
-        which is the same for all rows.
-      class_mask: bool [K], the classes that can occur in any row: False for those of a padded
-        vocabulary. The result is that of a kernel, bias and class weights without the others, also
-        under a softcap. These may hold anything, NaN too. Their gradient is 0, but for d kernel
-        where a row that counts has hidden states that are not finite. So that d hidden is right,
-        an accelerator makes one masked copy of the kernel, which it does not need if hidden is not
-        differentiated, and rules other than "vjp" make one everywhere.
-      axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
-        split: kernel, bias, dense targets, class weights and class mask are this device's, labels
-        are indices of all classes. With ``check_vma=False`` one that splits nothing goes unnoticed.
-        For ``jax.pmap`` and ``jax.vmap``, and gradients taken inside, see
-        ``softmax_cross_entropy``.
-      weights, class_weights, label_smoothing, z_loss, ignore_index, reduction, return_metrics,
-        batch_axis_name: as for ``softmax_cross_entropy``.
-      rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits as
-        ``jax.custom_jvp``, for forward mode too; "autodiff": no closed form. For these two JAX
-        differentiates one chunk after the other, and matmuls are in float32.
-        ``jax.experimental.jet`` needs "autodiff", no softcap, and one chunk.
-      implementation: as for ``softmax_cross_entropy``, of the logits of a chunk, with rule "vjp".
-        The products are XLA's. ``sxe.plan`` tells which kernel a call uses.
+      kernel: [D, K], of the same dtypes. For a tied embedding [K, D], pass its transpose. Different
+        dtypes are promoted as in ``hidden @ kernel``.
+      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
+        With ``label_weights``, class indices [..., M]: M labels per row.
+      bias: float [K]. Without a softcap, a class with a bias of -inf cannot occur. With a softcap
+        it can, because its logit is -softcap; use ``class_mask`` instead.
+      logit_scale: a number or a scalar array, such as 1 / temperature; or float [...], one per row.
+        It multiplies hidden @ kernel in float32, so that no operand is rounded again.
+      softcap: a number above 0 or a scalar array, a bound on the magnitude of the logits, bias
+        included. None is off.
+      chunk_size: the largest number of rows in a chunk. By default, a chunk has at most 48 MiB of
+        logits on a CPU (24 MiB before JAX 0.11) and 32 MiB elsewhere, so that memory does not grow
+        with the number of rows. If this is less than 128 rows on a CPU, a chunk may have more: up
+        to 128 rows, but at most a sixteenth of all rows. On an accelerator, it may have up to 2048
+        rows (512 in float32), but at most an eighth of all rows.
+      label_weights: float [..., M], one weight per label. The targets are sum_m w_m [k = y_m], and
+        no [N, K] array of them is made.
+      where: bool [...], True for the rows that count. To exclude classes, use ``class_mask``, which
+        is the same for all rows.
+      weights: float [...], one weight per row, as for ``softmax_cross_entropy``.
+      class_weights: float [K], one weight per class.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
+        masked classes, such as the padding of a vocabulary. The result is that of a kernel, bias
+        and class weights without the masked classes, with a softcap too. Their entries may hold any
+        value, including NaN, and have a gradient of 0. The only exception is the kernel, if a row
+        that counts has hidden states that are not finite. To keep NaN out of the gradient of
+        hidden, an accelerator makes one masked copy of the kernel, unless hidden is not
+        differentiated. Rules other than "vjp" make this copy on every platform.
+      label_smoothing: in [0, 1], as for ``softmax_cross_entropy``.
+      z_loss: finite and at least 0, as for ``softmax_cross_entropy``.
+      ignore_index: rows whose integer label has this value do not count.
+      reduction: "mean", "sum" or "none", as for ``softmax_cross_entropy``.
+      return_metrics: also return ``sxe.Metrics``.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
+        sharded. Kernel, bias, dense targets, class weights and class mask are then the shards of
+        this device; labels are indices into all classes. With ``check_vma=False``, an axis that
+        does not shard the classes is not detected. See ``softmax_cross_entropy`` for ``jax.pmap``
+        and ``jax.vmap``, and for gradients taken inside.
+      batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded.
+      rule: "vjp": gradients as above, for reverse mode. "jvp": the closed form for logits with
+        ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form. With "jvp" and
+        "autodiff", JAX differentiates one chunk after the other, and matmuls are in float32.
+        ``jax.experimental.jet`` needs "autodiff", no softcap, and a single chunk.
+      implementation: as for ``softmax_cross_entropy``, for the logits of a chunk, with rule "vjp"
+        only. XLA computes the matrix products. ``sxe.plan`` tells which kernel a call uses.
 
     ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names, ``rule``
-    and ``implementation`` are Python values, static under ``jax.jit``: see
-    ``softmax_cross_entropy``.
+    and ``implementation`` are static under ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The loss, float32 (float64 if hidden or kernel is), or ``(loss, sxe.Metrics)``. Gradients
-      exist for hidden, kernel, bias, logit_scale, softcap, and all that ``softmax_cross_entropy``
-      has them for, each in the dtype of its input, rounded once. One that is not asked for is not
+      The loss, float32 (float64 if hidden or kernel is), a scalar or, for "none", [...].
+        With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
+
+    Gradients exist for hidden, kernel, bias, logit_scale, softcap, and everything that
+    ``softmax_cross_entropy`` has gradients for. Each has the dtype of its input and is rounded
+    once. A gradient that is not requested is not computed.
+
+    Precision:
+      Logits are accumulated in float32 for operands of any dtype. So are the gradient of hidden
+      within its chunk, and the gradient of kernel over all chunks. For its matrix products, the
+      gradient of the logits stays float32 on a CPU. On an accelerator it is rounded to bfloat16 if
+      the operands are bfloat16.
+
+      float32 operands are multiplied as float32, even where JAX's default for matmuls is TF32 (GPU)
+      or bfloat16 (TPU). TF32 and bfloat16 are several times as fast. To use them, set
+      ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"`` around the call, or the
+      option ``jax_default_matmul_precision``. This applies to all products of the forward and the
+      backward pass.
+
+      On a CPU, within one compiled program, the bits of a row's results depend on that row only.
+      Another number of rows or another ``chunk_size`` may change the last bits. head.md tells where
+      else this holds.
+
+    Rows that do not count:
+      Rows that are masked out, ignored, or have weight 0 do not count. They contribute nothing to
+      the value or the gradient, whatever they contain. With rule "vjp", on one device or inside of
+      ``jax.shard_map``, the rows that count are gathered into chunks, and only these chunks are
       computed.
 
-    Logits are accumulated in float32 whatever the operands are, and so are d hidden in its chunk
-    and d kernel over all chunks. The gradient of the logits stays in float32 for its products on a
-    CPU; on an accelerator it is rounded to bfloat16 where the operands are bfloat16.
+    Infinite logits and invalid labels are handled as in ``softmax_cross_entropy``.
 
-    float32 is multiplied as float32, also where JAX's default for matmuls is TF32, on a GPU, or
-    bfloat16, on a TPU. For those, which are several times as fast, ask JAX:
-    ``jax.default_matmul_precision("tensorfloat32")`` or ``"bfloat16"``, around the call or as the
-    option ``jax_default_matmul_precision``, applies to all products of the head, both ways.
-
-    On a CPU, in one compiled program, the bits of a row's results depend on that row alone; another
-    number of rows, or another ``chunk_size``, may change the last bits. head.md says where else.
-
-    Rows that do not count contribute nothing to value or gradient, whatever stands in them. By rule
-    "vjp", and on one device or inside of ``jax.shard_map``, the rows that count are put together
-    into chunks, and no other chunks are run. Infinite logits and bad labels do what they do in
-    ``softmax_cross_entropy``.
-
-    ``jax.vmap`` over hidden states and labels makes the examples rows of one call. A gradient of
-    the vmap then has one gradient of the kernel, and computes the logits twice, 8 N D K. In a
-    ``jax.lax.scan`` whose gradient is taken outside of it, a "mean" or "sum" keeps a gradient of
-    the kernel for each step, and "none" does not.
+    Transformations:
+      ``jax.vmap`` over hidden states and labels turns the examples into rows of one call. A
+      gradient of the vmap then has one gradient of the kernel, and computes the logits twice,
+      8 N D K FLOPs. In a ``jax.lax.scan`` whose gradient is taken outside of the scan, a "mean" or
+      "sum" keeps one gradient of the kernel per step; "none" does not.
 
     Raises:
-      TypeError: for a dtype that is none of the above, or an option of a wrong type.
-      ValueError: for a shape that does not fit, a ``where`` of classes, a ``chunk_size``
-        below 1, ``jax.experimental.jet`` of a softcap, and as for ``softmax_cross_entropy``.
+      TypeError: if a dtype is none of the above, or an option has a wrong type.
+      ValueError: if a shape does not fit, ``where`` has a class axis, ``chunk_size`` is below 1, or
+        ``jax.experimental.jet`` is used with a softcap; and as for ``softmax_cross_entropy``.
 
-    Source: D0 and D7 of ``sxe.derivation``, and the chain rule H0 to H7 of
-    ``sxe._head.projection``.
+    Source:
+      Lines D0 and D7 of ``sxe.derivation``, and the chain rule, lines H0 to H7 of
+      ``sxe._head.projection``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> hidden, kernel = jnp.array([[4.0, 0.0], [0.0, 2.0]]), jnp.array([[5.0, 0, 0], [0, 0, 1]])
       >>> labels = jnp.array([0, 2])

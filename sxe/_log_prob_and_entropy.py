@@ -1,6 +1,6 @@
-"""Log-probabilities of labels and the entropy of their softmax, of logits or of a head.
+"""Log-probabilities of labels, and the entropy of the softmax, from logits or hidden states.
 
-log q_y = -(lse(x) - x_y)                            line D0 for one label of target 1, negated
+log q_y = -(lse(x) - x_y)                            line D0, negated, for a label of target 1
 H       = log1p(r) + sum_k q_k (m - x_k)             line E0
 """
 
@@ -26,48 +26,58 @@ def log_prob_and_entropy(
     axis_name: AxisName = None,
     rule: Rule = "vjp",
 ) -> LogProbAndEntropy:
-    """The log-probability of each row's label, and the entropy of the row's softmax.
+    """The log-probability of each row's label, and the entropy of each row's softmax.
 
-    With q_i = softmax(logits_i) and labels y_i:
+    With q_i = softmax(logits_i) and labels y_i, in nats:
 
         log_prob_i          = log q_iy
         entropy_i           = -sum_k q_ik log q_ik
         d log_prob_i/d x_l  = [l = y] - q_il
         d entropy_i/d x_l   = -q_il (log q_il + entropy_i)
 
-    Both keep full relative precision at every magnitude of the logits. An entropy is never a
-    difference of two terms. Where nothing is computed from one of them, it costs nothing.
+    Here x is the row of logits. Both results keep full relative precision at every magnitude of the
+    logits: the entropy is never computed as a difference of two terms. A result that is not used
+    under ``jax.jit`` is not computed.
 
     Args:
-      logits: [..., K], bfloat16, float16, float32 or float64. For a policy at a temperature pass
+      logits: [..., K], bfloat16, float16, float32 or float64. For a policy at a temperature, pass
         ``logits / temperature``.
       labels: class indices [...] of any integer dtype, such as sampled tokens.
-      where: bool [...], the rows that count; or bool [..., K], the classes that can occur in each
-        row: a row with none left does not count.
-      class_mask: bool [K], the classes that can occur in any row.
-      ignore_index: labels with this value mark rows that do not count.
+      where: bool [...], True for the rows that count. Or bool [..., K], True for the classes that
+        can occur in each row: a row without any class does not count.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows.
+      ignore_index: rows whose label has this value do not count.
       axis: the class axis of the logits, or a tuple of axes, as for ``softmax_cross_entropy``.
-      axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
-        split, as for ``softmax_cross_entropy``.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
+        sharded, as for ``softmax_cross_entropy``.
       rule: "vjp", "jvp" or "autodiff", as for ``softmax_cross_entropy``.
 
     Returns:
-      ``LogProbAndEntropy(log_prob, entropy)``, both [...] and float32 (float64 for float64 logits),
-      both differentiable by the logits, with any cotangent for each row of each.
+      ``LogProbAndEntropy(log_prob, entropy)``, both [...] and float32 (float64 for float64 logits).
+        Both are differentiable with respect to the logits, with any cotangent for each row.
 
-    Rows that do not count are 0 in both and contribute nothing, whatever stands in them. A logit of
-    -inf has q = 0 and adds 0 to the entropy; the log-probability of such a label is -inf. A row of
-    -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, in both and in
-    their gradients, and in no other row; under ``checkify`` such an index raises an error.
+    Rows that do not count:
+      Both results are 0 in rows that are masked out or ignored. Such rows contribute nothing to any
+      gradient, whatever they contain.
+
+    Infinite logits:
+      A logit of -inf has q = 0 and adds 0 to the entropy. If it is the label's logit, the
+      log-probability is -inf. A row that is -inf in all classes, or contains +inf or NaN, gives NaN
+      in that row, in both results and their gradients, and in no other row.
+
+    Invalid labels:
+      A label outside of [0, K) gives NaN in its row, in both results and their gradients, and in no
+      other row. Under ``checkify`` it raises an error.
 
     Raises:
-      TypeError: for labels of a float dtype, another dtype that is none of the above, or an option
-        of a wrong type.
-      ValueError: for a shape or an axis that does not fit, and as for ``softmax_cross_entropy``.
+      TypeError: if labels have a float dtype, another dtype is none of the above, or an option has
+        a wrong type.
+      ValueError: if a shape or an axis does not fit, and as for ``softmax_cross_entropy``.
 
-    Source: lines D0, E0 and E1 of ``sxe.derivation``; the arithmetic is in ``sxe._rows.entropy``.
+    Source:
+      Lines D0, E0 and E1 of ``sxe.derivation``. ``sxe._rows.entropy`` explains the arithmetic.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, sxe
       >>> logits, labels = jnp.array([[0.0, 0.0], [20.0, 0.0]]), jnp.array([0, 0])
       >>> sxe.log_prob_and_entropy(logits, labels).log_prob
@@ -105,36 +115,46 @@ def linear_log_prob_and_entropy(
 ) -> LogProbAndEntropy:
     """``log_prob_and_entropy`` of hidden states and a kernel, without the [N, K] logits.
 
-    Of these logits a chunk of rows exists at a time:
+    The results are those of the following logits, which exist for one chunk of rows at a time:
 
         z = logit_scale hidden @ kernel + bias
-        logits = softcap tanh(z / softcap)         or z, without softcap; -inf by the class mask
+        logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
-    One pass over the rows makes both results, 2 N D K FLOPs, and with gradients 8 N D K, as a loss
-    with ``reduction="none"`` takes. An entropy that nothing is computed from costs nothing.
+    One pass over the rows computes both results, with 2 N D K FLOPs. With gradients it takes
+    8 N D K FLOPs, as a loss with ``reduction="none"`` does. An entropy that is not used under
+    ``jax.jit`` is not computed.
 
     Args:
       hidden: [..., D], bfloat16, float16, float32 or float64.
-      kernel: [D, K], likewise; a tied embedding [K, D] passes its transpose.
+      kernel: [D, K], of the same dtypes. For a tied embedding [K, D], pass its transpose.
       labels: class indices [...] of any integer dtype, such as sampled tokens.
-      logit_scale: a number or a scalar array, such as 1 / temperature; or float [...], one for each
-        row.
-      where: bool [...], the rows that count. Rows that do not are not computed: see head.md.
-      bias, softcap, chunk_size, class_mask, ignore_index, axis_name, rule: as for
-        ``linear_softmax_cross_entropy``.
+      bias: float [K], as for ``linear_softmax_cross_entropy``.
+      logit_scale: a number or a scalar array, such as 1 / temperature; or float [...], one per row.
+      softcap: a number above 0 or a scalar array, a bound on the magnitude of the logits.
+      chunk_size: the largest number of rows in a chunk, as for ``linear_softmax_cross_entropy``.
+      where: bool [...], True for the rows that count. The other rows are not computed: see head.md.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows.
+      ignore_index: rows whose label has this value do not count.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
+        sharded, as for ``linear_softmax_cross_entropy``.
+      rule: "vjp", "jvp" or "autodiff", as for ``linear_softmax_cross_entropy``.
 
     Returns:
       ``LogProbAndEntropy(log_prob, entropy)``, both [...] and float32 (float64 if hidden or kernel
-      is). Gradients exist for hidden, kernel, bias, logit_scale and softcap.
+        is). Gradients exist for hidden, kernel, bias, logit_scale and softcap.
 
-    Rows that do not count, infinite logits and bad labels do what they do in
-    ``log_prob_and_entropy``. Errors are those of ``linear_softmax_cross_entropy``, and a TypeError
-    for labels of a float dtype.
+    Rows that do not count, infinite logits and invalid labels are handled as in
+    ``log_prob_and_entropy``.
 
-    Source: D0, E0 and E1 of ``sxe.derivation``, and the chain rule H0 to H7 of
-    ``sxe._head.projection``.
+    Raises:
+      TypeError: if labels have a float dtype, and as for ``linear_softmax_cross_entropy``.
+      ValueError: as for ``linear_softmax_cross_entropy``.
 
-    Example:
+    Source:
+      Lines D0, E0 and E1 of ``sxe.derivation``, and the chain rule, lines H0 to H7 of
+      ``sxe._head.projection``.
+
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> hidden, kernel = jnp.array([[4.0, 0.0], [0.0, 2.0]]), jnp.array([[5.0, 0, 0], [0, 0, 1]])
       >>> tokens, temperature = jnp.array([0, 2]), 2.0

@@ -1,4 +1,4 @@
-"""The softmax cross-entropy loss on logits, with its gradient in closed form.
+"""The softmax cross-entropy loss of logits, with its gradient in closed form.
 
 loss_i = sum_k t_ik (lse(x_i) - x_ik) + z lse(x_i)^2            line D0, and the z-loss
 d loss_i/dx_il = T_i q_il - t_il + 2 z lse(x_i) q_il            line D7
@@ -57,9 +57,9 @@ class _Inputs(NamedTuple):
 
 
 def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
-    """The inputs with their classes last and masked ones at -inf.
+    """Move the classes to the last axis, and set the logits of masked classes to -inf.
 
-    And that mask, [..., K] or [1, ..., K], or None.
+    Also returns the mask, [..., K] or [1, ..., K], or None without a mask.
     """
     logits, labels, options = inputs
     class_axes = axes.class_axes(options.axis, logits.ndim)
@@ -73,12 +73,12 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 
 
 def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
-    """The logits [..., K], and the rows of the call.
+    """The logits [..., K] and the rows of a call.
 
-    The gradient kernel finds itself which rows of weight 0 have a loss. Here only the derivatives
-    of the weights need that, so that XLA drops the read where nothing differentiates them. The
-    kernel takes dense targets in the dtype in which they were given, and not masked, because XLA
-    would write a copy.
+    The gradient kernel finds by itself which rows of weight 0 have a loss. Here only the
+    derivatives of the weights need this, so XLA drops the read of the logits if the weights are not
+    differentiated. The kernel takes dense targets unmasked and in their own dtype, because XLA
+    would write a copy of them otherwise.
     """
     logits, labels, options = inputs
     finite = None
@@ -105,8 +105,9 @@ def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Arr
 def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
     """Logits, targets, and a mask of the rows that count.
 
-    If that is None, the other rows have logits of 0. Else their logits are as they were given, and
-    results and gradients have to be masked: XLA would write a copy of the logits for the kernel.
+    If the mask is None, the logits of the other rows are 0. Otherwise the logits are unchanged, and
+    results and gradients have to be masked: to mask the logits for the kernel, XLA would write a
+    copy of them.
     """
     # A gradient for dense targets may be a sum over all rows.
     if rows.mask is None or not backend.uses_row_kernels or rows.targets.dense is not None:
@@ -116,10 +117,10 @@ def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Ar
 
 
 def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
-    """Both, typed as varying along the same mesh axes and as split in the same way.
+    """Cast both to vary over the same mesh axes and to be sharded in the same way.
 
-    shard_map and explicit meshes want a cotangent in the type of its input. The rule's cotangents
-    have the joint type of all inputs, so that each input is given that type.
+    shard_map and explicit meshes need a cotangent of the same type as its input. The rule's
+    cotangents have the joint type of all inputs, so each input is cast to that type.
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     of_rows = every - set(axis_names(axis_name))
@@ -143,7 +144,7 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
 
 
 def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
-    """The loss, with metrics if they are wanted; and the gradient, if that is wanted."""
+    """The loss, with metrics if the options say so, and with its gradient if requested."""
     given, options = inputs.logits, inputs.options
     inputs, class_mask = _masked(inputs)
     shape = inputs.logits.shape
@@ -194,7 +195,7 @@ def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: boo
     logits, options = inputs.logits, inputs.options
     if not f.backend.uses_row_kernels:
         return False
-    # A gradient that was rounded to float16 before a loss scale multiplies it has lost digits.
+    # A loss scale would multiply a gradient that has already been rounded to float16.
     rounds_early = logits.dtype == jnp.float16 and not with_gradient
     if options.rule != "vjp" or options.reduction == "none" or rounds_early:
         return False
@@ -205,7 +206,7 @@ def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: boo
 
 
 def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
-    """Of targets for each class as the gradient kernel reads them, or None where it reads none."""
+    """The dtype in which the gradient kernel reads targets [N, K], or None if it reads none."""
     labels, options = inputs.labels, inputs.options
     smooths, weighs = options.label_smoothing is not None, options.class_weights is not None
     if not is_dense(labels):
@@ -217,13 +218,13 @@ def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
 def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
-    """``_result`` by the gradient kernel; with the gradient if there are logits it is like."""
+    """``_result`` by the gradient kernel. ``like``, the given logits, requests the gradient."""
     from sxe._rows import gpu_mean  # Pallas takes a while to import
 
     options = inputs.options
     divisor = reduction.denominator(*reduction.sum_weights(rows, options), options.reduction)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, divisor.dtype)
-    # The rule's cotangents vary along mesh axes as x does, and so has every input to.
+    # The rule's cotangents vary over the mesh axes of x, so every input must do so too.
     weighted, share = vary_like((rows._replace(norm=None), gpu_mean.Share(divisor, z)), x)
     if like is not None:
         mean, results, gradient = gpu_mean.mean_and_gradient(f, x, weighted, share)
@@ -256,7 +257,7 @@ def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
     axes.check_mapped(logits=logits, **others)
     axes.check_splits("logits", sharding(logits), class_axes, **others)
     if options.implementation == "mosaic_gpu" and axes.is_explicit(logits):
-        # XLA divides its own programs as the types say, but no kernel.
+        # XLA partitions its own programs by the types of arrays, but it cannot partition a kernel.
         layout = layout_of_logits(logits, class_axes)
         found = _divided(layout, inputs, class_axes, with_gradient=with_gradient)
     else:
@@ -270,7 +271,7 @@ def _call(inputs: _Inputs, *, with_gradient: bool) -> Any:
 def _divided(
     layout: Layout, inputs: _Inputs, class_axes: tuple[int, ...], *, with_gradient: bool
 ) -> Any:
-    """``_result`` of what each device has of global inputs."""
+    """Run ``_result`` in ``jax.shard_map`` on global inputs."""
     ndim = inputs.logits.ndim
     out = reduction.result_specs(inputs.labels, inputs.options, layout.of_rows())
     out = (out, layout.of_logits(ndim, class_axes)) if with_gradient else out
@@ -291,20 +292,20 @@ def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
 def loss_of_logits(
     logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Any:
-    """``softmax_cross_entropy``, of global arrays on a mesh where there is a layout."""
+    """``softmax_cross_entropy``; with a layout, for global arrays on a mesh."""
     inputs = _inputs(logits, labels, parse(layout=layout, **options))
     return _call(inputs, with_gradient=False)
 
 
 def log_prob_of_logits(logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
-    """``log_prob_and_entropy``, likewise."""
+    """``log_prob_and_entropy``; with a layout, for global arrays on a mesh."""
     return loss_of_logits(logits, labels, reduction="none", returns_log_prob=True, **options)
 
 
 def loss_and_gradient(
     logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Any:
-    """``softmax_cross_entropy_with_gradient``, likewise."""
+    """``softmax_cross_entropy_with_gradient``; with a layout, for global arrays on a mesh."""
     arguments.one_of("reduction", options["reduction"], ("mean", "sum"))
     inputs = _inputs(logits, labels, parse(layout=layout, **options))
     return _call(inputs, with_gradient=True)
@@ -348,106 +349,133 @@ def softmax_cross_entropy(
 ) -> Array | tuple[Array, Metrics]:
     """Softmax cross-entropy of logits and labels, with its gradient in closed form.
 
-    With targets t_i (from the labels, see below), T_i = sum_k t_ik, q_i = softmax(logits_i):
+    With the targets t_i of row i, T_i = sum_k t_ik and q_i = softmax(logits_i):
 
         loss_i         = -sum_k t_ik log q_ik + z_loss lse(logits_i)^2
         d loss_i/d x_l = T_i q_il - t_il + 2 z_loss lse(logits_i) q_il
 
-    The loss keeps full relative precision at every magnitude of the logits, and so do the two terms
-    of the gradient, q (T - t) and t (1 - q), whichever class holds most of T. With label smoothing
-    a and class weights c, the targets are t_k = c_k ((1 - a) p_k + a / K). There p_k is [k = y] for
-    an integer label y, sum_m w_m [k = y_m] for labels y_m with ``label_weights`` w_m, or given, for
-    dense targets. No [N, K] array is made of labels. With a class mask, K is the number of classes
-    that can occur, and the others have no part of a.
+    Here x is the row of logits, and lse is log sum exp. The loss keeps full relative precision at
+    every magnitude of the logits. So do both terms of the gradient, q (T - t) and t (1 - q),
+    whichever class holds most of T.
+
+    The targets follow from the labels, the label smoothing a and the class weights c:
+
+        t_k = c_k ((1 - a) p_k + a / K)
+
+    For a class index y, p_k is [k = y]. For several class indices y_m with ``label_weights`` w_m,
+    p_k is sum_m w_m [k = y_m]. For dense targets, p_k is given. No [N, K] array is made for class
+    indices. With a ``class_mask``, K is the number of classes that can occur, and the other classes
+    get no share of a.
+
+    A row counts unless it is masked out, ignored, or has weight 0.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64.
-      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype:
-        any non-negative weights, which need not sum to one. With ``label_weights``, class indices
-        [..., M]: M labels for each row, along the last axis whichever ``axis`` is.
-      label_weights: float [..., M], a weight for each of several labels of a row: the largest
-        targets of a teacher, or several right answers. Weights are as dense targets are. Those of
-        equal labels add up. A label out of range is padding where its weight is 0. Padding of rows
-        goes into ``where``: ``ignore_index`` is for rows with one label.
-      where: bool [...], the rows that count. Or bool [..., K], the classes that can occur in each
-        row: the others are as a logit of -inf, and a row with none left does not count.
-      weights: float [...], a weight for each row. A row of weight 0 does not count. Negative ones,
-        such as advantages, are for "sum", for "none", and for a mean whose weights do not sum to 0.
-      class_weights: float [K], a weight for each class.
-      class_mask: bool [K], the classes that can occur in any row: False for those of a padded
-        vocabulary. The result is that of logits and class weights without the others, which may
-        hold anything, NaN too, and have a gradient of 0. A target for one of them costs infinity,
-        and with no class left no row counts. A ``where`` of classes applies besides.
-      label_smoothing: in [0, 1], the share of the target that is spread over all classes, or those
-        of a class mask. A class that a ``where`` or a logit of -inf leaves out then costs infinity.
-      z_loss: finite, at least 0, the weight of lse^2, which keeps logits from drifting.
-      ignore_index: integer labels with this value mark rows that do not count. Off by default:
-        PyTorch's -100 is then out of range, and its row NaN.
-      axis: the class axis of the logits, or a tuple of axes; a label is then the flat index over
-        them, in that order, and ``class_weights`` and ``class_mask`` are flat as well.
-      reduction: "mean", sum_i w_i loss_i / sum_i w_i over the rows that count, where w_i is the
-        row's weight times, for one integer label, its class weight; 0 where nothing counts,
-        and NaN, with its gradient, where something counts and sum_i w_i is 0. "sum", sum_i w_i
-        loss_i. "none", w_i loss_i [...], 0 in rows that do not count.
-      return_metrics: also return ``sxe.Metrics``, from the same pass and without gradient; for
-        ``jax.value_and_grad`` with ``has_aux=True``. Predictions, probabilities and ranks of rows
-        that do not count are none that could be right: see there.
-      axis_name: inside ``jax.shard_map``, the mesh axis (or axes) along which the classes are
-        split. Logits, dense targets, class weights and masks of classes are then this device's
-        classes; labels are indices of all classes. An axis that splits nothing is an error. With
-        ``check_vma=False`` it goes unnoticed, and the value is wrong. ``axis_name`` may also be an
-        axis of ``jax.pmap`` or ``jax.vmap``, where one that splits nothing goes unnoticed as well.
-        A gradient that is taken inside one of these, or inside ``jax.shard_map`` with
-        ``check_vma=False``, is that of the sum of all shards' losses, as with ``lax.psum`` itself:
-        of n shards, n times the right one. Of an argument that every shard has whole, such as the
-        weights, each gets a part of that. A gradient that is taken outside is right.
-      batch_axis_name: likewise, those along which the rows are split, so that "mean", "sum" and the
-        sums in the metrics are over the global batch. The same holds for gradients taken inside.
-      rule: how the closed form is attached. "vjp": as ``jax.custom_vjp``, for reverse mode, with
-        the least memory; forward mode then raises JAX's "can't apply forward-mode autodiff (jvp) to
-        a custom_vjp function". "jvp": as ``jax.custom_jvp``, for forward mode too. "autodiff": not
-        at all, so that JAX differentiates the loss itself; ``jax.experimental.jet`` needs it.
-      implementation: what computes the functions of rows. "xla": XLA. "mosaic_gpu": two kernels for
-        NVIDIA GPUs of the Hopper generation. For a mean or sum by rule "vjp", one of them reads the
-        logits once and writes the gradient once, in the forward pass. So a cotangent other than 1
-        rounds a bfloat16 gradient a second time. It needs rows of a multiple of 16 bytes, of logits
-        and of dense targets. It serves no split classes, no mask of classes, no ``label_weights``,
-        and not ``jax.grad`` of float16 logits, which a loss scale may multiply later. For all else
-        the other one reads the logits once for the state of rows, and XLA computes the gradient.
-        float64, another platform, JAX before 0.11.2, and several devices are an error, unless
-        ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh divides the rows. None: "xla", so
-        far.
+      labels: class indices [...] of any integer dtype, or dense targets [..., K] of a float dtype.
+        Dense targets are non-negative and need not sum to one. With ``label_weights``, class
+        indices [..., M]: M labels per row. M is always the last axis, for any ``axis``.
+      label_weights: float [..., M], one weight per label, for rows with several labels, such as the
+        largest targets of a teacher or several right answers. They are non-negative and need not
+        sum to one. Weights of equal labels add up. A label out of range is padding if its weight is
+        0. To leave out whole rows, use ``where``; ``ignore_index`` is for rows with one label.
+      where: bool [...], True for the rows that count. Or bool [..., K], True for the classes that
+        can occur in each row: the other classes are treated as logits of -inf, and a row without
+        any class does not count.
+      weights: float [...], one weight per row. Negative weights, such as advantages, are for "sum"
+        and "none", and for a "mean" whose weights do not sum to 0.
+      class_weights: float [K], one weight per class.
+      class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
+        masked classes, such as the padding of a vocabulary. The result is that of logits and class
+        weights without the masked classes. Their entries may hold any value, including NaN, and
+        have a gradient of 0. A target for a masked class makes the loss +inf. If all classes are
+        masked, no row counts. A ``where`` of classes can be passed as well.
+      label_smoothing: in [0, 1], the share of the target that is spread over all classes, or over
+        the classes of ``class_mask``. A class that a ``where`` or a logit of -inf excludes
+        still has its share, which makes the loss +inf.
+      z_loss: finite and at least 0, the weight of lse^2, which keeps logits from drifting.
+      ignore_index: rows whose integer label has this value do not count. Off by default: PyTorch's
+        -100 is then out of range, and its row is NaN.
+      axis: the class axis of the logits, or a tuple of axes. With a tuple, a label is a flat index
+        over these axes in the given order, and ``class_weights`` and ``class_mask`` are flat too.
+      reduction: "sum" is sum_i w_i loss_i over the rows that count, with row weights w_i. "mean"
+        is this sum divided by sum_i v_i. Here v_i is w_i, times the class weight of the row's label
+        if each row has one integer label. The mean is 0 if no row counts. The mean and its gradient
+        are NaN if rows count but sum_i v_i is 0. In a mean, a row whose label has class weight 0
+        counts only if label smoothing or z_loss gives it a loss. "none" is w_i loss_i, [...], and 0
+        in rows that do not count.
+      return_metrics: also return ``sxe.Metrics``, computed in the same pass and without gradient.
+        Pass ``has_aux=True`` to ``jax.value_and_grad``.
+      axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
+        sharded. Logits, dense targets, class weights and masks of classes are then the shards of
+        this device; labels are indices into all classes. An axis that does not shard the logits
+        raises ValueError; with ``check_vma=False`` it is not detected, and the value is wrong.
+        ``axis_name`` may also be an axis of ``jax.pmap`` or ``jax.vmap``, where such an axis is not
+        detected either. A gradient taken outside of the mapped function is correct. Inside of
+        ``jax.pmap``, ``jax.vmap``, or ``jax.shard_map`` with ``check_vma=False``, a gradient is
+        that of the sum of all shards' losses, as with ``jax.lax.psum`` itself: with n shards it is
+        n times the correct one. For an argument that every shard holds whole, such as the
+        weights, each shard then gets a part of this gradient.
+      batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded. "mean",
+        "sum" and the sums in the metrics are then over the global batch. What ``axis_name`` says
+        about gradients taken inside holds here too.
+      rule: how the gradient is defined for JAX. "vjp": the closed form, by ``jax.custom_vjp``, for
+        reverse mode, with the least memory; forward mode raises JAX's error "can't apply
+        forward-mode autodiff (jvp) to a custom_vjp function". "jvp": the closed form, by
+        ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form; JAX differentiates the
+        loss itself, as ``jax.experimental.jet`` needs.
+      implementation: how the computations on rows are compiled. "xla": by XLA. "mosaic_gpu": by two
+        kernels for NVIDIA GPUs of the Hopper generation. For a "mean" or "sum" with rule "vjp", the
+        gradient kernel reads the logits once and writes the gradient once, in the forward pass. A
+        cotangent other than 1 therefore rounds a bfloat16 gradient a second time. This kernel
+        needs rows of logits and of dense targets whose size is a multiple of 16 bytes. It does not
+        support sharded classes, masks of classes, ``label_weights``, or ``jax.grad`` of float16
+        logits, which a loss scale may multiply later. For these and all other calls the state
+        kernel reads the logits once for the normalizer state of each row, and XLA computes the
+        gradient. float64, other platforms, and JAX before 0.11.2 raise ValueError. So do several
+        devices, unless ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh shards the rows.
+        None: currently "xla".
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
-    ``implementation`` are Python values, static under ``jax.jit``: bind them by
-    ``functools.partial``, or name them in ``static_argnames``. Logits that an Explicit mesh splits
-    need ``jax.set_mesh(mesh)``.
+    ``implementation`` are static under ``jax.jit``: bind them with ``functools.partial``, or name
+    them in ``static_argnames``. Logits that are sharded over an Explicit mesh need
+    ``jax.set_mesh(mesh)``.
 
     Returns:
-      The loss, float32 (float64 for float64 logits), or ``(loss, sxe.Metrics)``. Gradients exist
-      for logits, dense targets, label weights, weights, class weights and traced options, each in
-      the dtype of its input, rounded once. For dense targets it is -log q, for the weights of a sum
-      the row losses.
+      The loss, float32 (float64 for float64 logits), a scalar or, for "none", [...].
+        With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
 
-    Rows that do not count contribute nothing to value or gradient, whatever stands in them: NaN,
-    infinities, labels out of range. A logit of -inf has q = 0 and gradient 0; where it is the
-    label's, the loss is +inf and the gradient there -1. 0 log 0 = 0, in value and derivatives. A
-    row of -inf alone, a +inf, a NaN or an index outside of [0, K) gives NaN in that row, value and
-    gradient, and in no other row. Under ``checkify`` such an index raises an error that names its
-    position, the label and K. Where its label weight is 0 it is padding, and does neither.
+    Gradients exist for logits, dense targets, label weights, row weights, class weights and traced
+    options. Each has the dtype of its input and is rounded once. The gradient for dense targets is
+    -log q; for the weights of a "sum" it is the loss of each row, also at a weight of 0.
+
+    Rows that do not count:
+      These rows contribute nothing to the value or the gradient, whatever they contain: NaN,
+      infinities, labels out of range.
+
+    Infinite logits:
+      A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and the
+      gradient there is -1. 0 log 0 is 0, in the value and in all derivatives. A row that is -inf in
+      all classes, or contains +inf or NaN, gives NaN in that row, value and gradient, and in no
+      other row.
+
+    Invalid labels:
+      A class index outside of [0, K) gives NaN in its row, value and gradient, and in no other row.
+      Under ``checkify`` it raises an error with its position, the label and K. An index whose label
+      weight is 0 is padding and does neither.
 
     Raises:
-      TypeError: for a dtype that is none of the above, or an option of a wrong type.
-      ValueError: for a shape or an axis that does not fit, K = 0, an unknown reduction or rule, an
-        option out of range (of a ``jax.Array`` the value is not looked at), two of
-        ``ignore_index``, ``label_weights`` and dense targets, a mesh axis that does not split the
-        logits, arrays that an Explicit mesh splits otherwise, or ``jax.experimental.jet`` of a rule
-        other than "autodiff".
+      TypeError: if a dtype is none of the above, or an option has a wrong type.
+      ValueError: if a shape or an axis does not fit, K is 0, a reduction or rule is unknown, or an
+        option is out of range (the value of a ``jax.Array`` is not checked); if two of
+        ``ignore_index``, ``label_weights`` and dense targets are combined; if a mesh axis does not
+        shard the logits, or an array is sharded over an Explicit mesh in another way than the
+        logits; if ``jax.experimental.jet`` is used with another rule than "autodiff"; or if
+        "mosaic_gpu" cannot run, see ``implementation``.
 
-    Source: lines D0 and D7 of ``sxe.derivation``; the arithmetic is explained in
-    ``sxe._rows.normalizer``.
+    Source:
+      Lines D0 and D7 of ``sxe.derivation``. ``sxe._rows.normalizer`` explains the arithmetic.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> logits, labels = jnp.array([[20.0, 0.0], [1e8, 1e8]]), jnp.array([0, 1])
       >>> sxe.softmax_cross_entropy(logits, labels, reduction="none")
@@ -512,23 +540,51 @@ def softmax_cross_entropy_with_gradient(
     batch_axis_name: AxisName = None,
     implementation: Implementation = None,
 ) -> tuple[Array | tuple[Array, Metrics], Array]:
-    """The loss and its gradient with respect to the logits, both from the closed form in one pass.
+    """The loss and its gradient with respect to the logits, both in closed form and in one pass.
 
-    The gradient is line D7, (1/N) (T q - y) for a mean over N rows: what ``jax.grad`` gives for
-    ``softmax_cross_entropy``, but computed without autodiff. It has the shape and dtype of the
-    logits; the derivation's K x N layout is ``sxe.derivation``'s.
+    For a mean over N rows the gradient is line D7 of the derivation:
+
+        d loss/d logits = (1/N) (T q - t)          with t, T and q as in ``softmax_cross_entropy``
+
+    This is what ``jax.grad`` of ``softmax_cross_entropy`` gives, computed without autodiff. It has
+    the shape and dtype of the logits. ``sxe.derivation`` has the same line with the layout [K, N].
+    The arguments are those of ``softmax_cross_entropy``, which describes them, without ``rule``.
+    The arguments are those of ``softmax_cross_entropy``, which describes them, without ``rule``.
 
     Args:
-      logits, labels and options: as for ``softmax_cross_entropy``, static ones too, without
-        ``rule``, and with ``reduction`` "mean" or "sum".
+      logits: [..., K], bfloat16, float16, float32 or float64.
+      labels: class indices [...], dense targets [..., K], or, with ``label_weights``, class
+        indices [..., M].
+      label_weights: float [..., M], one weight per label.
+      where: bool [...], the rows that count, or bool [..., K], the classes that can occur.
+      weights: float [...], one weight per row.
+      class_weights: float [K], one weight per class.
+      class_mask: bool [K], the classes that can occur, the same for all rows.
+      label_smoothing: in [0, 1], the share of the target that is spread over all classes.
+      z_loss: finite and at least 0, the weight of lse^2.
+      ignore_index: rows whose integer label has this value do not count.
+      axis: the class axis of the logits, or a tuple of axes.
+      reduction: "mean" or "sum".
+      return_metrics: also return ``sxe.Metrics``.
+      axis_name: the mesh axis, or axes, along which the classes are sharded.
+      batch_axis_name: the mesh axis, or axes, along which the rows are sharded.
+      implementation: None, "xla" or "mosaic_gpu".
 
     Returns:
       ``(loss, gradient)``, or ``((loss, sxe.Metrics), gradient)`` with ``return_metrics``. With
-      ``batch_axis_name`` the gradient is that of the global loss for this device's rows.
+        ``batch_axis_name``, the gradient is that of the global loss for the rows of this device.
 
-    Infinities, bad labels and errors are as for ``softmax_cross_entropy``.
+    Rows that do not count, infinite logits and invalid labels are handled as in
+    ``softmax_cross_entropy``.
 
-    Example:
+    Raises:
+      TypeError: as for ``softmax_cross_entropy``.
+      ValueError: as for ``softmax_cross_entropy``, and for reduction "none".
+
+    Source:
+      Line D7 of ``sxe.derivation``.
+
+    Examples:
       >>> import jax.numpy as jnp, sxe
       >>> logits, labels = jnp.zeros((1, 4)), jnp.array([2])
       >>> sxe.softmax_cross_entropy_with_gradient(logits, labels)

@@ -1,6 +1,6 @@
-"""Eight virtual devices and JAX's strictest settings, for every test.
+"""Eight virtual devices and JAX's strictest settings, for all tests.
 
-On an accelerator: JAX_PLATFORMS=cuda python -m pytest
+To run on an accelerator: JAX_PLATFORMS=cuda python -m pytest
 """
 
 import gc
@@ -13,12 +13,12 @@ import pytest
 platforms = os.environ.get("JAX_PLATFORMS", "cpu")
 flags = ["--xla_force_host_platform_device_count=8"]
 if platforms == "cpu":
-    # Compiling, often programs of one operation, is most of the tests' time, and takes less without
-    # optimizations. CI runs the tests with them as well.
+    # Most of the tests' time is compiling, often programs of one operation. It is faster without
+    # optimizations. CI also runs the tests with optimizations.
     flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if platforms == "cpu" and jax.__version_info__ < (0, 11):
     flags += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"]
-# XLA reads them when JAX first looks for devices. The user's come last, and win.
+# XLA reads these flags when JAX first looks for devices. The user's flags come last and win.
 os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU
@@ -32,28 +32,28 @@ gc.set_threshold(100_000, 50, 100)
 
 @pytest.fixture(params=[False, True], ids=["x32", "x64"])
 def x64(request):
-    """Runs the test with 64-bit types off and on."""
+    """Run the test with 64-bit types off and on."""
     with jax.enable_x64(request.param):
         yield request.param
 
 
 @pytest.fixture
 def double():
-    """Runs the test with 64-bit types on."""
+    """Run the test with 64-bit types on."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _strict():
-    """Of the tests alone: the doctests of README and package run as a user's session would."""
+    """Be strict in tests only: the doctests of README and package run as in a user's session."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _meshes_of_devices_that_there_are(monkeypatch):
-    """A machine with one GPU, say, runs all tests but those that need several."""
+    """Skip tests that need more devices than this machine has, such as one GPU."""
     make_mesh = jax.make_mesh
 
     def make_or_skip(shape, *args, **kwargs):
@@ -67,6 +67,6 @@ def _meshes_of_devices_that_there_are(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_programs():
-    """Thousands of programs take gigabytes; no module needs those of another."""
+    """Free compiled programs, which take gigabytes. No module needs those of another."""
     yield
     jax.clear_caches()

@@ -1,7 +1,7 @@
-"""Of one program, the bits that a row gets depend on that row alone, not on where it stands.
+"""In one program, the bits of a row's results depend on that row only, not on its position.
 
-A program is one of fixed sizes. Where a call has another number of rows, XLA compiles another one,
-which may add in another order. As a script it prints how much that changes, on one device.
+A program has fixed sizes. For another number of rows, XLA compiles another program, which may add
+in another order. Run as a script, this file prints how much results change then, on one device.
 """
 
 import os
@@ -17,13 +17,13 @@ import sxe
 
 
 def confident(x, rng):
-    """The logits or hidden states x, in which the first feature leads in every third row."""
+    """The logits or hidden states x, with a first feature that leads in every third row."""
     x[::3, 0] += rng.choice([8, 20, 60], size=len(x[::3]))
     return x
 
 
 def of_logits(classes, rows, dtype):
-    """A function of rows, to their losses and gradients; and those rows."""
+    """A function from rows to their losses and gradients, and the rows."""
     rng = np.random.default_rng([rows, classes])
     x = confident(3 * rng.normal(size=(rows, classes)), rng)
     labels = rng.integers(classes, size=rows) * (np.arange(rows) % 3 > 0)
@@ -40,7 +40,7 @@ def of_logits(classes, rows, dtype):
 
 
 def of_head(width, classes, rows, dtype, reduction="none", chunk_size=None):
-    """The same of the head, with the gradients of hidden states. A sum has the lse for losses."""
+    """The same for the head, with gradients of hidden states. A sum returns lse as losses."""
     static = {"reduction": reduction, "chunk_size": chunk_size}
     rng = np.random.default_rng([rows, width, classes])
     hidden = confident(rng.normal(size=(rows, width)), rng)
@@ -61,12 +61,12 @@ def of_head(width, classes, rows, dtype, reduction="none", chunk_size=None):
 
 
 def differ(a, b):
-    """For each row, whether any number of its loss and its gradient does."""
+    """For each row, whether its loss or any entry of its gradient differs."""
     return (a[0] != b[0]) | (a[1] != b[1]).any(-1)
 
 
 def check(f, rows):
-    """The same bits in another order, beside other rows, and beside rows that do not count."""
+    """Check for equal bits in another order, with other rows, and with rows that do not count."""
 
     def run(*rows):
         return [np.asarray(a).astype(np.float32) for a in f(*rows)]
@@ -96,15 +96,15 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
 
 @pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_on_one_device(dtype):
-    """Where rows are taken in blocks, in a process of its own."""
+    """On one device, rows are computed in blocks. This runs in a separate process."""
     path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"
     fresh.run("-c", f"import test_bits; test_bits.check_all('{dtype}')", PYTHONPATH=path)
 
 
 def alone(f, rows, n):
-    """How far the losses of the first n rows alone are, in units in the last place; how many are.
+    """How the losses of the first n rows change if these rows are passed alone.
 
-    The first is the largest, and the second the share of the rows.
+    Returns the largest change, in units in the last place, and the share of rows that change.
     """
     right, found = np.asarray(f(*rows)[0])[:n], np.asarray(f(*(a[:n] for a in rows))[0])
     return np.max(np.abs(found - right) / np.spacing(right)), np.mean(found != right)

@@ -1,4 +1,4 @@
-"""Classes that cannot occur: the result is that of a call without them, whatever stands there."""
+"""A call with a class mask has the result of a call without the masked classes."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ INF, NAN = np.inf, np.nan
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
 BOTH = pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
 
-# The second of four devices along "model" holds no class that can occur.
+# On the second of four devices along "model", all classes are masked.
 MASK = np.ones(K, bool)
 MASK[[1, 4, 5, 6, 7, 14, 15]] = False
 EVERY = ("weights", "class_weights", "label_smoothing", "z_loss")
@@ -31,7 +31,7 @@ OF_CLASSES = ("logits", "kernel", "bias", "class_weights")
 
 
 def problem(loss, *options, dense=False, dtype="float32", seed=0):
-    """The arguments of a call without a mask, whose targets can occur."""
+    """The arguments of a call without a mask. Its targets are classes that can occur."""
     make, shape = (head_problem, (N, D, K)) if loss is HEAD else (logits_problem, (N, K))
     p = make(*options, dense=dense, dtype=dtype, shape=shape, seed=seed)
     labels = p["labels"]
@@ -48,7 +48,7 @@ def without(p):
 
 
 def filled(p, *bad):
-    """The call with the mask, and these in turn for whatever masked classes have."""
+    """The call with the mask. The entries of masked classes take the values ``bad`` in turn."""
     p = p | {n: p[n].copy() for n in OF_CLASSES if n in p}
     for name in OF_CLASSES:
         if name in p:
@@ -58,7 +58,7 @@ def filled(p, *bad):
 
 
 def check(found, p, right):
-    """Value and gradients of a call with the mask are those of a call without its classes."""
+    """Compare value and gradients with those of a call without the masked classes."""
     (value, gradients), (right_value, right_gradients) = found, right
     assert_close(value, np.asarray(right_value, np.float64))
     for name, d in gradients.items():
@@ -88,7 +88,7 @@ CALLS = [
 @every_rule
 @pytest.mark.parametrize("static", CALLS, ids=str)
 def test_as_without_the_masked_classes(loss, rule, static):
-    """All that can be differentiated, with NaN and infinities at masked classes."""
+    """For all differentiable arguments, with NaN and infinities at masked classes."""
     static = dict(static)
     dense, softcap = static.pop("dense", False), static.pop("softcap", False)
     options = EVERY
@@ -130,7 +130,7 @@ def test_value_with_gradient(dense):
 
 
 def test_smoothing_over_the_classes_that_can_occur():
-    """t_k = (1 - a) [k = y] + a / K' of the K' classes that can occur; K' = 1 leaves nothing."""
+    """t_k = (1 - a) [k = y] + a / K', where K' classes can occur. With K' = 1 the loss is 0."""
     x = np.float32([[1, 2, 3, 4]])
     one = np.array([False, True, False, False])
     two = np.array([False, True, False, True])
@@ -142,7 +142,7 @@ def test_smoothing_over_the_classes_that_can_occur():
 @BOTH
 @every_rule
 def test_a_target_that_cannot_occur(loss, rule):
-    """It costs infinity, as with a logit of -inf, and no other row notices."""
+    """The loss is +inf, as with a logit of -inf, and other rows do not change."""
     p, static = problem(loss), {"rule": rule, "reduction": "none"}
     p["labels"][2] = 5
     dense = np.eye(K, dtype=np.float32)[p["labels"]]
@@ -164,7 +164,7 @@ def test_a_target_that_cannot_occur(loss, rule):
 @BOTH
 @every_rule
 def test_no_class_that_can_occur(loss, rule):
-    """Then no row counts, whatever stands in it."""
+    """Then no row counts, whatever it contains."""
     p = {
         n: np.full_like(a, NAN) if n in ("logits", "kernel") else a
         for n, a in problem(loss).items()
@@ -180,7 +180,7 @@ def test_no_class_that_can_occur(loss, rule):
 
 @BOTH
 def test_predictions_name_no_masked_class(loss):
-    """Not even of a row whose other logits are all -inf. One that does not count has none, -1."""
+    """Not even if all other logits are -inf. A row that does not count has prediction -1."""
     p = problem(loss)
     mask = np.arange(K) >= 10
     if loss is LOGITS:
@@ -202,7 +202,7 @@ def test_predictions_name_no_masked_class(loss):
 
 @every_rule
 def test_beside_a_mask_for_each_row(rule):
-    """Both apply; and a row that both together leave no class does not count."""
+    """Both masks apply. A row does not count if together they mask all of its classes."""
     p = problem(LOGITS)
     where = np.random.default_rng(3).random((N, K)) < 0.7
     where[np.arange(N), p["labels"]] = True
@@ -218,7 +218,7 @@ def test_beside_a_mask_for_each_row(rule):
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 2), (2, 0)], ids=str)
 def test_class_axes(axis):
-    """The mask is over the flat index of them, in their order."""
+    """The mask applies to the flat index over the class axes, in their order."""
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(3, 5, 4)).astype(np.float32)
     axes = (axis,) if isinstance(axis, int) else axis
@@ -238,7 +238,7 @@ def test_class_axes(axis):
 )
 @BOTH
 def test_second_derivatives(loss, rule):
-    """The gradient's derivative by all arguments, with NaN at masked classes."""
+    """The derivative of the gradient by all arguments, with NaN at masked classes."""
     static = {"rule": rule} | ({"chunk_size": 3} if loss is HEAD else {})
     p = problem(loss, "label_smoothing", *(("bias", "softcap") if loss is HEAD else ()))
 
@@ -294,7 +294,7 @@ MESHES += [("shard_map", True), ("shard_map", False)]
 @pytest.mark.parametrize(("way", "kind"), MESHES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_on_a_mesh(loss, way, kind, reduction):
-    """One shard has no class that can occur, and masked classes hold NaN."""
+    """On one shard all classes are masked, and masked classes contain NaN."""
     options = (*EVERY, "bias", "row_scale") if loss is HEAD else EVERY
     p, static = problem(loss, *options), {"reduction": reduction}
     static |= {"chunk_size": 3} if loss is HEAD else {}

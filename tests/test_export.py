@@ -1,4 +1,4 @@
-"""jax.export: one program for every platform, through bytes, at sizes that are still open."""
+"""jax.export: one program for all platforms, serialized to bytes, with symbolic sizes."""
 
 import functools
 
@@ -55,7 +55,7 @@ def data(dense, rows=N, dtype=np.float32, classes=K):
 
 
 def value_and_gradient(**options):
-    """Of the logits; the options that are arrays are constants of the program."""
+    """A function of the logits. Options that are arrays are constants of the program."""
     return jax.value_and_grad(lambda x, y: sxe.softmax_cross_entropy(x, y, **options))
 
 
@@ -86,7 +86,7 @@ def test_every_platform(rule, dense, options):
 
 @each_rule
 def test_round_trip(rule, dense):
-    """The same numbers from bytes as from a direct call."""
+    """A deserialized program gives the same numbers as a direct call."""
     options = DENSE if dense else INTEGER
     f = value_and_gradient(rule=rule, **options)
     logits, labels = data(dense)
@@ -99,7 +99,7 @@ def test_round_trip(rule, dense):
 
 @each_rule
 def test_gradient_of_the_exported_loss(rule, dense):
-    """vjp_order=1: what is exported is the loss, and its gradient goes with it."""
+    """With vjp_order=1, the gradient is exported together with the loss."""
     logits, labels = data(dense)
     loss = export_everywhere(
         lambda x, y: sxe.softmax_cross_entropy(x, y, rule=rule), logits, labels
@@ -158,7 +158,7 @@ def test_open_sizes(rule, dense):
 
 
 def test_open_sizes_round_trip():
-    """Rows in two dimensions, classes in the middle."""
+    """Rows on two axes, with the class axis between them."""
     b, k, h = export.symbolic_shape("b, k, h")
     x, y = jax.ShapeDtypeStruct((b, k, h), np.float32), jax.ShapeDtypeStruct((b, h), np.int32)
     again = through_bytes(export_everywhere(value_and_gradient(axis=1), x, y))
@@ -204,7 +204,7 @@ np.testing.assert_allclose(exported.call(logits, labels), expected, rtol=1e-6)
 
 
 def test_open_sizes_on_one_device():
-    """In a process of its own: there the number of classes may choose how they are summed."""
+    """In a separate process, where the number of classes may decide how they are summed."""
     fresh.run("-c", ONE_DEVICE)
 
 
@@ -234,7 +234,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def head(options, hidden, kernel, labels, g, masks):
-    """Of each reduction: its value, and its gradients for hidden states and kernel."""
+    """For each reduction, the value and the gradients for hidden states and kernel."""
 
     def loss(hidden, kernel, reduction):
         value = sxe.linear_softmax_cross_entropy(
@@ -247,7 +247,7 @@ def head(options, hidden, kernel, labels, g, masks):
 
 
 def of_head(rows, masks=(), hidden_size=D, classes=K):
-    """Random arguments of ``head`` after its options."""
+    """Random arguments of ``head``, except for its options."""
     rng = np.random.default_rng(7)
     arrays = {
         "where": rng.uniform(size=rows) < 0.7,
@@ -301,7 +301,7 @@ QUICK = [
     [pytest.param(*each, marks=() if each in QUICK else slow) for each in EVERY_HEAD],
 )
 def test_a_head_of_any_number_of_rows(rule, case):
-    """One program for fewer rows than a chunk has, for more, and for numbers of no whole chunks."""
+    """One program for fewer rows than a chunk, for more, and for chunks that are not full."""
     spec, options, masks = HEADS[case]
     options = {"rule": rule, **options}
     rows = export.symbolic_shape(spec)

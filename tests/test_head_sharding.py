@@ -187,8 +187,8 @@ def test_rows_that_do_not_count(rule):
     ("options", "message"),
     [
         ({"axis_name": "other"}, "^axis_name: .*shard_map.*'other'"),
-        ({"axis_name": "data"}, "^axis_name: .*splits the kernel.*'data'.*same"),
-        ({"batch_axis_name": "model"}, "^batch_axis_name: .*splits the hidden.*'model'.*same"),
+        ({"axis_name": "data"}, "^axis_name: .*shards the kernel.*'data'.*replicated"),
+        ({"batch_axis_name": "model"}, "^batch_axis_name: .* the hidden.*'model'.*replicated"),
         ({"axis_name": "model", "batch_axis_name": "model"}, "^batch_axis_name: .*'model'"),
     ],
 )

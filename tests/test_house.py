@@ -1,4 +1,4 @@
-"""How the package is built: floors, one place for facts about platforms, and what README says."""
+"""The structure of the package: layers, one place for facts about platforms, and README's list."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import sxe
 
 PACKAGE = Path(sxe.__file__).parent
-# From the ground up. A folder is a floor; the modules in it import one another without a circle.
+# The layers, lowest first. A folder is a layer. Its modules may import one another without cycles.
 FLOORS = (
     ("derivation.py", "_errors.py", "_backend.py"),
     ("_arrays.py",),
@@ -45,7 +45,7 @@ def imported(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            # Of "from package import name", the name may be a module.
+            # In "from package import name", the name may be a module.
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
@@ -84,7 +84,7 @@ def test_no_circle_of_modules():
 
 
 def test_platforms_and_versions_are_facts_of_the_backend():
-    """The losses ask ``Backend``. Tools may ask JAX; a mesh names the platform of its devices."""
+    """The losses ask ``Backend``. Tools may ask JAX. A mesh names the platform of its devices."""
     asking = set()
     for path in modules():
         name = path.relative_to(PACKAGE).as_posix()
@@ -93,7 +93,7 @@ def test_platforms_and_versions_are_facts_of_the_backend():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in FACTS:
                 asking.add(name)
-    assert asking <= {"_plan/memory.py"}  # which chooses the estimate of a platform
+    assert asking <= {"_plan/memory.py"}  # it selects the estimate for a platform
 
 
 def test_the_reading_list_counts_lines():

@@ -1,6 +1,6 @@
-"""The tools of JAX that walk through a program, or watch one, on programs that hold the losses.
+"""JAX's tools that rewrite or watch programs, applied to programs that contain the losses.
 
-Some look into every operation, some know none but JAX's own. ``jax.export`` has its own file.
+Some tools process every operation, some know only JAX's own. ``jax.export`` has its own file.
 """
 
 import functools
@@ -34,7 +34,7 @@ def of_logits(**options):
 
 
 def of_hidden(**options):
-    """In chunks, so that there is a loop to look into."""
+    """The head in chunks, so that the program has a loop."""
     options = {"chunk_size": 4} | options
     return functools.partial(sxe.linear_softmax_cross_entropy, **options), (HIDDEN, KERNEL)
 
@@ -48,7 +48,7 @@ each_rule = pytest.mark.parametrize(
 
 
 def expected(args, labels, **options):
-    """The loss and its gradient for the first of the arguments."""
+    """The loss and its gradient for the first argument."""
     logits = args[0] if len(args) == 1 else args[0].astype(np.float64) @ args[1]
     gradient = oracle.gradient(logits, labels, **options)
     gradient = gradient if len(args) == 1 else gradient @ args[1].T
@@ -65,7 +65,7 @@ def on_device(args):
 def along_a_line(x, v, t):
     """d^n/ds^n at s = 0, n = 0 to 3, of the mean over rows of the loss of x + s v for targets t.
 
-    Those of lse are the cumulants of v where class k has the probability softmax(x)_k.
+    The derivatives of lse are the cumulants of v under the probabilities softmax(x).
     """
     q = np.exp(x - x.max(-1, keepdims=True))
     q /= q.sum(-1, keepdims=True)
@@ -78,7 +78,7 @@ def along_a_line(x, v, t):
 @pytest.mark.parametrize("labels", [LABELS, DENSE], ids=["integer", "dense"])
 @pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
 def test_jet(head, labels):
-    """Also where logits are equal, and where one leads. The head in one chunk: jet has no loops."""
+    """Also for equal logits and a confident row. The head has one chunk: jet has no loops."""
     x, kernel, direction = (RNG.standard_normal(shape) for shape in ((N, D), (D, K), (N, D)))
     x[0], x[1] = 0, 20 * x[1]
     logits, line = x @ kernel, direction @ kernel
@@ -101,7 +101,7 @@ MASK[0, 3] = False
 
 @pytest.mark.parametrize("options", [{"where": MASK, "z_loss": 0.1}, {"label_smoothing": 0.1}])
 def test_jet_with_options(options):
-    """Their derivatives along a line, beside those that forward mode gives one by one."""
+    """The derivatives along a line, compared with repeated forward mode."""
     x, direction = jnp.asarray(RNG.standard_normal((2, N, K)), jnp.float32)
     options = {"class_weights": jnp.ones(K), "weights": jnp.ones(N)} | options
 
@@ -123,7 +123,7 @@ def test_jet_under_a_softcap_says_what_to_do():
 def test_jet_of_a_loop_and_of_the_value_with_gradient_says_what_to_do():
     x = jnp.ones((N, D))
     f = functools.partial(sxe.linear_softmax_cross_entropy, rule="autodiff", chunk_size=1)
-    with pytest.raises(ValueError, match=r"hidden: expected as many rows as one chunk has .*jet"):
+    with pytest.raises(ValueError, match=r"hidden: expected rows that fit into one chunk .*jet"):
         jet.jet(lambda x: f(x, jnp.ones((D, K)), LABELS), (x,), ((x,),))
     x = jnp.ones((N, K))
     with pytest.raises(ValueError, match=r"rule: expected 'autodiff' .*jet.*softmax_cross_entropy"):
@@ -133,7 +133,7 @@ def test_jet_of_a_loop_and_of_the_value_with_gradient_says_what_to_do():
 @each_loss
 @pytest.mark.parametrize("rule", ["vjp", "jvp"])
 def test_jet_of_a_custom_rule_says_what_to_do(loss, rule):
-    """JAX's own error, the same for ``jax.nn.relu``, says that a tracer has escaped."""
+    """JAX's own error, as for ``jax.nn.relu``, would only say that a tracer has escaped."""
     f, args = loss(rule=rule)
     with pytest.raises(ValueError, match=f"rule: expected 'autodiff' .*jet.*, got '{rule}'"):
         jet.jet(lambda x: f(x, *args[1:], LABELS), args[:1], (args[:1],))
@@ -166,7 +166,7 @@ def test_key_reuse_is_found_and_nothing_else(loss, rule, labels):
 @each_loss
 @pytest.mark.parametrize("errors", ["user_checks", "all_checks"])
 def test_checkify(loss, errors):
-    """By the default rule: JAX fails to check the indices of the gradient of a gather."""
+    """With the default rule: JAX fails to check the indices in the gradient of a gather."""
     f, args = loss()
     f = jax.jit(checkify.checkify(jax.value_and_grad(f), errors=getattr(checkify, errors)))
     error, (value, gradient) = f(*args, LABELS)
@@ -177,9 +177,9 @@ def test_checkify(loss, errors):
     assert "class indices in [0, 5), got 9 at position [3];" in message
 
 
-# The labels' check inside of vmap, on an Explicit mesh
+# The check of labels inside of vmap, on an Explicit mesh
 
-MAPPED = {  # in_axes of vmaps, the outermost first; and the examples' index and position of [5, 1]
+MAPPED = {  # in_axes of vmaps, the outermost first; and the index and position of [5, 1]
     "0": ([0], [5], [1]),
     "1": ([1], [1], [5]),
     "0, 0": ([0, 0], [5, 1], []),
@@ -215,7 +215,7 @@ def test_vmap_on_an_explicit_mesh(devices, spec, vmaps):
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_vmap_with_spmd_axis_name(rank):
-    """A batch of labels [8] and [8, 2, 3], which a mesh splits along the mapped axis."""
+    """A batch of labels [8] and [8, 2, 3], sharded along the mapped axis."""
     shape = (8, 2, 3)[:rank]
     logits = RNG.standard_normal((*shape, K)).astype(np.float32)
     labels = np.arange(np.prod(shape)).reshape(shape) % K
@@ -237,7 +237,7 @@ def test_vmap_of_logits_alone_names_the_label():
     assert "got 9 at position [1], index [3] of jax.vmap" in message
 
 
-# Programs that are rewritten, taken apart or stored, and run again
+# Programs that are rewritten, decomposed or stored, and run again
 
 
 def by_jaxpr(f, *args):
@@ -276,7 +276,7 @@ def test_run_again(loss, again):
 
 @each_loss
 def test_sparsify(loss):
-    """Of dense arrays. JAX fails at every function with a custom rule here, ``jax.nn.relu`` too."""
+    """For dense arrays. JAX fails for all functions with custom rules, also ``jax.nn.relu``."""
     f, args = loss(rule="autodiff")
     value, gradient = sparse.sparsify(jax.value_and_grad(f))(*on_device(args), jnp.asarray(LABELS))
     assert_close(value, expected(args, LABELS)[0])
@@ -295,7 +295,7 @@ def test_roofline(loss, rule, labels):
 @each_loss
 @each_rule
 def test_saved_residuals(loss, rule, labels, capsys):
-    """Of the size of the logits, only as many arrays are saved as were given; JAX saves more."""
+    """Of the arrays as large as the logits, only the arguments are saved. JAX saves more."""
     f, args = loss(rule=rule)
     print_saved_residuals(f, *args, labels)
     saved = capsys.readouterr().out.count(f"f32[{N},{K}]")
@@ -312,7 +312,7 @@ def test_saved_residuals(loss, rule, labels, capsys):
 @each_loss
 @each_rule
 def test_checks_of_jax_itself(loss, rule, labels):
-    """Of leaked tracers, and of the types in programs."""
+    """Checks of leaked tracers, and of types in programs."""
     f, args = loss(rule=rule)
     with jax.checking_leaks(), jax.enable_checks(True):
         value, gradient = jax.jit(jax.value_and_grad(f))(*args, labels)

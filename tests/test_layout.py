@@ -1,4 +1,4 @@
-"""How a mesh splits each array of a call."""
+"""How each array of a call is sharded over a mesh."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ def shape(*sizes):
 
 
 class Arrays(NamedTuple):
-    """Named as the inputs of a call are, with more of them than any call has."""
+    """All inputs that calls may have, by name. A single call has fewer."""
 
     logits: Any = None
     hidden: Any = None
@@ -56,7 +56,7 @@ def test_the_axes_of_the_batch(rows, batch):
         (("data", "other"), 3, (2,), P("data", "other", "model")),
         (("data", "other"), 3, (1,), P("data", "model", "other")),
         ((None, "other"), 3, (0,), P("model", None, "other")),
-        # of several class axes the first one that is named, wherever it is
+        # of several class axes, the one that is named first
         (("data",), 3, (1, 2), P("data", "model", None)),
         (("data",), 3, (2, 1), P("data", None, "model")),
         (("data", "other"), 4, (2, 0), P(None, "data", "model", "other")),
@@ -121,7 +121,7 @@ def test_dense_labels_and_a_mask_of_classes_are_split_as_logits(class_axes):
 
 @pytest.mark.parametrize("classes", [3, 6])
 def test_several_labels_in_a_row_are_split_as_rows(classes):
-    """Also where there are as many as classes."""
+    """Also if there are as many labels per row as classes."""
     labels = jax.ShapeDtypeStruct((8, 4, 6), jnp.int32)
     options = Options(label_weights=shape(8, 4, 6))
     layout = Layout(MESH, ("data",), "model")
@@ -138,7 +138,7 @@ def test_an_option_that_is_off_has_no_spec():
 
 ROWS = "pad the rows, and mask them with where"
 CLASSES = "pad the classes, and mask them with class_mask"
-KERNEL = "split it along other axes or none"
+KERNEL = "shard it over other mesh axes, or over none"
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_sizes_that_devices_do_not_divide(inputs, layout, argument, axis, device
         layout.specs(Arrays(**inputs), 2, (1,))
     assert error.value.argument == argument
     assert error.value.message.startswith(
-        f"expected a size along axis {axis} that is a multiple of {devices}, the devices along "
-        f"mesh axes {axes}, got shape ("
+        f"expected a size along axis {axis} that is a multiple of {devices}, the number of devices "
+        f"along {axes}, got shape ("
     )
     assert f"; {advice}" in error.value.message
 
@@ -181,7 +181,7 @@ def test_more_entries_than_axes_of_the_rows(class_axes, most):
     assert fits.specs(Arrays(shape(8, 8, 8)), 3, class_axes).logits[0] == "data"
 
 
-# What runs on each device.
+# The computation on each device.
 
 
 def total_and_names(seen):
@@ -242,7 +242,7 @@ def test_run_divides_along_mesh_axes_of_its_kinds_alone(kinds, divided):
         assert run(inputs) == jnp.sum(logits)
 
 
-# What types say on an Explicit mesh.
+# Types on an Explicit mesh.
 
 
 def explicit(*sizes, names=("data", "other", "model")):
@@ -250,7 +250,7 @@ def explicit(*sizes, names=("data", "other", "model")):
 
 
 def split(mesh, *specs):
-    """Hidden states [8, 4, 8] and a kernel [8, 16] that are split in this way; None: on no mesh."""
+    """Hidden states [8, 4, 8] and a kernel [8, 16], sharded by these specs; None: on no mesh."""
     arrays = jnp.zeros((8, 4, 8)), jnp.zeros((8, 16))
     return [
         x if spec is None else jax.device_put(x, NamedSharding(mesh, spec))
@@ -268,7 +268,7 @@ def split(mesh, *specs):
         (P("data", "other"), P("data", "model"), ("data", "other"), "model", "data"),
         (P("data", "other"), P("other"), ("data", "other"), None, "other"),
         (P(("data", "other")), P("other"), (("data", "other"), None), None, "other"),
-        # along a mesh axis that does not split the rows, and is left to the compiler
+        # over a mesh axis that does not shard the rows: the compiler handles it
         (P("data"), P("other", "model"), ("data", None), "model", None),
         (P("data"), P(("data", "other"), "model"), ("data", None), "model", None),
         # one of the two is on no mesh
@@ -302,12 +302,12 @@ def test_the_layout_of_arrays_on_no_mesh():
         (
             P(None, None, "data"),
             P(),
-            r"^hidden: expected a last axis that no mesh axis splits, got float32\[8,4,8@data\]",
+            r"^hidden: expected a last axis that is not sharded, got float32\[8,4,8@data\]",
         ),
         (
             P("data", "other"),
             P(None, ("model", "other")),
-            r"^kernel: expected classes split along other mesh axes than the rows, "
+            r"^kernel: expected classes that are sharded over other mesh axes than the rows, "
             r"got \{'other'\} for both \(float32\[8@data,4@other,8\], ",
         ),
     ],

@@ -217,7 +217,7 @@ def test_explicit_types(some):
         assert_close(sxe.linear_kl_divergence(**unsplit), expected(calls[0][0], 1.0)[0])
         other = placed[0] | {"target_hidden": jax.reshard(placed[0]["target_hidden"], P("model"))}
         other["target_kernel"] = unsplit["target_kernel"]
-        with pytest.raises(ValueError, match=r"^target_kernel: .*split as hidden and kernel"):
+        with pytest.raises(ValueError, match=r"^target_kernel: .*sharded as hidden and kernel"):
             sxe.linear_kl_divergence(**other)
 
 
@@ -331,8 +331,8 @@ def test_a_side_that_is_not_differentiated_costs_its_logits():
         ({"target_hidden": np.zeros((N, 5))}, ValueError, "^target_kernel: .*D = 5"),
         ({"target_hidden": np.zeros((N + 1, TARGET_D))}, ValueError, "^target_hidden: .*rows"),
         ({"target_kernel": np.zeros((TARGET_D, 7))}, ValueError, "^target_kernel: .*K = 24"),
-        ({"target_bias": np.zeros(7)}, ValueError, "^target_bias: .*one for each class"),
-        ({"target_logit_scale": np.zeros(7)}, ValueError, "^target_logit_scale: .*each row"),
+        ({"target_bias": np.zeros(7)}, ValueError, "^target_bias: .*one value per class"),
+        ({"target_logit_scale": np.zeros(7)}, ValueError, "^target_logit_scale: .*per row"),
         ({"target_softcap": -1.0}, ValueError, "^target_softcap: .*above 0"),
         ({"mode": "backward"}, ValueError, "^mode: .*'forward'"),
         ({"beta": 1.0}, ValueError, "^beta: .*below 1"),

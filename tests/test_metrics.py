@@ -1,4 +1,4 @@
-"""What the metrics say of each row: the largest probability, the prediction, the label's rank."""
+"""The metrics of each row: the largest probability, the prediction, the label's rank."""
 
 import collections
 import functools
@@ -22,7 +22,7 @@ import sxe
 
 INF, NAN = np.inf, np.nan
 N, D, K = 24, 5, 37
-# The head computes its rows in one of two ways, and another one serves the other rules.
+# The head computes rows in one of two ways with rule "vjp", and in a third with other rules.
 HEADS = [("vjp", "mean"), ("vjp", "none"), ("jvp", "mean"), ("autodiff", "none")]
 
 
@@ -31,9 +31,9 @@ def metrics_of_logits(logits, labels, **options):
 
 
 def metrics_of_head(logits, labels, *, differentiate=False, **options):
-    """Of a head with these logits [N, K], which are its kernel: the hidden states are I.
+    """The metrics of a head with these logits [N, K] as its kernel, and I as its hidden states.
 
-    If ``differentiate``, the pass is that which takes the gradients as well.
+    With ``differentiate``, they come from the pass that also computes the gradients.
     """
     options = {"chunk_size": 2, "return_metrics": True} | options
 
@@ -49,7 +49,7 @@ def metrics_of_head(logits, labels, *, differentiate=False, **options):
 
 
 def ways(logits, labels, *, head=True, **options):
-    """The metrics of every path of both losses, or of logits alone, with the name of each."""
+    """The metrics of each path of both losses, or only of the loss of logits, with its name."""
     for rule in RULES:
         yield (
             rule,
@@ -69,7 +69,7 @@ def ways(logits, labels, *, head=True, **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_max_probability_against_60_digits(dtype):
-    """exp(m - lse) has no digit of it where the logits have an offset of 1e8."""
+    """If the logits have an offset of 1e8, exp(m - lse) has no correct digit."""
     leads = [0, 0.5, 5, 20, 80, 100]
     rows = np.array([[lead, *normal(11, seed=i)] for i, lead in enumerate(leads)])
     rows = np.concatenate([3 * normal(5, 12), rows, np.zeros((1, 12))])
@@ -85,7 +85,7 @@ def test_max_probability_against_60_digits(dtype):
 
 
 def test_rank_of_ties():
-    """Equal logits are not larger. The first of the largest is predicted, and has rank 0 as all."""
+    """Equal logits are not larger. All of the largest have rank 0; the first is predicted."""
     logits = np.zeros((6, 4), np.float32)
     logits[1] = [3, 5, 5, 1]
     logits[2] = [3, 5, 5, 1]
@@ -99,7 +99,7 @@ def test_rank_of_ties():
 
 
 def test_top_k_accuracy():
-    """The rank is below k where the label is among the k largest logits."""
+    """The rank is below k if the label is among the k largest logits."""
     logits, labels = normal(N, K), np.arange(N) % K
     for _, found in ways(logits, labels):
         for k in (1, 3, 10):
@@ -110,7 +110,7 @@ def test_top_k_accuracy():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_ranks_of_16_bits(dtype):
-    """Many logits are equal."""
+    """In 16 bits, many logits are equal."""
     logits = normal(N, 1000, dtype=dtype)
     labels = np.arange(N) % 1000
     found = quick_jit(metrics_of_logits)(logits, labels)
@@ -121,7 +121,7 @@ def test_ranks_of_16_bits(dtype):
 
 @pytest.mark.parametrize("labels_dtype", ["uint8", "int32"])
 def test_rows_that_are_not_right(labels_dtype):
-    """By a mask, a weight, ignore_index; with a label that is no class."""
+    """Rows left out by a mask, a weight or ignore_index, or with a label outside of [0, K)."""
     logits = normal(7, 5)
     logits[:, 0] = 9
     labels = np.array([0, 0, 0, 4, 5, 117, 2], labels_dtype)
@@ -137,14 +137,14 @@ def test_rows_that_are_not_right(labels_dtype):
 
 
 def test_rows_without_a_distribution():
-    """A NaN, +inf, or -inf alone; but a class at -inf only cannot occur."""
+    """Rows with NaN or +inf, or all -inf. A single -inf is a class that cannot occur."""
     logits = normal(6, 5)
     logits[0, 3], logits[1, 2], logits[2] = NAN, INF, -INF
     logits[3, [1, 4]] = -INF
     logits[4] = [7, -INF, -INF, -INF, -INF]
     labels = np.array([0, 2, 1, 4, 0, 3])
     rank = (logits[5] > logits[5, 3]).sum()
-    for way, found in ways(logits, labels, head=False):  # which has no such logits here
+    for way, found in ways(logits, labels, head=False):  # the head cannot have these logits here
         assert list(found.label_rank) == [5, 5, 5, 3, 0, rank], way
         p = np.asarray(found.max_probability)
         assert list(np.isnan(p)) == [True] * 3 + [False] * 3, way
@@ -156,7 +156,7 @@ def test_rows_without_a_distribution():
 @pytest.mark.parametrize(("rule", "reduction"), HEADS)
 @pytest.mark.parametrize("chunk_size", [2, 7])
 def test_hidden_states_without_a_distribution(chunk_size, rule, reduction):
-    """Of rows that count, and of one that does not."""
+    """In rows that count, and in one that does not."""
     hidden, kernel, labels = normal(7, D), normal(D, K), np.arange(7)
     hidden[1], hidden[4], hidden[5, 2] = NAN, NAN, INF
     weights = np.where(np.arange(7) == 4, 0, 1).astype(np.float32)
@@ -175,7 +175,7 @@ def test_hidden_states_without_a_distribution(chunk_size, rule, reduction):
 
 
 def test_masked_classes():
-    """A class that is masked out is not larger than the label's. K is the number of all classes."""
+    """A masked class does not count as larger. K is the number of all classes."""
     logits = normal(4, 5)
     logits[:, 1] = 9
     where = np.ones((4, 5), bool)
@@ -188,7 +188,7 @@ def test_masked_classes():
 
 
 def test_vmap():
-    """Over all, over labels alone, and over logits alone."""
+    """Over all arrays, over labels only, and over logits only."""
     logits, labels = normal(3, 6, 5), np.arange(18).reshape(3, 6) % 5
     for of in (metrics_of_logits, metrics_of_head):
         for axes in [(0, 0), (None, 0), (0, None)]:
@@ -223,7 +223,7 @@ def test_no_rank_of_dense_targets_on_a_mesh(loss, kind):
 
 
 def test_a_label_in_no_shard():
-    """Its rank is the number of all shards' classes."""
+    """Its rank is the number of classes of all shards."""
     mesh = make_mesh(2, 4)
     logits, labels = normal(N, 8), np.arange(N) % 10
     labels[-1] = -100
@@ -235,13 +235,13 @@ def test_a_label_in_no_shard():
     np.testing.assert_array_equal(np.asarray(found.label_rank)[good], rank[good])
 
 
-# What is not used is not computed
+# Unused metrics are not computed
 
 
 def instructions(loss, reduction, rule, wanted):
-    """Those of the compiled value and gradient with some of the metrics: opcodes, result types.
+    """Opcodes and result types of the compiled value and gradient with some of the metrics.
 
-    ``wanted`` are the names of these metrics, or None for a call without ``return_metrics``.
+    ``wanted`` has the names of these metrics, or is None for a call without ``return_metrics``.
     """
     static = {"reduction": reduction, "rule": rule, "return_metrics": wanted is not None}
 
@@ -265,10 +265,10 @@ def instructions(loss, reduction, rule, wanted):
 
 
 def reductions_to_integers(found):
-    """(whether there is an argmax, whether there is a count) of numbers for each row."""
+    """Whether the program has an argmax, and whether it has a count, with a result per row."""
     kinds = {of_type for opcode, of_type in found if opcode == "reduce"}
     argmax = any(re.fullmatch(r"\(f32\[[\d,]+\], s32\[[\d,]+\]\)", kind) for kind in kinds)
-    # A count of rows, [C] or [N], and not of a number of them.
+    # A count per row, [C] or [N], not the number of rows.
     return argmax, any(re.fullmatch(r"s32\[\d+\]", kind) for kind in kinds)
 
 
@@ -276,7 +276,7 @@ def reductions_to_integers(found):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("loss", ["logits", "head"])
 def test_a_metric_that_is_not_used_costs_nothing(loss, reduction, rule):
-    """XLA drops it: then the program is the one without metrics."""
+    """XLA drops the metric, and the program is the one without metrics."""
     run = functools.partial(instructions, loss, reduction, rule)
     without = run(None)
     assert run(()) == without

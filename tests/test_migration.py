@@ -1,12 +1,12 @@
-"""What sxe/docs/migration.md says to write instead of another library's loss, row by row.
+"""The replacements in sxe/docs/migration.md for the losses of other libraries, row by row.
 
-A row of its tables has the call of another library and that of sxe. Both are run here on the same
-arrays, for value and gradients. optax runs in the tests, in float64. The other libraries are too
-large to be dependencies, so that what they gave is stored below; where one of them is installed a
-slow test holds what is stored against it. To store anew, in an environment with one or more of
-torch==2.13.0, liger-kernel==0.8.5 (with packaging), tokamax==0.0.17 (Python 3.12), trl==1.16.0,
-verl==0.9.0, google-tunix==0.1.7, and distrax==0.1.9 with rlax==0.1.9, none of which needs a GPU
-here, this prints the parts of those that are installed:
+A row of its tables has a call of another library and the equivalent call of sxe. The tests run both
+on the same arrays and compare values and gradients. optax runs in the tests, in float64. The other
+libraries are too large to be dependencies, so their results are stored below. Where one of them is
+installed, a slow test compares it with the stored results. To store new results, use an environment
+with one or more of torch==2.13.0, liger-kernel==0.8.5 (with packaging), tokamax==0.0.17 (Python
+3.12), trl==1.16.0, verl==0.9.0, google-tunix==0.1.7, and distrax==0.1.9 with rlax==0.1.9. None of
+them needs a GPU here. This command prints the results of the installed ones:
 
     python tests/test_migration.py
 """
@@ -45,10 +45,10 @@ MODULES = {
     "tunix": "tunix",
     "distrax": "distrax",
 }
-DISTRIBUTIONS = {"tunix": "google-tunix"}  # where the name is not that of the module
-FLOAT64 = {"PyTorch", "optax", "TRL", "verl", "distrax"}  # what ran in it, the others in float32
+DISTRIBUTIONS = {"tunix": "google-tunix"}  # where it differs from the name of the module
+FLOAT64 = {"PyTorch", "optax", "TRL", "verl", "distrax"}  # run in float64, the others in float32
 WITH_JAX = {"optax", "tokamax", "tunix", "distrax"}
-# Of the sum of an array's magnitudes.
+# Relative to the sum of an array's magnitudes.
 TOLERANCE = {p: 3e-6 if p in FLOAT64 else 1e-5 for p in MODULES}
 NO_COUNTERPART = "—"
 
@@ -56,7 +56,7 @@ N, K, D = 6, 5, 4
 
 
 def waves(*shape):
-    """From sines: the same in every library and on every machine."""
+    """Values of sines, the same in each library and on each machine."""
     return np.sin(1 + 3.7 * np.arange(np.prod(shape))).reshape(shape)
 
 
@@ -66,7 +66,7 @@ def probabilities(*shape, axis=-1):
 
 
 def names():
-    """The document's table of names: arrays that are differentiated for, and the others."""
+    """The document's table of names: arrays with gradients, and the other arrays."""
     labels = np.arange(N) ** 2 % K
     y = np.where(np.arange(N) == 4, -100, labels)
     pixel_y = np.arange(12).reshape(2, 3, 2) % K
@@ -93,7 +93,7 @@ def names():
         "old": waves(2, 3) - 1.5,
         "reference": waves(3, 2).T - 1.6,
     }
-    # Values that float32 has as well, so that the inputs are the same in both precisions.
+    # Round to float32, so that the inputs are the same in both precisions.
     arrays = {name: a.astype(np.float32).astype(np.float64) for name, a in arrays.items()}
     others = {
         "y": y,
@@ -119,7 +119,7 @@ def names():
 
 class Row(NamedTuple):
     package: str
-    functions: tuple[str, ...]  # those of the heading above
+    functions: tuple[str, ...]  # of the heading above
     arguments: str
     theirs: str  # an expression
     ours: list[str]  # statements, and at the end an expression
@@ -131,7 +131,7 @@ def code(cell):
 
 
 def tables():
-    """Every table of the document: its headings, its header's cells and those of its rows."""
+    """Each table of the document: its headings, the cells of its header, and its rows."""
     headings, found = ["", ""], []
     last = ""
     for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
@@ -149,7 +149,7 @@ def tables():
 
 
 def read():
-    """Rows of calls, and the names of the table of names."""
+    """The rows with calls, and the names in the table of names."""
     rows, legend = [], []
     for package, heading, header, lines in tables():
         if header == ["name", "shape", "what"]:
@@ -170,11 +170,11 @@ CALLS = list({(r.theirs, *r.ours): r for r in ROWS if r.theirs}.values())
 
 
 def differentiated(row):
-    """The names that both sides are differentiated for."""
+    """The names of the arrays that both calls are differentiated for."""
     tree = ast.parse(row.theirs)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if row.package == "Liger":
-        # These have no gradients there.
+        # These have no gradients in the other library.
         used -= {"teacher", "teacher_h", "teacher_w", "old", "reference"}
     return [name for name in names()[0] if name in used]
 
@@ -191,7 +191,7 @@ def run(cell, scope):
 
 
 def direction(shape):
-    """The cotangent of a result that is no number, and how an array becomes one to store."""
+    """The cotangent of a result that is an array, which also reduces arrays to a stored number."""
     return np.cos(1.7 * np.arange(np.prod(shape, dtype=int))).reshape(shape)
 
 
@@ -228,21 +228,21 @@ def run_torch(cell, wrt, dtype, libraries):
             if value.dtype == np.float64:
                 others[name] = others[name].to(dtype)
     leaves = {name: arrays[name].requires_grad_() for name in wrt}
-    # Liger writes the gradient over its input, which must not be a leaf then.
+    # Liger overwrites its input with the gradient, so the input must not be a leaf.
     inputs = {name: leaf * 1 for name, leaf in leaves.items()}
     value = run(cell, {**libraries, **arrays, **others, **inputs})
     gradients = [torch.zeros_like(leaf) for leaf in leaves.values()]
-    if value.requires_grad:  # predicted labels have none
+    if value.requires_grad:  # predicted labels have no gradient
         total = (value * torch.tensor(direction(value.shape), dtype=dtype)).sum()
         gradients = torch.autograd.grad(total, list(leaves.values()))
     return [np.asarray(r.detach()) for r in (value, *gradients)]
 
 
 def liger():
-    """Liger's functions, their Triton kernels in Triton's interpreter on the CPU.
+    """Liger's functions, with their Triton kernels in Triton's interpreter on the CPU.
 
-    The interpreter lacks two things that the compiler has: a float argument is a float32 scalar,
-    and tanh, which comes from a library of the device.
+    The interpreter lacks two features of the compiler: it does not make a float argument a float32
+    scalar, and it has no tanh, which comes from a library of the device.
     """
     assert "triton" not in sys.modules
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
@@ -289,7 +289,7 @@ def trl():
 
 
 def libraries_of(package):
-    """The names that the cells of a package use besides arrays."""
+    """The names that the cells of a package use, other than arrays."""
     if package == "optax":
         return {"optax": optax, "jax": jax, "jnp": jnp}
     if package == "tokamax":
@@ -320,7 +320,7 @@ def libraries_of(package):
 
 
 def theirs(row, libraries=None):
-    """What the other library gives."""
+    """The result of the other library."""
     libraries = libraries or libraries_of(row.package)
     wrt = differentiated(row)
     wide = row.package in FLOAT64
@@ -338,8 +338,8 @@ def parameters(function, libraries):
     return list(inspect.signature(eval(function, dict(libraries))).parameters)
 
 
-# What is stored: the version, and for each call its value and gradients in stored_form, and for
-# each function its parameters.
+# The stored results: the version, the value and gradients of each call in stored_form, and the
+# parameters of each function.
 STORED_TEXT = """
 # PyTorch: torch 2.13.0+cpu
 F.cross_entropy(x, y)
@@ -694,7 +694,7 @@ rlax.categorical_kl_divergence(x, teacher, t)
 
 
 def parse(text):
-    """{call or function: what is stored of it}, and {package: its version}."""
+    """{call or function: its stored results}, and {package: its version}."""
     values, versions, key = {}, {}, None
     for line in text.splitlines():
         if line.startswith("# "):
@@ -712,7 +712,7 @@ STORED, VERSIONS = parse(STORED_TEXT)
 
 
 def store(package):
-    """The lines of STORED_TEXT for a package that is installed."""
+    """The lines of STORED_TEXT for an installed package."""
     libraries = libraries_of(package)
     lines = [f"# {package}: {version_of(package)}"]
 
@@ -729,7 +729,7 @@ def store(package):
 
 
 def printed_by(package):
-    """The same, from a process that has imported nothing else and changed no settings."""
+    """The same, from a process without other imports and with default settings."""
     command = [sys.executable, __file__, package]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
 
@@ -757,7 +757,7 @@ def functions(package):
 # The tests.
 
 
-@functools.cache  # rows share calls of sxe, and compiling one takes most of the time
+@functools.cache  # rows share calls of sxe, and most of the time is compiling
 def of_sxe(cell, wrt):
     return run_jax(cell, wrt, jnp.float32, {"jax": jax, "jnp": jnp, "sxe": sxe})
 
@@ -769,7 +769,7 @@ def test_sxe_gives_the_same_value_and_gradients(row):
         assert np.isfinite(result).all()
     if row.package == "optax":
         for result, expected in zip(ours, theirs(row), strict=True):
-            # Some derivatives with respect to targets are NaN or infinite there, and 0 here.
+            # The other library has NaN or infinite derivatives by targets where sxe has 0.
             expected = np.where(np.isfinite(expected), expected, 0)
             assert_close(result, expected)
         return
@@ -823,7 +823,7 @@ def test_every_row_is_run_or_says_why_not():
         else:
             assert row.theirs, row
             assert row.ours, row
-            assert not re.sub(r"`[^`]+`|<br>", "", row.text), row  # nothing that isn't run
+            assert not re.sub(r"`[^`]+`|<br>", "", row.text), row  # all text in the cell is run
     lines = re.findall(r"^\|.*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(lines) == sum(len(table) + 2 for *_, table in tables())
     assert sorted(LEGEND) == sorted({**names()[0], **names()[1]})

@@ -1,4 +1,4 @@
-"""That the factors of a call meet in every way that option_cases.py promises."""
+"""The cases contain all combinations of options that option_cases.py promises."""
 
 import itertools
 
@@ -10,7 +10,7 @@ ELEVEN = tuple("abcdefghijk")
 
 
 def missing(cases, factors, together):
-    """The ways that are possible for so many factors together, and that no case has."""
+    """The possible combinations of ``together`` factors that no case has."""
     found = []
     for few in itertools.combinations(factors, together):
         met = {tuple(name in case for name in few) for case in cases}

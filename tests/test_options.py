@@ -1,4 +1,4 @@
-"""The options of the loss, with both kinds of labels, against the float64 oracle."""
+"""The options of the loss, with both kinds of labels, against the float64 reference."""
 
 import functools
 
@@ -22,7 +22,7 @@ def call_of(case):
     """Logits, labels and options; the classes are the first axis if the case has "axis"."""
     dense = "dense" in case
     p = logits_problem(*case, dense=dense, shape=(*SHAPE, K))
-    # Python's numbers, which are part of the program.
+    # Python numbers, which are constants of the program.
     p |= {name: float(p[name]) for name in ("label_smoothing", "z_loss") if name in p}
     if dense:
         p["labels"][..., 2] = 0
@@ -39,12 +39,12 @@ CASES = of_logits("axis")
 
 @pytest.mark.parametrize(
     ("rule", "case"),
-    # The third rule is JAX's own derivative of the loss: half of the cases serve it.
+    # The third rule is JAX's own derivative of the loss. Half of the cases suffice for it.
     [(rule, case) for rule in RULES for case in CASES[: 12 if rule == "autodiff" else None]],
     ids=lambda x: x if isinstance(x, str) else "+".join(x),
 )
 def test_option_cases(rule, case):
-    """The three reductions, and the gradient of a random combination of all that they return."""
+    """All three reductions, and the gradient of a random combination of their results."""
     logits, labels, kwargs = call_of(case)
     rng = np.random.default_rng(3)
     g = {"mean": 1.7, "sum": -0.6, "none": rng.normal(size=SHAPE)}
@@ -73,7 +73,7 @@ def test_option_cases(rule, case):
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @pytest.mark.parametrize("axis", [-1, 0, 1, 2, -2, (1,), (0, 2), (2, 0), (1, -1), (0, 1, 2)])
 def test_axis(axis, dense):
-    """Any axis and, as in optax, a tuple of axes whose flat index is the label."""
+    """Any axis or, as in optax, a tuple of axes over which the label is a flat index."""
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(3, 5, 2)).astype(np.float32)
     axes = axis if isinstance(axis, tuple) else (axis,)
@@ -133,7 +133,7 @@ def test_dtypes(dtype, target_dtype, x64):
     options = {"weights": weights, "label_smoothing": 0.1, "z_loss": 1e-3}
     assert value.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
     assert gradient.dtype == logits.dtype
-    # The options are Python floats, which float32 arithmetic rounds.
+    # The options are Python floats, which are rounded to float32.
     tolerance = "float32" if target_dtype == "float32" or dtype != "float64" else "float64"
     assert_close(value, oracle.loss(logits, labels, **options), tolerance)
     expected = oracle.gradient(logits, labels, **options)
@@ -166,7 +166,7 @@ def test_metrics(dense):
 
 
 def test_global_mean_over_accumulation_steps():
-    """loss_sum and weight_sum of unequal parts give the mean of the whole."""
+    """loss_sum and weight_sum of parts of different sizes give the global mean."""
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(10, 4)).astype(np.float32)
     labels = rng.integers(0, 4, size=10)

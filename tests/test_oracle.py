@@ -1,4 +1,4 @@
-"""The oracle itself: gradient against central differences, float64 against 60 digits."""
+"""The float64 reference: its gradient against central differences, its values against 60 digits."""
 
 import numpy as np
 import oracle
@@ -37,7 +37,7 @@ def test_gradient_is_the_slope_of_log_prob_and_entropy():
     rng = np.random.default_rng(3)
     x, labels = rng.normal(size=(3, 5, 2)), rng.integers(5, size=(3, 2))
     g = rng.normal(size=(2, 3, 2))
-    x[1, 2, 0] = x[0] = -700  # a class that all but cannot occur, and equal logits
+    x[1, 2, 0] = x[0] = -700  # a class with almost no probability, and equal logits
     where = rng.random(x.shape) < 0.8
     options = {"axis": 1, "where": where, "class_mask": np.arange(5) != 3, "ignore_index": 2}
     np.put_along_axis(where, labels[:, None], True, axis=1)
@@ -77,7 +77,7 @@ def test_classes_that_cannot_occur():
     np.testing.assert_allclose(oracle.kl_divergence(**p), [np.inf, log])
     np.testing.assert_allclose(oracle.kl_divergence(**p, mode="reverse"), [log, np.inf])
     js = oracle.kl_divergence(**p, mode="jensen_shannon")
-    # Of 1/2, 0, 1/2 and 1/3, 1/3, 1/3, whose mean is 5/12, 1/6, 5/12.
+    # The softmaxes are 1/2, 0, 1/2 and 1/3, 1/3, 1/3. Their mean is 5/12, 1/6, 5/12.
     expected = np.log(2) / 3 + 2 / 3 * np.log(4 / 5) + np.log(6 / 5)
     np.testing.assert_allclose(js, [expected / 2] * 2)
     log_prob, entropy = oracle.log_prob_and_entropy(x, [1, 1])

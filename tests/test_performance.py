@@ -1,6 +1,6 @@
-"""What must not be lost: no temporary of the logits' size, and a time near optax's.
+"""Bounds on performance: no temporary of the logits' size, and a time near that of optax.
 
-`python -m sxe bench` has the figures; here the margins are wide, because machines are shared.
+`python -m sxe bench` measures precisely. The margins here are wide, because machines are shared.
 """
 
 import fresh
@@ -13,7 +13,7 @@ import sxe
 N, K = 1024, 32768
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
-# A neighbour that keeps the cores busy makes one measurement slow, and a lost fusion all three.
+# Other work on the machine slows down one measurement. A lost fusion slows down all three.
 GUARD = """
 from sxe._tools.bench.measure import measure
 from sxe._tools.bench.problem import Problem
@@ -40,13 +40,13 @@ def test_no_temporary_of_the_size_of_the_logits(rule):
     for f in (loss, jax.value_and_grad(loss)):
         lowered = jax.jit(f).lower(logits, jax.ShapeDtypeStruct((N,), jnp.int32))
         program = lowered.compile(OPTIMIZED)
-        most = 16 if jax.device_count() == 1 else 1  # a block of rows, or numbers a row
+        most = 16 if jax.device_count() == 1 else 1  # a block of rows, or a few numbers per row
         assert program.memory_analysis().temp_size_in_bytes < most * 2**20 < N * K * 4
 
 
 @pytest.mark.slow
 def test_time_and_temporaries_beside_optax():
-    """On one device, in a process of its own."""
+    """On one device, in a separate process."""
     output = fresh.run("-c", GUARD, timeout=600)
     print(output)
     lines = [line.split() for line in output.splitlines()]

@@ -431,7 +431,7 @@ def test_the_kernels_for_gpus(sizes, options, reads, monkeypatch):
 
 
 def test_the_kernels_are_for_gpus():
-    with pytest.raises(ValueError, match="implementation: expected for 'mosaic_gpu' a program"):
+    with pytest.raises(ValueError, match="implementation: 'mosaic_gpu' needs a program"):
         sxe.plan(64, 8, 32, backend="cpu", implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="implementation: expected one of"):
         sxe.plan(64, 8, 32, implementation="triton")

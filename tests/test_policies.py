@@ -1,4 +1,4 @@
-"""Labels out of range, rows that do not count, infinities, empty batches: section by section."""
+"""Labels out of range, rows that do not count, infinities and empty batches, in sections."""
 
 import array
 import functools
@@ -18,7 +18,7 @@ from tolerances import CLOSENESS, GRADIENT_BAR, LOSS_BAR, SAME_FLOAT32, ZERO
 import sxe
 
 INF, NAN = np.inf, np.nan
-# Every rule for logits, and for the head, which shares its arithmetic, one by default.
+# All rules for logits. The head shares their arithmetic: one rule is tested by default.
 both_losses = pytest.mark.parametrize(
     ("head", "rule"),
     [
@@ -30,7 +30,7 @@ both_losses = pytest.mark.parametrize(
 
 
 def value_and_gradient(logits, labels, **options):
-    """Row losses and their gradient, each row's cotangent its own, and the cotangents."""
+    """Row losses, their gradient with a different cotangent for each row, and the cotangents."""
     logits = jnp.asarray(logits)
     f = functools.partial(sxe.softmax_cross_entropy, reduction="none", **options)
     value, pullback = jax.vjp(lambda x: f(x, labels), logits)
@@ -134,7 +134,7 @@ HOLDERS = {
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_labels_of_whatever_kind_do_not_wrap(holder, x64):
-    """2^32 + 1 is 1 in the 32 bits that JAX has with x64 off."""
+    """With x64 off, JAX would wrap 2^32 + 1 to 1."""
     logits = jnp.asarray(normal(4, 5))
     labels = HOLDERS[holder](np.array([3, 2**32 + 1, -(2**32) + 1, 1]))
     each = [
@@ -184,7 +184,7 @@ def test_an_integer_of_more_than_32_bits_among_floats_keeps_its_value():
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "constants"])
 def test_arrays_in_the_other_byte_order(jit):
-    """As files in IDX, FITS or HDF5 have them."""
+    """Files in IDX, FITS or HDF5 have such arrays."""
     rng = np.random.default_rng(2)
     hidden, kernel, logits = normal(6, 3), normal(3, 5), normal(6, 5)
     labels, targets = rng.integers(5, size=6), rng.uniform(size=(6, 5)).astype(np.float32)
@@ -227,7 +227,7 @@ def test_labels_in_the_other_byte_order_do_not_wrap(x64):
 
 
 def test_parameters_of_nnx():
-    """They convert themselves, wherever an array or a number is expected."""
+    """They are accepted wherever an array or a number is, because they convert themselves."""
     hidden, kernel, labels = normal(4, 3), normal(3, 5), np.array([0, 4, 2, 2])
     options = {"bias": normal(5), "softcap": np.float32(3), "logit_scale": np.float32(2)}
     options |= {"weights": np.float32([1, 2, 3, 4]), "label_smoothing": np.float32(0.1)}
@@ -256,7 +256,7 @@ def test_parameters_of_nnx():
 
 @pytest.mark.parametrize(("dtype", "label"), [("uint8", 156), ("int8", -100), ("int4", -4)])
 def test_ignore_index_is_a_number_not_a_bit_pattern(dtype, label):
-    """-100 is 156 in uint8 and -4 in int4, and neither of these is ignored."""
+    """-100 wraps to 156 in uint8 and to -4 in int4. Neither label is ignored."""
     logits, labels = normal(2, 200), jnp.array([label, 1], dtype)
     value, _, _ = value_and_gradient(logits, labels, ignore_index=-100)
     assert value[1] > 0
@@ -300,7 +300,7 @@ def test_checkify_in_gradients_and_for_one_row():
 
 
 def twice(loss):
-    """The loss once more in a loop, so that checkify has to look into one."""
+    """The loss again, in a loop, so that checkify has to look into a loop."""
 
     def scanned(logits, labels):
         def step(carry, xs):
@@ -351,7 +351,7 @@ def zero(labels):
 
 
 def test_without_checkify_the_check_leaves_no_effect():
-    """An effect would slow down the dispatch of a jitted call, and could not be serialised."""
+    """An effect would slow down the dispatch of a jitted call, and cannot be serialized."""
     assert not jax.make_jaxpr(sxe.softmax_cross_entropy)(normal(2, 5), np.zeros(2, int)).effects
 
 
@@ -364,7 +364,7 @@ def test_checkify_passes_labels_that_do_not_count():
 
 
 def test_checkify_finds_no_other_error():
-    """No division by zero, no index out of range, no NaN of sxe's own making."""
+    """sxe itself causes no division by zero, no index out of range and no NaN."""
     f = checkify.checkify(jax.value_and_grad(sxe.softmax_cross_entropy), errors=checkify.all_checks)
     logits = normal(3, 5)
     logits[1, 2] = -INF
@@ -426,7 +426,7 @@ def test_a_dense_row_that_does_not_count(rule):
 
 @every_rule
 def test_a_weight_of_zero_has_its_row_loss_as_derivative(rule):
-    """Learned weights may start at 0; a row without a finite loss then has a derivative of 0."""
+    """Learned weights may start at 0. For a row without a finite loss, the derivative is 0."""
     logits = normal(4, 5)
     logits[1] = NAN
     logits[2, 0] = -INF
@@ -442,7 +442,7 @@ def test_a_weight_of_zero_has_its_row_loss_as_derivative(rule):
     assert (np.asarray(d_logits) == 0).all()
     assert_close(d_weights[0], oracle.loss(logits[0], labels[0]))
     assert (np.asarray(d_weights[1:]) == 0).all()
-    # What a meta-gradient differentiates: the logits' gradient at weight 0 depends on the weight.
+    # A meta-gradient differentiates the logits' gradient, which depends on the weight at 0 too.
     mixed = jax.jacobian(jax.grad(f, argnums=1))(jnp.zeros(4), logits)
     assert_close(mixed[0, :, 0], oracle.gradient(logits[0], labels[0]))
 
@@ -469,7 +469,7 @@ def test_nothing_counts(reduction, rule):
 
 
 def mean_of(head, labels, **options):
-    """The mean of rows as a function of logits; of the head, hidden states times the identity."""
+    """The mean over rows as a function of logits. For the head, the kernel is the identity."""
     if not head:
         return functools.partial(sxe.softmax_cross_entropy, labels=labels, **options)
     return lambda hidden, **more: sxe.linear_softmax_cross_entropy(
@@ -492,7 +492,7 @@ def test_negative_weights(head, rule):
 
 @both_losses
 def test_a_mean_over_rows_whose_weights_sum_to_zero_is_nan(head, rule):
-    """It has no value. A mean of 0 would be one over no row, and train nothing in silence."""
+    """A result of 0, as for a mean over no rows, would silently train nothing."""
     logits, labels = jnp.asarray(normal(4, 5)), np.array([1, 0, 4, 3])
     where = np.array([True, True, True, False])
     f = mean_of(head, labels, rule=rule, where=where)
@@ -525,7 +525,7 @@ def test_the_gradient_in_one_pass_of_weights_that_sum_to_zero_is_nan():
 
 @both_losses
 def test_a_mean_over_labels_of_class_weight_zero(head, rule):
-    """It is 0, as over nothing, unless smoothing or z-loss gives these rows a loss: NaN."""
+    """It is 0, as over no rows. It is NaN if smoothing or z-loss gives these rows a loss."""
     logits, labels = jnp.asarray(normal(3, 5)), np.array([1, 1, 1])
     class_weights = jnp.array([1, 0, 1, 1, 1.0])
     f = mean_of(head, labels, rule=rule, class_weights=class_weights)
@@ -545,10 +545,10 @@ def test_a_mean_over_labels_of_class_weight_zero(head, rule):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("classes", [64, 1024])
 def test_a_nan_in_a_row_of_weight_0(classes, reduction, rule):
-    """XLA's CPU backend may lose the NaN in a maximum over many classes."""
+    """XLA's CPU backend may lose a NaN in a maximum over many classes."""
     options = {"reduction": reduction, "rule": rule}
     labels, weights = jnp.arange(4), jnp.array([1.0, 2.0, 0.0, 0.5])
-    # In the third row inf - inf, and in others a class that cannot occur.
+    # The third row has inf - inf, other rows have a class that cannot occur.
     hidden, kernel = (
         jnp.asarray(normal(4, 2), jnp.float32),
         jnp.full((2, classes), 1e-3).at[:, 50].set(3),
@@ -663,7 +663,7 @@ def test_a_masked_class_is_a_logit_of_minus_infinity(rule):
     logits, labels = normal(4, 5), np.array([1, 2, 4, 0])
     mask = np.ones((4, 5), bool)
     mask[:, 3] = mask[0, 0] = mask[1, 2] = False  # row 1's label is masked
-    mask[3] = False  # row 3 has no class left
+    mask[3] = False  # row 3 has no class
     value, gradient, g = value_and_gradient(logits, labels, where=mask, rule=rule)
     minus = np.where(mask, logits, -INF)[:3]
     assert value[1] == INF
@@ -681,7 +681,7 @@ def test_a_masked_class_is_a_logit_of_minus_infinity(rule):
 
 @every_rule
 def test_zero_log_zero_in_value_and_every_derivative(rule):
-    """A target of 0 at a class that cannot occur costs nothing, to any order, in any argument."""
+    """A target of 0 for a class that cannot occur adds 0 to all derivatives, for all arguments."""
     logits = jnp.array([1.0, -INF, 0.5, -1.0])
     targets = jnp.array([0.25, 0.0, 0.75, 0.0])
     f = functools.partial(sxe.softmax_cross_entropy, rule=rule)
@@ -704,7 +704,7 @@ def test_zero_log_zero_in_value_and_every_derivative(rule):
 
 @every_rule
 def test_zero_log_zero_is_exact_when_compiled(rule):
-    """Not the rounding that is left where XLA fuses a product into the sum that is to cancel it."""
+    """If XLA fuses a product into the sum that cancels it, a rounding error must not remain."""
     rng = np.random.default_rng(4)
     logits, hidden, kernel = normal(64, 7), normal(64, 5), normal(5, 7)
     bias = np.where(np.arange(7) == 3, -INF, 0).astype(np.float32)
@@ -740,7 +740,7 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("head", [False, True])
 def test_the_derivative_by_class_weights_is_what_they_weigh(head, smoothing, rule):
-    """Of sum_i g_i loss_i by c_k: sum_i g_i ((1 - a) [k = y_i] + a / K) nll_ik."""
+    """The derivative of sum_i g_i loss_i by c_k is sum_i g_i ((1 - a) [k = y_i] + a / K) nll_ik."""
     N, D, K = 13, 5, 7
     hidden, kernel, g = normal(N, D), normal(D, K), normal(N)
     rng = np.random.default_rng(6)
@@ -772,7 +772,7 @@ def test_what_a_dense_target_costs_at_the_ends_of_float32(rule, jit):
 
 
 def test_an_option_that_is_off_does_nothing():
-    """z_loss = 0 beside an infinite lse, smoothing = 0 beside a class that cannot occur."""
+    """z_loss = 0 with an infinite lse, and smoothing = 0 with a class that cannot occur."""
     logits = np.array([[3e38, 3e38, -INF]], np.float32)
     for zero in (0, 0.0, np.float32(0), np.zeros(())):
         value = sxe.softmax_cross_entropy(logits, [1], z_loss=zero, label_smoothing=zero)
@@ -789,7 +789,7 @@ OFF_IN_HEAD = OFF | {"softcap": jnp.float32(INF), "logit_scale": jnp.float32(1)}
 
 
 def losses_at_the_ends(head):
-    """A loss of four rows, its arrays, and their logits: one of 1e20, one of 1e-20, and a -inf."""
+    """A loss of four rows, its arrays, and their logits, which include 1e20, 1e-20 and -inf."""
     logits, labels = normal(4, 5), np.array([1, 0, 4, 2])
     logits[0, 1], logits[3] = 1e20, 1e-20
     bias = np.where(np.arange(5) == 3, -INF, 0).astype(np.float32)
@@ -802,7 +802,7 @@ def losses_at_the_ends(head):
 
 @both_losses
 def test_a_traced_option_that_is_off_does_nothing(head, rule):
-    """Nobody knows of it when the program is made; no 0 may meet an infinity there."""
+    """The value is not known at trace time. The program must not multiply 0 by infinity."""
     loss, arrays, logits, labels = losses_at_the_ends(head)
     g = {"mean": 1.5, "sum": 1.0, "none": np.array([1, 2, 0.5, 3], np.float32)}
 
@@ -831,7 +831,7 @@ def test_a_traced_option_that_is_off_does_nothing(head, rule):
 
 @vjp_by_default
 def test_the_second_derivative_by_an_option_that_is_off(rule):
-    """Of logits, z-loss and softcap: that of the z-loss is 2 lse q, at an lse of 3e19 too."""
+    """By logits, z-loss and softcap. For the z-loss it is 2 lse q, also at an lse of 3e19."""
     labels = jnp.array([0])
 
     def f(options, hidden):

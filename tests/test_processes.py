@@ -1,4 +1,4 @@
-"""Training on a mesh that several processes share, one of which may be lost: tests/processes.py."""
+"""Training by tests/processes.py on a mesh of several processes, one of which may be killed."""
 
 import contextlib
 import functools
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.skipif(
 
 STEPS, SAVED, LOST = 6, 3, 5
 
-# Seconds. A run takes some ten, and a lost process ends the others within five.
+# Seconds. A run takes about ten. If a process is lost, the others end within five.
 RUN, END = 300, 60
 
-# Splitting rows and classes otherwise adds float32 numbers in another order: a few units in the
-# last place of losses near 3, and of parameters near 1.
+# Other shardings of rows and classes add float32 numbers in another order. Results differ by a few
+# units in the last place, of losses near 3 and of parameters near 1.
 ROUNDING = {"rtol": SAME_FLOAT32, "atol": ZERO}
 
 
@@ -38,14 +38,14 @@ def free_port():
 
 
 def launch(directory, processes, *options, last=()):
-    """Exit statuses, None for one that had to be killed, and the ends of what they wrote to stderr.
+    """Exit statuses, None for a process that had to be killed, and the ends of their stderr.
 
-    ``last``: further options, of the last process.
+    ``last`` has further options for the last process.
     """
     command = [sys.executable, "-W", "error", Path(__file__).with_name("processes.py"), *options]
     command += ["--steps", STEPS, "--processes", processes, "--port", free_port(), "--process-id"]
     logs = [directory / f"{i}.log" for i in range(processes)]
-    # JAX warns of proxies, which could stand between the processes.
+    # JAX warns of proxies, which could be between the processes.
     env = {k: v for k, v in fresh.environment().items() if "proxy" not in k.lower()}
     started = []
     try:
@@ -73,7 +73,7 @@ def launch(directory, processes, *options, last=()):
 
 
 def train(directory, processes, *options):
-    """What process 0 of a run writes at its end: arrays by name."""
+    """The arrays, by name, that process 0 of a run writes at its end."""
     out = directory / "run.npz"
     statuses, logs = launch(directory, processes, "--out", out, *options)
     assert statuses == [0] * processes, "\n".join(map(str, [statuses, *logs]))
@@ -83,13 +83,13 @@ def train(directory, processes, *options):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    """The run without sxe.over_mesh."""
+    """A run without sxe.over_mesh."""
     return train(tmp_path_factory.mktemp("one_device"), 1, "--plain")
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Runs that nothing disturbs, by their number of processes."""
+    """Undisturbed runs, by their number of processes."""
 
     @functools.cache
     def run(processes):
@@ -100,7 +100,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    """A run of two processes, the second of which is killed: checkpoints, statuses and logs."""
+    """Checkpoints, statuses and logs of a run of two processes, of which the second is killed."""
     directory = tmp_path_factory.mktemp("broken")
     checkpoints = directory / "checkpoints"
     options = "--checkpoint-dir", checkpoints, "--save-at", SAVED
@@ -108,7 +108,7 @@ def broken(tmp_path_factory):
 
 
 def assert_same(run, right, **tolerance):
-    """Of the steps that the run took, and of the parameters that it ended with."""
+    """Compare the steps of the run and its final parameters."""
     assert run.keys() == right.keys()
     for name, a in run.items():
         np.testing.assert_allclose(a, right[name][-len(a) :], **tolerance, err_msg=name)
@@ -133,7 +133,10 @@ def test_a_lost_process_ends_the_others(broken):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 1])
 def test_a_checkpoint_goes_on(one_device, unbroken, broken, processes, tmp_path):
-    """The last before the loss: in as many processes, to the last bit, or in another number."""
+    """Resume from the last checkpoint before the kill.
+
+    With the same number of processes, the results have the same bits.
+    """
     checkpoints, _, _ = broken
     run = train(tmp_path, processes, "--checkpoint-dir", checkpoints, "--restore")
     assert run["losses"].shape == (STEPS - SAVED,)

@@ -1,6 +1,6 @@
-"""A logit_scale for each row: policies, precision and transformations.
+"""A logit_scale per row: policies, precision and transformations.
 
-Option cases, meshes and transformations of calls with every option are in the tests of the head.
+The tests of the head cover option cases, meshes and transformations of calls with all options.
 """
 
 import os
@@ -51,7 +51,7 @@ def check(found, p, g, reduction):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_it_multiplies_the_product_in_float32(dtype, reduction):
-    """Hidden states that it multiplied would be rounded again; its gradient is rounded once."""
+    """Scaling the hidden states instead would round them again. The gradient is rounded once."""
     p = head_problem("row_scale", "softcap", dtype=dtype, shape=(N, D, K))
     p["logit_scale"] = (1 / p["logit_scale"]).astype(jnp.dtype(dtype))
     g = cotangent(reduction)
@@ -61,7 +61,7 @@ def test_it_multiplies_the_product_in_float32(dtype, reduction):
 @every_rule
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_any_number(rule, reduction):
-    """0 makes every class as likely, up to the bias, and a negative number turns logits around."""
+    """With 0 all classes are equally likely, up to the bias. A negative scale negates logits."""
     p = head_problem("row_scale", "bias", "z_loss", shape=(N, D, K))
     p["logit_scale"][:4] = 0, -1, -0.3, 1e-20
     g = cotangent(reduction)
@@ -72,7 +72,7 @@ def test_any_number(rule, reduction):
 @every_rule
 @pytest.mark.parametrize("options", [("where",), ("weights", "where"), ("ignore_index",)], ids=str)
 def test_rows_that_do_not_count(rule, options):
-    """They may have any scale, and its gradient is 0 there."""
+    """These rows may have any scale, and its gradient is 0."""
     p = head_problem("row_scale", "bias", "softcap", *options, shape=(N, D, K))
     static = {"reduction": "none", "rule": rule}
     if "ignore_index" in options:
@@ -97,7 +97,7 @@ def test_rows_that_do_not_count(rule, options):
 @every_rule
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_row_that_counts_without_a_finite_scale(rule, bad):
-    """It is NaN, and so are the gradients of what is its own; no other row is."""
+    """This row and the gradients of its own arrays are NaN. Other rows are not."""
     p = head_problem("row_scale", shape=(N, D, K))
     p["logit_scale"][3] = bad
     static = {"reduction": "none", "rule": rule}
@@ -111,7 +111,7 @@ def test_a_row_that_counts_without_a_finite_scale(rule, bad):
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_second_derivatives_beside_a_row_of_weight_0_without_a_finite_scale(bad, reduction):
-    """In reverse over reverse, where 0 times a NaN of that row would come into d kernel."""
+    """In reverse over reverse mode, 0 times a NaN of that row must not enter d kernel."""
     p = head_problem("logit_scale", shape=(N, D, K), seed=2)
     p["weights"] = np.where(np.arange(N) == 3, 0, 1.5).astype(np.float32)
     scales = np.resize(p["logit_scale"], N).astype(np.float32)
@@ -132,7 +132,7 @@ def test_second_derivatives_beside_a_row_of_weight_0_without_a_finite_scale(bad,
 
 
 def check_confident_rows():
-    """Their losses are far below a rounding of the logits, which XLA may round in two ways."""
+    """Their losses are far below the rounding errors of logits, which XLA may round in two ways."""
     n, k = 242, 40
     rng = np.random.default_rng(0)
     first = np.arange(k) == 0
@@ -163,7 +163,7 @@ def check_confident_rows():
 
 @pytest.mark.slow
 def test_confident_rows_on_one_device():
-    """With XLA's optimizations, in a process of its own."""
+    """With XLA's optimizations, in a separate process."""
     path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"
     fresh.run("-c", "import test_row_scale; test_row_scale.check_confident_rows()", PYTHONPATH=path)
 
@@ -181,7 +181,7 @@ def test_a_scalar_is_that_of_all_rows():
 
 
 def test_one_row():
-    """Its scale is a scalar in either way."""
+    """For a single row, both kinds of scale are scalars."""
     p = head_problem("logit_scale", shape=(1, D, K))
     p |= {name: p[name][0] for name in ("hidden", "labels")}
     check(with_gradients(head())(p, np.float32(1)), p, 1, "mean")
@@ -206,7 +206,7 @@ def test_vmap_over_scales_alone(scales, reduction):
 
 
 def test_rows_of_two_axes_on_a_mesh():
-    """Each axis of the rows is split, and so is the scale's."""
+    """Each axis of the rows is sharded, and so is that axis of the scale."""
     p = head_problem("row_scale", "where", shape=(2, 4, D, K))
     mesh = make_mesh(2, 2, 2, names=("a", "b", "model"))
     over = sxe.over_mesh(sxe.linear_softmax_cross_entropy, mesh, batch=P("a", "b"), classes="model")

@@ -652,10 +652,10 @@ class TestWrongUse:
 
     def test_replicated_logits(self, function):
         x = P("data", None)
-        self.call(function, "^axis_name: .*splits.*'model'.*same", x, axis_name="model")
+        self.call(function, "^axis_name: .*shards.*'model'.*replicated", x, axis_name="model")
         x = P(None, "model")
-        self.call(function, "^batch_axis_name: .*'data'.*same", x, batch_axis_name="data")
-        self.call(function, "^axis_name: .*'data'.*same", x, axis_name=("model", "data"))
+        self.call(function, "^batch_axis_name: .*'data'.*replicated", x, batch_axis_name="data")
+        self.call(function, "^axis_name: .*'data'.*replicated", x, axis_name=("model", "data"))
 
     def test_one_axis_for_both(self, function):
         x = P("data", "model")

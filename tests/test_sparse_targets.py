@@ -420,7 +420,7 @@ def test_checkify_names_a_label_that_weighs_something():
     w = np.array([[1, 1, 0], [1, 1, 1]], np.float32)
     message = f(x, y, label_weights=w)[0].get()
     assert "labels: expected class indices in [0, 5), got 9 at position [1 1]" in message
-    assert "; give labels that are padding a weight of 0" in message
+    assert "; give padding labels a weight of 0" in message
     assert "ignore_index" not in message
     assert f(x, y, label_weights=np.where(y == 9, 0, np.where(y < 0, 0, w)))[0].get() is None
     assert f(x, y, label_weights=w, where=np.array([True, False]))[0].get() is None
@@ -719,7 +719,7 @@ def test_an_axis_of_labels_that_an_explicit_mesh_splits():
     specs = {"logits": P("data"), "labels": P("data", "model"), "label_weights": P("data")}
     p = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in p.items()}
     message = (
-        "labels: expected the axis of several labels in a row to be split by no mesh axis, got "
+        "labels: expected the axis of several labels per row not to be sharded, got "
         r"int32.*; use jax.reshard\(labels, P.*\('data',\)\)"
     )
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The loss under every transformation of JAX, alone and composed, against the float64 oracle."""
+"""The loss under each transformation of JAX and compositions, against the float64 reference."""
 
 import functools
 
@@ -20,12 +20,12 @@ from sxe import softmax_cross_entropy
 
 N, K, B, D = 5, 7, 3, 2
 KINDS = ("integer", "dense")
-# Both kinds for the default rule and one for each other, where more would say no more.
+# Both kinds for the default rule, and one kind for each other rule, where one is enough.
 SOME = [("vjp", "integer"), ("vjp", "dense"), ("jvp", "integer"), ("autodiff", "dense")]
 
 
-# The third rule has nothing of its own to transform: it is plain JAX.
-# Of dense targets, the derivatives by one for a class that cannot occur are infinite.
+# The third rule is plain JAX. It has no code of its own to transform.
+# The derivative by a dense target of a class that cannot occur is infinite.
 OF_DENSE = tuple(name for name in EVERY_OF_LOGITS if name != "class_mask")
 
 
@@ -46,7 +46,7 @@ def dtype(request):
 
 
 def problem(kind, dtype="float32", lead=(), seed=0):
-    """The array arguments of a call with all options by name, with these leading axes."""
+    """By name, the array arguments of a call with all options and these leading axes."""
     options = OF_DENSE if kind == "dense" else EVERY_OF_LOGITS
     p = logits_problem(
         *options, dense=kind == "dense", dtype=dtype, shape=(N, K), lead=lead, seed=seed
@@ -55,10 +55,10 @@ def problem(kind, dtype="float32", lead=(), seed=0):
 
 
 def edges(kind, dtype="float32"):
-    """A problem with tied maxima, -inf logits, a confident row, and NaN in a row left out."""
+    """A problem with tied maxima, -inf logits, a confident row, and NaN in a masked row."""
     p = problem(kind, dtype)
-    del p["label_smoothing"]  # it would put a target on the classes at -inf
-    p.pop("class_mask", None)  # which may hide these edges
+    del p["label_smoothing"]  # it would give a target to the classes at -inf
+    p.pop("class_mask", None)  # it could mask these edge cases
     logits = np.array(p["logits"])
     logits[0, [0, 2, 5]] = logits[0].max() + 1
     logits[1, 3] += 30
@@ -76,7 +76,7 @@ def edges(kind, dtype="float32"):
 
 
 def cotangent(shape=(N,), dtype="float32", seed=1):
-    """Random, with a sign of its own for each row."""
+    """Random, with a random sign for each row."""
     return jnp.asarray(normal(*shape, dtype=dtype, seed=seed))
 
 
@@ -85,7 +85,7 @@ def row_loss(rule):
 
 
 def with_gradient(loss):
-    """p and g to the loss of each row, and to the gradient of sum(g * loss) in the logits."""
+    """A function of p and g: row losses, and the gradient of sum(g * loss) in the logits."""
 
     def call(p, g):
         value, gradients = with_gradients(loss, ("logits",))(p, g)
@@ -95,7 +95,7 @@ def with_gradient(loss):
 
 
 def assert_matches(actual, p, g, **options):
-    """(loss of each row, gradient in the logits) as the oracle has them."""
+    """Compare row losses and the gradient in the logits with the reference."""
     value, gradient = actual
     assert_close(value, oracle.loss(**p, reduction="none", **options))
     assert_close(gradient, oracle.gradient(**p, g=g, reduction="none", **options))
@@ -131,7 +131,7 @@ def literal_hessian(p, g):
     return hessian
 
 
-# jit, and none of it
+# With and without jit
 
 
 @pytest.mark.parametrize(
@@ -275,10 +275,10 @@ def test_gradient_of_vmap_sums_over_what_is_shared(shared, rule):
 
 @pytest.mark.parametrize("mapped", ["labels", "dense", "label_smoothing", "class_weights"])
 def test_gradient_of_vmap_over_what_lse_does_not_depend_on(mapped, rule):
-    """The logits are shared, and so is lse, of which a z-loss makes use in each example."""
+    """All examples share the logits, and so lse, which each example's z-loss uses."""
     kind, mapped = ("dense", "labels") if mapped == "dense" else ("integer", mapped)
     batch, g = problem(kind, lead=(B,)), cotangent((B, N))
-    del batch["weights"]  # beside which the label says whether a row counts, and so what its lse is
+    del batch["weights"]  # with weights, labels decide which rows count, and so their lse
     p = {name: a if name == mapped else a[0] for name, a in batch.items()}
     axes = {name: 0 if name == mapped else None for name in p}
     rows = jax.vmap(row_loss(rule), in_axes=(axes,))
@@ -342,7 +342,7 @@ def test_jacobian_of_every_reduction_in_every_argument(jacobian, rule, kind):
 
     for name, j in quick_jit(jacobian(actual))(floats(p)).items():
         by_name = numerical_jacobian(functools.partial(expected, name), p[name])
-        assert_close(j, by_name, "float32")  # as far as central differences go
+        assert_close(j, by_name, "float32")  # the accuracy of central differences
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ FORWARD_HESSIANS = {
     "jacfwd(jacfwd)": lambda f: jax.jacfwd(jax.jacfwd(f)),
     "jacrev(jacfwd)": lambda f: jax.jacrev(jax.jacfwd(f)),
 }
-# The product of the Hessian of f at x and v.
+# The product of the Hessian of f at x with v.
 PRODUCTS = {
     "jvp of grad": lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
     "linearize of grad": lambda f, x, v: jax.linearize(jax.grad(f), x)[1](v),
@@ -448,7 +448,7 @@ def test_hessian_vector_product(rule, kind, dtype):
     for name, product in call(p["logits"], v).items():
         assert product.dtype == dtype
         # A second reverse pass adds two cotangents of the logits, each rounded to their dtype; here
-        # they are some times larger than their sum.
+        # they are several times larger than their sum.
         forward = name in ("jvp of grad", "linearize of grad")
         terms = 4 if dtype == "bfloat16" and not forward else 1
         assert_close(product, expected, scale=terms * np.abs(expected).max())
@@ -467,7 +467,7 @@ def test_derivative_of_the_gradient_in_every_argument(rule, kind):
 
     for name, j in quick_jit(jax.jacrev(gradient))(floats(p)).items():
         by_name = numerical_jacobian(functools.partial(expected, name), p[name])
-        assert_close(j, by_name, "float32")  # as far as central differences go
+        assert_close(j, by_name, "float32")  # the accuracy of central differences
 
 
 @pytest.mark.usefixtures("double")
@@ -476,7 +476,7 @@ def test_derivative_of_the_gradient_in_every_argument(rule, kind):
 )
 def test_check_grads(mode, rule):
     p = {name: problem("dense", "float64")[name] for name in ("logits", "labels", "weights")}
-    with jax.disable_jit():  # many evaluations of little programs
+    with jax.disable_jit():  # many evaluations of small programs
         check_grads(row_loss(rule), (p,), order=2, modes=[mode])
 
 
@@ -607,7 +607,7 @@ def numpy_adam(gradient, state, step):
     ids=["sgd-float32", "sgd-bfloat16", "adam-float32"],
 )
 def test_optax_steps_in_a_scan(optimizer, numpy_update, dtype):
-    """The carry, parameters and the optimizer's state, keeps its dtypes."""
+    """The carry, which is parameters and optimizer state, keeps its dtypes."""
     hidden = cotangent((N, D), dtype, seed=3)
     params = {"kernel": cotangent((D, K), dtype, seed=4), "bias": cotangent((K,), dtype, seed=5)}
     labels, steps = problem("integer")["labels"], 3
@@ -683,7 +683,7 @@ def test_float32_program_has_no_float64_array(rule, kind):
     p, g = problem(kind, "float32"), cotangent()
     if kind == "integer":
         p["labels"] = p["labels"].astype(jnp.int64)
-    del p["weights"]  # without them the loss makes its own
+    del p["weights"]  # without them, the loss creates its own
     numbers = {name: float(p.pop(name)) for name in ("label_smoothing", "z_loss")}
     call = jax.jit(with_gradient(lambda p: row_loss(rule)(p | numbers)))
     text = call.lower(p, g).as_text()
@@ -692,9 +692,9 @@ def test_float32_program_has_no_float64_array(rule, kind):
 
 
 def test_debug_nans_with_masked_classes(rule, kind):
-    """No result is NaN, and without jit, where JAX looks at every primitive, none on the way."""
+    """No result is NaN. Without jit, JAX checks each primitive, and none of them gives NaN."""
     p, g, v = edges(kind), cotangent(), cotangent((N, K), seed=2)
-    p["logits"] = p["logits"].at[3].set(-jnp.inf)  # a row left out
+    p["logits"] = p["logits"].at[3].set(-jnp.inf)  # a masked row
     mask = p["logits"] > -jnp.inf
     masked = p | {"where": mask, "logits": jnp.where(mask, p["logits"], 0)}
     call = with_gradient(row_loss(rule))
@@ -732,7 +732,7 @@ some_wrappers = st.lists(st.sampled_from(sorted(WRAPPERS)), max_size=2)
     outer=some_wrappers,
 )
 def test_composition(rule, kind, options, inner, outer):
-    """Some transformations of the loss, then its gradient, then some more."""
+    """Transformations of the loss, then its gradient, then more transformations."""
     lead = (2,) * sum(name in ("vmap", "map", "scan") for name in inner + outer)
     p, g = problem(kind, lead=lead), cotangent((*lead, N))
     p = {name: a for name, a in p.items() if name not in set(EVERY_OF_LOGITS) - options}
@@ -749,7 +749,7 @@ def test_composition(rule, kind, options, inner, outer):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_gradient_of_two_parts_is_rounded_once(rule):
-    """The loss and its z-loss pull one logit in opposite directions, and almost cancel."""
+    """The gradients of the loss and its z-loss for one logit almost cancel."""
     x = np.asarray(jnp.array([[5.3, 5.1, -3.0]], "bfloat16"))
     wide = x.astype(np.float64)[0]
     q = np.exp(wide - wide.max())

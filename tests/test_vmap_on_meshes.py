@@ -455,7 +455,7 @@ def test_axes_of_a_vmap_in_shard_map():
     for name in ("axis_name", "batch_axis_name"):
         with pytest.raises(ValueError, match=rf"^{name}: .*'m' of a jax.vmap.*check_vma=False"):
             run(**{name: "m"})
-    with pytest.raises(ValueError, match=r"^axis_name: .*alone, got \('d', 'm'\).*one kind"):
+    with pytest.raises(ValueError, match=r"^axis_name: .*only, got \('d', 'm'\).*one kind"):
         run(check_vma=False, axis_name=("d", "m"))
 
 

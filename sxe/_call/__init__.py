@@ -1,1 +1,1 @@
-"""From a caller's arguments to rows, and from the results of rows to what the caller gets."""
+"""From the arguments of a call to rows, and from the results of rows to the result of the call."""

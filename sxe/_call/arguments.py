@@ -1,6 +1,6 @@
-"""One argument of a call at a time: from what a caller may pass to a value, or an error.
+"""Parse one argument of a call: return its value, or raise an error.
 
-Each function takes the name of the argument, for its errors, and what was passed.
+Each function takes the name of the argument, for its errors, and the value that was passed.
 """
 
 import difflib
@@ -24,14 +24,14 @@ from sxe._errors import ArgumentTypeError, ArgumentValueError
 def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
     advice = ""
     if isinstance(value, jax.core.Tracer):
-        advice = "; close over a Python value, or name it in the static_argnames of jax.jit"
+        advice = f"; it is static: pass a Python value, or name {name} in jax.jit's static_argnames"
     return ArgumentTypeError(name, f"expected {expected}, got {value!r}{advice}")
 
 
 def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
     try:
         return jnp.asarray(x if isinstance(x, Array) else _held(x, ignore_index))
-    except (TypeError, ValueError, OverflowError) as error:  # which does not name the argument
+    except (TypeError, ValueError, OverflowError) as error:  # JAX does not name the argument
         plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
         got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
         raise ArgumentTypeError(
@@ -40,9 +40,10 @@ def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
 
 
 def _held(x: Any, ignore_index: int | None) -> Any:
-    """x as JAX can hold it: in this machine's byte order, and without integers that do not fit.
+    """Convert x to this machine's byte order, without integers that JAX cannot hold.
 
-    With x64 off JAX would wrap a label that 32 bits do not hold, and make it another class.
+    With x64 off, JAX would wrap a label that does not fit into 32 bits. It could then be the index
+    of another class.
     """
     leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
     leaves = [_native(a) for a in leaves]
@@ -56,7 +57,7 @@ def _native(x: Any) -> Any:
         return x
     if hasattr(x, "__jax_array__"):
         return _native(x.__jax_array__())
-    if hasattr(x, "__cuda_array_interface__"):  # on a GPU, from where NumPy does not take it
+    if hasattr(x, "__cuda_array_interface__"):  # on a GPU, which NumPy cannot read
         return x
     x = x if isinstance(x, np.ndarray) else np.asarray(x)
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
@@ -69,9 +70,10 @@ def _is_integer(x: Any) -> bool:
 
 
 def _fit(x: Any, ignore_index: int | None) -> Any:
-    """x, in which another integer stands for each that JAX does not hold.
+    """Replace the integers in x that JAX cannot hold.
 
-    It is the largest that JAX holds, which is no class, or if that is ignored the one below it.
+    The replacement is the largest integer that JAX can hold, or the one below it if the largest is
+    ``ignore_index``. Neither is a class index.
     """
     number = isinstance(x, int)
     if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
@@ -84,24 +86,24 @@ def _fit(x: Any, ignore_index: int | None) -> Any:
 
 
 def _unpacking(name: str, x: Any) -> str:
-    """What to pass instead of something that holds arrays, or is one that JAX does not take."""
+    """Advice for an object that contains arrays, or that JAX does not accept as an array."""
     if isinstance(x, np.ma.MaskedArray):
-        return "; pass its .filled(0), and what its mask leaves as where"
+        return f"; pass {name}.filled(0), and the rows that are not masked as where"
     if isinstance(x, np.ndarray):
-        return f"; JAX has no dtype {x.dtype}: cast it"
+        return f"; JAX does not support dtype {x.dtype}: cast it"
     if isinstance(x, jax.ShapeDtypeStruct):
-        return "; for shapes alone call jax.eval_shape"
+        return "; to compute shapes only, call jax.eval_shape"
     if isinstance(x, jax.Ref):
-        return "; read it, as by ref[...]"
+        return "; read it with ref[...]"
     if hasattr(x, "unbox"):
-        return "; unbox it, as by nn.meta.unbox(params) of Flax"
-    for held in ("kernel", "embedding.T", "weight.T"):  # by layers of Flax, or Equinox and PyTorch
+        return "; unbox it with nn.meta.unbox(params) of Flax"
+    for held in ("kernel", "embedding.T", "weight.T"):  # of layers in Flax, or Equinox and PyTorch
         if name == "kernel" and hasattr(x, held.removesuffix(".T")):
             return f"; pass its .{held}"
     if hasattr(x, "value"):
         return "; pass its .value"
     if isinstance(x, Mapping) and any(hasattr(a, "shape") for a in jax.tree.leaves(x)):
-        return "; pass one of the arrays in it"
+        return "; pass one of the arrays that it contains"
     return ""
 
 
@@ -114,10 +116,9 @@ def _is_numpy_scalar(value: Any) -> bool:
 def number(
     name: str, value: Any, expected: str, *, fits: Callable[[float], bool], off: float
 ) -> Array | float | None:
-    """A number that fits, None for the number ``off``, or a scalar array of JAX.
+    """The number as a float, None for the number ``off``, or a scalar array of JAX as it is.
 
-    The value of such an array is not looked at: it may be traced, or a device may not have computed
-    it yet.
+    The value of an array is not checked, because it may be traced or not be computed yet.
     """
     if not isinstance(value, Array) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
@@ -143,14 +144,14 @@ def number(
 
 
 def as_scalar(name: str, shape: tuple[int, ...]) -> str:
-    """The advice how to make a scalar of an array of that shape, or "" if it has more elements."""
+    """Advice on how to make an array of this shape a scalar, or "" if it has several elements."""
     if math.prod(shape) != 1:
         return ""
-    return f"; take {name}{'[0]' if shape == (1,) else '.reshape(())'}"
+    return f"; pass {name}{'[0]' if shape == (1,) else '.reshape(())'}"
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
-    """The value as an int, if it is an integer of any kind: of Python, of NumPy, a scalar array."""
+    """The value as an int. It may be a Python or NumPy integer or a scalar integer array."""
     try:
         if not isinstance(value, bool):
             return operator.index(value)
@@ -192,15 +193,15 @@ def mesh_axes(name: str, value: Any) -> AxisName:
         return None
     if not all(isinstance(n, str) for n in names):
         raise ArgumentTypeError(
-            name, f"expected a mesh axis name or a tuple of them, got {value!r}"
+            name, f"expected the name of a mesh axis or a tuple of names, got {value!r}"
         )
     if len(set(names)) != len(names):
-        raise ArgumentValueError(name, f"expected mesh axes named once, got {value!r}")
+        raise ArgumentValueError(name, f"expected each mesh axis at most once, got {value!r}")
     return names
 
 
 def check_dtype(name: str, dtype: Any, advice: str = "") -> jnp.dtype:
-    """The dtype, if it is one that the losses compute with."""
+    """The dtype, if the losses support it."""
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
         raise ArgumentTypeError(
             name, f"expected dtype bfloat16, float16, float32 or float64, got {dtype}{advice}"

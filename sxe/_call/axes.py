@@ -1,4 +1,4 @@
-"""Axes that a caller names: class axes of logits, axes of a mesh, and axes of ``jax.vmap``."""
+"""The axes that a caller names: class axes of logits, mesh axes, and axes of ``jax.vmap``."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from sxe._errors import ArgumentValueError
 
 
 def class_axes(axis: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The class axes as non-negative ints, in the order given."""
+    """The class axes as non-negative ints, in the given order."""
     axes = axis if isinstance(axis, tuple) else (axis,)
     for a in axes:
         if not -ndim <= a < ndim:
@@ -50,27 +50,27 @@ def classes_back(x: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Arr
 
 
 def vmap_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """Those of these axes that are not a mesh's, but belong to a ``jax.vmap``."""
+    """The names among these that belong to a ``jax.vmap``, not to a mesh."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in axis_names(axis_name) if name not in manual)
 
 
 def sum_over(x: Array, axis_name: AxisName) -> Array:
-    """A number's sum over devices of a mesh, or examples of a ``jax.vmap``."""
+    """The sum of x over the devices of mesh axes, or over the examples of a ``jax.vmap``."""
     mapped = vmap_axes(axis_name)
-    for name in mapped:  # on an Explicit mesh JAX can't lower a lax.psum over the axis of a vmap
+    for name in mapped:  # on an Explicit mesh, JAX can't lower lax.psum over an axis of a vmap
         x = jnp.sum(lax.all_gather(x, name))
     return psum(x, tuple(name for name in axis_names(axis_name) if name not in mapped) or None)
 
 
 def is_explicit(*arrays: Array | None) -> bool:
-    """Whether types say how any of these arrays is split, and so what may be done with them."""
+    """Whether any of these arrays is on an Explicit mesh, where types describe the sharding."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if a is not None]
     return any(mesh.explicit_axes for mesh in meshes)
 
 
 def _in_shard_map(mesh: Any, look: Callable[[], Iterable[str]]) -> frozenset[str]:
-    """What look() finds inside of a ``jax.shard_map`` over all mesh axes that are possible here."""
+    """The result of look() in a ``jax.shard_map`` over all mesh axes that can be manual here."""
     found: list[str] = []
 
     def traced() -> tuple[()]:
@@ -82,9 +82,9 @@ def _in_shard_map(mesh: Any, look: Callable[[], Iterable[str]]) -> frozenset[str
 
 
 def free_axes(mesh: Any) -> frozenset[str]:
-    """The mesh axes that do not split an axis which an enclosing ``jax.vmap`` maps.
+    """The mesh axes that do not shard an axis that an enclosing ``jax.vmap`` maps.
 
-    Inside of the vmap, types do not name the axes that do, and ``jax.shard_map`` cannot have them.
+    Inside of the vmap, types do not name the other axes, and ``jax.shard_map`` cannot use them.
     """
     return _in_shard_map(mesh, lambda: jax.sharding.get_abstract_mesh().manual_axes)
 
@@ -92,13 +92,13 @@ def free_axes(mesh: Any) -> frozenset[str]:
 def spmd_axes(mesh: Any) -> frozenset[str]:
     """The mesh axes that an enclosing ``jax.vmap`` names in spmd_axis_name.
 
-    An array that a vmap has to repeat varies along those that any vmap around it names.
+    An array that vmap has to repeat varies over the axes that any vmap around it names.
     """
     return _in_shard_map(mesh, lambda: varying(jax.vmap(lambda: jnp.zeros(()), axis_size=1)()))
 
 
 def is_mapped_split(x: Array) -> bool:
-    """Whether an enclosing ``jax.vmap`` maps an axis that the Explicit mesh of x splits."""
+    """Whether an enclosing ``jax.vmap`` maps an axis that is sharded over x's Explicit mesh."""
     mesh = jax.typeof(x).sharding.mesh
     return bool(mesh.explicit_axes) and not free_axes(mesh).issuperset(mesh.explicit_axes)
 
@@ -106,8 +106,7 @@ def is_mapped_split(x: Array) -> bool:
 def mapped_as(x: Array, label: Array | None) -> Array:
     """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the labels [..., M].
 
-    Where a vmap maps the labels alone, JAX has no rule for gathering by them from an x that it does
-    not map.
+    JAX has no rule for gathering from an unmapped x by labels that a vmap maps.
     """
     if label is None or not is_mapped_split(label):
         return x
@@ -115,7 +114,7 @@ def mapped_as(x: Array, label: Array | None) -> Array:
 
 
 def check_mapped(**arrays: Array | None) -> None:
-    """Raises where a mesh axis splits both these arrays and what an enclosing ``jax.vmap`` maps."""
+    """Raises if a mesh axis shards both an array here and an axis that an enclosing vmap maps."""
     for name, a in arrays.items():
         if a is None or not any(sharding(a)):
             continue
@@ -126,20 +125,21 @@ def check_mapped(**arrays: Array | None) -> None:
             spec = PartitionSpec(*(axes or None for axes in left))
             raise ArgumentValueError(
                 name,
-                f"expected to be split along other mesh axes than {sorted(taken)}, which "
-                f"split the axis that an enclosing jax.vmap maps, got {jax.typeof(a)}; use "
-                f"jax.reshard({name}, {spec}), or map it as well",
+                f"expected to be sharded over other mesh axes than {sorted(taken)}, which shard "
+                f"the axis that an enclosing jax.vmap maps, got {jax.typeof(a)}; use "
+                f"jax.reshard({name}, {spec}), or map {name} as well",
             )
 
 
 def check_splits(
     name_of_x: str, split: Sequence[Any], class_axes: Sequence[int], **arrays: Array | None
 ) -> None:
-    """Raises where an explicit mesh splits these arrays otherwise than x, or than one another.
+    """Raises if an Explicit mesh shards these arrays differently from x, or from one another.
 
-    ``split`` is how it splits the axes of the logits. Class weights and a class mask have the first
-    class axis, an array with as many axes as the logits all of them, any other the rows'. Several
-    labels of each row and their weights have one more axis, which nothing may split.
+    ``split`` is the sharding of the axes of the logits. Class weights and a class mask have the
+    first class axis. An array with as many axes as the logits has all axes, any other array has
+    those of the rows. If there are several labels per row, they and their weights have one more
+    axis, which must not be sharded.
     """
     every = range(len(split))
     rows = [i for i in every if i not in class_axes]
@@ -155,7 +155,7 @@ def check_splits(
             spec = PartitionSpec(*sharding(a)[: len(own)])
             raise ArgumentValueError(
                 name,
-                "expected the axis of several labels in a row to be split by no mesh axis, got "
+                "expected the axis of several labels per row not to be sharded, got "
                 f"{jax.typeof(a)}; use jax.reshard({name}, {spec})",
             )
         for i, axes in zip(own, sharding(a)[: len(own)], strict=True):
@@ -169,41 +169,41 @@ def check_splits(
             spec = PartitionSpec(*(found[k][0] for k in own))
             raise ArgumentValueError(
                 name,
-                f"expected to be split as {source}, {spec}, or not at all, got "
+                f"expected to be sharded as {source}, {spec}, or unsharded, got "
                 f"{PartitionSpec(*sharding(a))} ({jax.typeof(a)}); use jax.reshard({name}, {spec})",
             )
 
 
 def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """These axes, if all belong to a ``jax.vmap``, and none if all are a mesh's."""
+    """These axes if all belong to a ``jax.vmap``, or none if all belong to a mesh."""
     mapped = vmap_axes(axis_name)
     if mapped and mapped != axis_names(axis_name):
         raise ArgumentValueError(
             "axis_name",
-            "expected axes of jax.shard_map alone, or of jax.vmap alone, got "
-            f"{axis_name!r}, of which jax.vmap has {mapped}; split the classes along one kind",
+            "expected axes of jax.shard_map only, or of jax.vmap only, got "
+            f"{axis_name!r}, of which jax.vmap has {mapped}; shard the classes over one kind",
         )
     return mapped
 
 
 def whole(x: Array, names: tuple[str, ...], axis: int) -> Array:
-    """x with its shards along these axes of a ``jax.vmap`` joined along axis."""
+    """x with its shards along these axes of a ``jax.vmap`` concatenated along ``axis``."""
     for name in reversed(names):
         x = lax.all_gather(x, name, axis=axis, tiled=True)
     return x
 
 
 def shard_of(x: Array, axis_name: AxisName, axis: int) -> Array:
-    """The shard, along these axes of a ``jax.vmap``, of what ``whole`` has joined along axis."""
+    """This example's shard of x, which ``whole`` has concatenated along ``axis``."""
     shards = math.prod(lax.axis_size(name) for name in axis_names(axis_name))
     x = x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])
-    # By comparison: a slice has no rule for an index that an Explicit mesh splits.
+    # Compare instead of slicing: a slice has no rule for an index that an Explicit mesh shards.
     shard = lax.broadcasted_iota(jnp.int32, x.shape, axis)
     return jnp.sum(jnp.where(shard == lax.axis_index(axis_names(axis_name)), x, 0), axis=axis)
 
 
 def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:
-    """Raises unless these are mesh axes around this call that split x, or axes of a vmap."""
+    """Raises unless these are mesh axes that shard x, or axes of an enclosing ``jax.vmap``."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in axis_names(axis_name):
         try:
@@ -218,13 +218,12 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
             raise ArgumentValueError(
                 argument,
                 f"expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
-                "a jax.vmap, along which JAX has no lax.psum there; pass check_vma=False to "
+                "a jax.vmap, over which JAX cannot compute lax.psum there; pass check_vma=False to "
                 "jax.shard_map",
             )
         if is_tracked(name) and name not in varying(x):
             raise ArgumentValueError(
                 argument,
-                f"expected a mesh axis that splits {name_of_x}, got {name!r}, "
-                f"along which every device has the same ({jax.typeof(x)}); split it in in_specs, "
-                "or leave the axis out",
+                f"expected a mesh axis that shards {name_of_x}, got {name!r}, over which this "
+                f"array is replicated ({jax.typeof(x)}); shard it in in_specs, or omit the axis",
             )

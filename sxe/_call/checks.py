@@ -1,4 +1,4 @@
-"""Whether the arguments of a call fit together, and errors that say how they would."""
+"""Check that the arguments of a call fit together. Errors tell what would fit."""
 
 import math
 from typing import Any
@@ -21,18 +21,18 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...], *, each: str, advi
         cast = "cast it to a float dtype"
         if name == "weights":
             mask = "weights" if x.dtype == jnp.bool_ else "weights != 0"
-            cast = f"for a mask of rows pass where={mask}, else {cast}"
+            cast = f"to mask rows, pass where={mask}; otherwise {cast}"
         raise ArgumentTypeError(name, f"expected a float dtype, got {x.dtype}; {cast}")
     if x.shape != shape:
         raise ArgumentValueError(
-            name, f"expected shape {shape}, one for each {each}, got {x.shape}{advice}"
+            name, f"expected shape {shape}, one value per {each}, got {x.shape}{advice}"
         )
 
 
 def _broadcasts(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
 ) -> list[str]:
-    """The ways to broadcast an array of that shape that put elements along all axes ``along``."""
+    """The ways to broadcast an array of this shape so that it has elements along axes ``along``."""
     ways = []
     for behind in range(len(expected) - len(shape) + 1):
         full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
@@ -42,61 +42,61 @@ def _broadcasts(
             index = ", ".join([":"] * len(shape) + ["None"] * behind)
             ways.append(f"jnp.broadcast_to({name}{f'[{index}]' if behind else ''}, {expected})")
         if not elements:
-            break  # with one element all ways are the same
+            break  # for a single element, all ways are the same
     return ways
 
 
 def _not_broadcast(ways: list[str]) -> str:
-    """The advice for an array that would have to be broadcast.
+    """Advice for an array that would have to be broadcast in one of these ways.
 
-    It may have several ways: for rows [T, T] an array [T] may have one element for each of the
-    first axis, or of the second.
+    There may be several: for rows [T, T], an array [T] may have one value per index of the first
+    axis, or of the second.
     """
-    return f"; it is not broadcast: pass {' or '.join(ways)}" if ways else ""
+    return f"; sxe does not broadcast it: pass {' or '.join(ways)}" if ways else ""
 
 
 def _fitting(name: str, shape: tuple[int, ...], expected: tuple[int, ...], within: str = "") -> str:
-    """The advice how to give an array of that shape the expected one.
+    """Advice on how to bring an array of this shape to the expected shape.
 
     ``within`` is the advice inside of ``jax.shard_map``, or "".
     """
     if shape == (*expected, 1):
-        return f"; take {name}[..., 0]"
+        return f"; pass {name}[..., 0]"
     if within:
         return within
     if shape == (1, *expected):
-        return f"; take {name}[0]"
+        return f"; pass {name}[0]"
     if len(shape) == 2 and shape == expected[::-1]:
-        return f"; take {name}.T"
+        return f"; pass {name}.T"
     if 1 in (len(shape), len(expected)) and math.prod(shape) == math.prod(expected):
-        return f"; take {name}.reshape({expected})"
+        return f"; pass {name}.reshape({expected})"
     return _not_broadcast(_broadcasts(name, shape, expected))
 
 
 def _within(options: Options) -> str:
-    """The advice inside of ``jax.shard_map``, or ""."""
+    """Advice inside of ``jax.shard_map``, or ""."""
     if options.axis_name or options.batch_axis_name:
-        return "; inside jax.shard_map shapes are those of one device: see its in_specs"
+        return "; inside jax.shard_map, shapes are those of one device: check its in_specs"
     return ""
 
 
 def _shift(name: str, labels: tuple[int, ...], rows: tuple[int, ...]) -> str:
-    """The advice for a language model, where a label is the token that follows, or ""."""
+    """Advice for a language model, whose labels are the next tokens, or ""."""
     if len(labels) != len(rows) or len(rows) < 2 or labels[:-1] != rows[:-1]:
         return ""
     if labels[-1] == rows[-1] - 1:
-        return f"; if these are the tokens that follow, pass {name}[..., :-1, :]"
+        return f"; if the labels are the next tokens, pass {name}[..., :-1, :]"
     if labels[-1] == rows[-1] + 1:
-        return "; if these are all tokens, pass those that follow, labels[..., 1:]"
+        return "; if the labels are all tokens, pass the next tokens, labels[..., 1:]"
     return ""
 
 
 def check_projection(
     hidden: Array, kernel: Array, options: Options, *, of_target: bool = False
 ) -> None:
-    """Raises unless hidden states, kernel and its options fit together.
+    """Raises unless hidden states, kernel, bias and scale fit together.
 
-    ``of_target``: whether they are a target's, and the names of the arguments begin so.
+    With ``of_target``, they belong to a target, and the argument names begin with "target_".
     """
     of = "target_" if of_target else ""
     bias = options.target_bias if of_target else options.bias
@@ -107,24 +107,24 @@ def check_projection(
     if kernel.ndim != 2 or kernel.shape[0] != size:
         advice = ""
         if kernel.ndim == 2 and kernel.shape[1] == size:
-            advice = "; of an embedding [K, D] pass its transpose, embedding.T"
+            advice = "; for an embedding [K, D], pass its transpose, embedding.T"
         elif hidden.ndim == 2 and kernel.shape[-1:] == hidden.shape[:1]:
             advice = f"; the order of arguments is {HEAD_ORDER}"
         raise ArgumentValueError(
             f"{of}kernel",
-            f"expected shape [D, K] with D = {size}, the last axis of {of}hidden "
+            f"expected shape [D, K] with D = {size}, the size of the last axis of {of}hidden "
             f"{hidden.shape}, got {kernel.shape}{advice}",
         )
     if kernel.shape[1] == 0:
         raise ArgumentValueError(
-            f"{of}kernel", f"expected [D, K] with at least one class, got {kernel.shape}"
+            f"{of}kernel", f"expected shape [D, K] with at least one class, got {kernel.shape}"
         )
     if bias is not None:
         expected = kernel.shape[1:]
         if bias.ndim == 0:
             raise ArgumentValueError(
                 f"{of}bias",
-                f"expected shape {expected}, one for each class, or None, got a scalar",
+                f"expected shape {expected}, one value per class, or None, got a scalar",
             )
         advice = _fitting(f"{of}bias", bias.shape, expected)
         _check_float(f"{of}bias", bias, expected, each="class", advice=advice)
@@ -134,7 +134,7 @@ def check_projection(
 def check_row_scale(
     name: str, scale: Array | None, rows: tuple[int, ...], options: Options
 ) -> None:
-    """Raises unless it has one element for each row."""
+    """Raises unless the scale is None or has one value per row."""
     if scale is not None:
         advice = as_scalar(name, scale.shape)
         advice = advice or _fitting(name, scale.shape, rows, _within(options))
@@ -142,23 +142,23 @@ def check_row_scale(
 
 
 def check_target_logits(shape: tuple[int, ...], target_logits: Array, options: Options) -> None:
-    """Raises unless they are of the same rows and classes as logits of that shape."""
+    """Raises unless the target logits have the shape of the model's logits, ``shape``."""
     check_logits("target_logits", target_logits, "logits, target_logits")
     if target_logits.shape != shape:
         advice = _fitting("target_logits", target_logits.shape, shape, _within(options))
         raise ArgumentValueError(
             "target_logits",
-            f"expected shape {shape}, that of the model's logits, got {target_logits.shape}"
+            f"expected shape {shape}, the shape of the model's logits, got {target_logits.shape}"
             f"{advice}",
         )
 
 
 def check_logits(name: str, x: Array, order: str = HEAD_ORDER) -> None:
-    """Raises unless x has one of the dtypes that the losses compute with, and an axis.
+    """Raises unless x has a dtype that the losses support, and at least one axis.
 
-    ``order`` is that of the arguments.
+    ``order`` is the order of the arguments, for the error.
     """
-    advice = "; cast it to one of these"
+    advice = "; cast it to one of these dtypes"
     if jnp.issubdtype(x.dtype, jnp.integer):
         advice = f"; the order of arguments is {order}"
     check_dtype(name, x.dtype, advice)
@@ -174,9 +174,9 @@ def check_rows(
     *,
     head: bool = False,
 ) -> None:
-    """Raises unless labels, masks and weights fit logits of that shape with those class axes.
+    """Raises unless labels, masks and weights fit logits of this shape with these class axes.
 
-    ``head``: whether the logits come from hidden states and a kernel.
+    With ``head``, the logits come from hidden states and a kernel.
     """
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     check_classes(options, shape, axes)
@@ -184,8 +184,8 @@ def check_rows(
     if options.returns_log_prob and is_dense(labels):
         raise ArgumentTypeError(
             "labels",
-            f"expected class indices of an integer dtype, got {labels.dtype}; for the expectation "
-            "of log-probabilities over dense targets call the loss",
+            f"expected class indices of an integer dtype, got {labels.dtype}; for dense targets, "
+            "call the loss, which is minus the expected log-probability",
         )
     if options.label_weights is None:
         _check_labels(labels, options, shape, axes, within=within, head=head)
@@ -193,7 +193,7 @@ def check_rows(
         _check_label_weights(labels, options, rows, within=within)
     if options.ignore_index is not None and (is_dense(labels) or options.label_weights is not None):
         kind = "dense targets" if is_dense(labels) else "label_weights"
-        padding = "" if is_dense(labels) else ", and give labels that are padding a weight of 0"
+        padding = "" if is_dense(labels) else ", and give padding labels a weight of 0"
         raise ArgumentValueError(
             "ignore_index",
             f"expected None with {kind}, got {options.ignore_index}; mask rows with where{padding}",
@@ -202,7 +202,7 @@ def check_rows(
 
 
 def check_classes(options: Options, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    """Raises unless there is one."""
+    """Raises unless there is at least one class."""
     if math.prod(shape[a] for a in axes) == 0:
         raise ArgumentValueError(
             "logits", f"expected at least one class along axis {options.axis}, got shape {shape}"
@@ -212,7 +212,7 @@ def check_classes(options: Options, shape: tuple[int, ...], axes: tuple[int, ...
 def check_masks_and_weights(
     options: Options, shape: tuple[int, ...], axes: tuple[int, ...], *, head: bool = False
 ) -> None:
-    """Raises unless they fit logits of that shape with those class axes."""
+    """Raises unless masks and weights fit logits of this shape with these class axes."""
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     classes, within = math.prod(shape[a] for a in axes), _within(options)
     weights, class_weights = options.weights, options.class_weights
@@ -221,14 +221,14 @@ def check_masks_and_weights(
     if weights is not None:
         advice = ""
         if options.label_weights is not None and weights.shape == options.label_weights.shape:
-            advice = "; multiply label_weights by a weight for each label"
+            advice = "; to weight single labels, multiply label_weights by these weights"
         elif weights.shape == (classes,) and not within:
-            advice = "; for a weight for each class pass class_weights"
+            advice = "; to weight classes, pass class_weights"
         advice += _fitting("weights", weights.shape, rows, within)
         _check_float("weights", weights, rows, each="row", advice=advice)
     if class_weights is not None:
         of_rows = class_weights.shape == rows and not within
-        advice = "; for a weight for each row pass weights" if of_rows else ""
+        advice = "; to weight rows, pass weights" if of_rows else ""
         advice += _fitting("class_weights", class_weights.shape, (classes,), within)
         _check_float("class_weights", class_weights, (classes,), each="class", advice=advice)
     if options.class_mask is not None:
@@ -244,14 +244,14 @@ def _check_labels(
     within: str,
     head: bool,
 ) -> None:
-    """Raises unless they are a label for each row, or dense targets."""
+    """Raises unless the labels are one class index per row, or dense targets."""
     rows = tuple(n for i, n in enumerate(shape) if i not in axes)
     dense = is_dense(labels)
     one_hot = "; cast one-hot labels to a float dtype"
     if len(axes) == 1:
         one_hot += f", or pass jnp.argmax(labels, axis={options.axis})"
     if not dense and not jnp.issubdtype(labels.dtype, jnp.integer):
-        advice = one_hot if labels.shape == shape else "; cast them to one of these"
+        advice = one_hot if labels.shape == shape else "; cast them to one of these dtypes"
         raise ArgumentTypeError(
             "labels",
             "expected class indices of an integer dtype or dense targets of a float dtype, "
@@ -260,7 +260,7 @@ def _check_labels(
     if labels.shape != (shape if dense else rows):
         other = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == labels.shape]
         if labels.shape == shape:
-            one_row = "" if rows else f"; logits of shape {shape} are of one row"
+            one_row = "" if rows else f"; logits of shape {shape} are a single row"
             advice = one_row + one_hot
         elif labels.shape == rows:
             advice = "; cast class indices to an integer dtype"
@@ -273,7 +273,7 @@ def _check_labels(
             advice = shift or _fitting("labels", labels.shape, expected, within)
         several = labels.shape[:-1] == rows and labels.ndim == len(rows) + 1
         if several and not dense and labels.shape[-1] != 1:
-            advice += f"; for several labels in a row pass label_weights of shape {labels.shape}"
+            advice += f"; for several labels per row, pass label_weights of shape {labels.shape}"
         raise ArgumentValueError(
             "labels",
             f"expected shape {rows} of integers (class indices) or {shape} of floats "
@@ -292,13 +292,13 @@ def _check_class_mask(
         return
     advice = _fitting("class_mask", mask.shape, (classes,), within)
     if mask.shape == rows and not within:
-        advice = f"; for a mask of rows pass where{advice}"
+        advice = f"; to mask rows, pass where{advice}"
     elif mask.ndim > 1 and not within:
         to = " logits to sxe.softmax_cross_entropy, with" if head else ""
-        advice = f"; for classes that cannot occur in some of the rows pass{to} where{advice}"
+        advice = f"; to mask classes in some rows only, pass{to} where{advice}"
     raise ArgumentValueError(
         "class_mask",
-        f"expected shape {(classes,)}, one for each class, got {mask.shape}{advice}",
+        f"expected shape {(classes,)}, one value per class, got {mask.shape}{advice}",
     )
 
 
@@ -318,18 +318,18 @@ def _check_label_weights(
     if labels.ndim != len(rows) + 1 or labels.shape[:-1] != rows:
         advice = within
         if labels.shape == rows:
-            advice = "; for one label in a row pass labels[..., None] and label_weights of that "
-            advice += "shape; for a weight for each row pass weights instead"
+            advice = "; for one label per row, pass labels[..., None] and label_weights of that "
+            advice += "shape; to weight rows, pass weights instead"
         elif labels.shape[1:] == rows and not within:
             advice = "; pass jnp.moveaxis(labels, 0, -1)"
         raise ArgumentValueError(
             "labels",
-            f"expected shape {several} with label_weights, M labels for each row along the last "
+            f"expected shape {several} with label_weights, M labels per row along the last "
             f"axis, got {labels.shape}{advice}",
         )
     advice = _fitting("label_weights", label_weights.shape, labels.shape, within)
     if label_weights.shape == rows != labels.shape:
-        advice = "; for a weight for each row pass weights" + advice
+        advice = "; to weight rows, pass weights" + advice
     _check_float("label_weights", label_weights, labels.shape, each="label", advice=advice)
 
 
@@ -351,11 +351,11 @@ def _check_where(
     masks = f"{rows} (rows)" if head else f"{rows} (rows) or {shape} (classes)"
     advice = _fitting("where", where.shape, rows, within)
     of_classes = _broadcasts("where", where.shape, shape, axes)
-    if of_classes and not within and not advice.startswith("; take"):
+    if of_classes and not within and not advice.startswith("; pass"):
         if head:
             advice += (
-                "; to leave classes out of all rows pass class_mask, to leave them out of some "
-                "rows pass logits to sxe.softmax_cross_entropy"
+                "; to mask classes in all rows, pass class_mask; to mask them in some rows only, "
+                "pass logits to sxe.softmax_cross_entropy"
             )
         else:
             advice = _not_broadcast(_broadcasts("where", where.shape, rows) + of_classes)
@@ -367,13 +367,13 @@ def _check_where(
 def check_jet(inputs: Any, options: Options) -> bool:
     """Whether ``jax.experimental.jet`` differentiates a call with these inputs.
 
-    Raises where jet would fail with an error that does not say why.
+    Raises for calls in which jet would fail with an error that does not tell the reason.
     """
     if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
         return False
     reason = (
-        "in a call that jax.experimental.jet differentiates, because jet can't differentiate any "
-        "function that has a custom rule"
+        "in a call that jax.experimental.jet differentiates, because jet cannot differentiate "
+        "functions with custom rules"
     )
     if options.rule != "autodiff":
         raise ArgumentValueError(

@@ -1,4 +1,4 @@
-"""Which implementation computes the functions of rows of a call: XLA, or the kernels for GPUs."""
+"""The implementation of a call's row functions: XLA, or the row kernels for GPUs."""
 
 import dataclasses
 
@@ -18,9 +18,9 @@ def choose(
     dtype: DTypeLike,
     shape: tuple[int, ...],
 ) -> Backend:
-    """The backend with that choice, for logits of this shape [..., K] and dtype.
+    """The backend with the chosen implementation, for logits of this shape [..., K] and dtype.
 
-    None is XLA, until more of what the kernels do has been measured.
+    None chooses XLA, until more of the kernels has been measured.
     """
     if implementation != "mosaic_gpu":
         return backend
@@ -28,13 +28,13 @@ def choose(
     if needed is None and dtype == jnp.float64:
         needed = "bfloat16, float16 or float32, got float64"
     if needed is None and not are_known(*shape):
-        needed = f"sizes that are known, got shape {shape}"
+        needed = f"sizes that are known at trace time, got shape {shape}"
     if needed is not None:
         raise unserved(needed)
     return dataclasses.replace(backend, uses_row_kernels=True)
 
 
 def check_rule(rule: str, backend: Backend) -> None:
-    """Raises for the kernels in a head by a rule by which JAX differentiates its chunks."""
+    """Raises if a head would use the kernels with another rule than "vjp"."""
     if backend.uses_row_kernels and rule != "vjp":
         raise unserved(f"rule 'vjp' in the head, got {rule!r}")

@@ -1,9 +1,10 @@
-"""Labels out of range as an error under ``checkify``, at no cost where nobody asks for it.
+"""Check the range of labels under ``checkify``, with no computation in other programs.
 
-``checkify.debug_check`` by itself leaves an effect in every program that holds it, and a jitted
-program with an effect is dispatched slowly and can't be serialised. So the check is the inner
-program, ``call_jaxpr``, of a primitive that is the identity on the labels and has no effect. Of a
-primitive that it does not know, checkify rewrites the inner program and binds it in its place.
+``checkify.debug_check`` itself leaves an effect in every program that contains it. A jitted
+program with an effect is dispatched slowly and cannot be serialized. Therefore the check is the
+inner program, ``call_jaxpr``, of a primitive that is the identity on the labels and has no
+effect. checkify rewrites the inner program of a primitive that it does not know, and binds it in
+place of the primitive.
 """
 
 import math
@@ -20,7 +21,7 @@ from sxe._primitives import CallPrimitive
 
 
 def checked(labels: Array, bad: Array, classes: int, advice: str) -> Array:
-    """The labels, where under ``checkify`` the first bad one raises an error with that advice."""
+    """The labels. Under ``checkify``, the first bad one raises an error with this advice."""
     (labels,) = _bind(labels, bad, classes=classes, advice=advice, mapped=())
     return labels
 
@@ -33,10 +34,11 @@ def _bind(
     advice: str,
     mapped: tuple[tuple[int | None, int | None], ...],
 ) -> Any:
-    """``mapped`` has the axes of labels and bad that each ``jax.vmap`` maps, the innermost first.
+    """Bind the primitive.
 
-    The inner program moves these axes to the front, so that the one around it has neither to move
-    nor to repeat labels.
+    ``mapped`` has the axes of labels and bad that each ``jax.vmap`` maps, the innermost vmap first.
+    The inner program moves these axes to the front, so that the outer program neither moves nor
+    repeats labels.
     """
 
     def check(labels: Array, bad: Array) -> list[Array]:
@@ -60,16 +62,16 @@ def _bind(
 
 
 def _mapped_first(x: Array, mapped: Sequence[int | None]) -> Array:
-    """x with its mapped axes in front, the outermost vmap's first, and of size 1 for None."""
+    """x with its mapped axes in front, the outermost vmap's first; size 1 for None."""
     for to, axis in enumerate(reversed(mapped)):
         x = jnp.expand_dims(x, to) if axis is None else jnp.moveaxis(x, to + axis, to)
     return x
 
 
 def _check(labels: Array, bad: Array, classes: int, advice: str, *, vmaps: int) -> None:
-    """labels and bad [..., N], or of size 1 along any of the leading axes, those of the vmaps."""
+    """labels and bad are [..., N]. The leading axes belong to vmaps, and may have size 1."""
     shape = jnp.broadcast_shapes(labels.shape, bad.shape)
-    # Indices are reduced, not flattened: an array sharded along a later axis cannot be.
+    # Reduce over indices: an array that is sharded along a later axis cannot be flattened.
     row = jnp.zeros(shape, jnp.int32)
     for axis in range(len(shape)):
         row = row * shape[axis] + lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -1,4 +1,4 @@
-"""How a mesh splits the arrays of a call, and ``jax.shard_map`` around it."""
+"""The sharding of a call's arrays over a mesh, and ``jax.shard_map`` around the call."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from sxe._errors import ArgumentValueError, unserved
 
 
 class Inputs(Protocol):
-    """The arguments of a call: a named tuple of arrays, and of the options."""
+    """The arguments of a call: a named tuple of arrays and the options."""
 
     @property
     def options(self) -> Any: ...
@@ -27,14 +27,14 @@ CallInputs = TypeVar("CallInputs", bound=Inputs)
 
 
 class Layout(NamedTuple):
-    """Which mesh axes split rows and classes of global arrays.
+    """The mesh axes that shard rows and classes of global arrays.
 
     Attributes:
-      mesh: of devices.
-      rows: for each of the rows' axes, from the first on, the mesh axes that split it.
-      classes: the mesh axes that split the classes.
-      fsdp: some of those that split the rows, if they split the head's kernel [D, K] along D too.
-      kinds: of mesh axes that are divided here; axes of other kinds are left to the compiler.
+      mesh: the mesh of devices.
+      rows: for each axis of the rows, from the first on, the mesh axes that shard it.
+      classes: the mesh axes that shard the classes.
+      fsdp: those of the rows' mesh axes that also shard the head's kernel [D, K] along D.
+      kinds: the kinds of mesh axes that are made manual here. The compiler handles the others.
     """
 
     mesh: Any
@@ -45,20 +45,23 @@ class Layout(NamedTuple):
 
     @property
     def batch(self) -> AxisName:
-        """The mesh axes that split the rows, along whichever of their axes."""
+        """The mesh axes that shard the rows, along any of their axes."""
         return tuple(name for axes in self.rows for name in axis_names(axes)) or None
 
     @property
     def _used(self) -> set[str]:
-        """The mesh axes that split anything."""
+        """The mesh axes that shard anything."""
         return {n for axes in (self.batch, self.classes, self.fsdp) for n in axis_names(axes)}
 
     def of_rows(self) -> PartitionSpec:
         return PartitionSpec(*self.rows)
 
     def of_logits(self, ndim: int, class_axes: tuple[int, ...]) -> PartitionSpec:
-        """Of logits with so many axes. A label is a flat index over the class axes, in that order,
-        so that shards of consecutive classes are those of the first one."""
+        """The spec of logits with ``ndim`` axes.
+
+        A label is a flat index over the class axes, in their given order. Shards of consecutive
+        classes are therefore shards along the first class axis.
+        """
         rows = iter(self.rows)
         split = {class_axes[0]: self.classes}
         return PartitionSpec(
@@ -82,7 +85,7 @@ class Layout(NamedTuple):
             "label_weights": self.of_rows(),
             "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
             "target_logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
-            # As either logits or rows. Class indices with as many axes have several in each row.
+            # Sharded as the logits or the rows. Class indices with ndim axes are several per row.
             "labels": of_logits if x.ndim == ndim and is_dense(x) else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),
         }
@@ -96,22 +99,22 @@ class Layout(NamedTuple):
                 if axis_names(axes) == axis_names(self.classes):
                     advice = "pad the classes, and mask them with class_mask"
                 elif name in ("kernel", "target_kernel"):
-                    advice = "split it along other axes or none"
+                    advice = "shard it over other mesh axes, or over none"
                 raise ArgumentValueError(
                     name,
-                    f"expected a size along axis {axis} that is a multiple of {devices}, "
-                    f"the devices along mesh axes {axis_names(axes)}, got shape {x.shape}; "
+                    f"expected a size along axis {axis} that is a multiple of {devices}, the "
+                    f"number of devices along {axis_names(axes)}, got shape {x.shape}; "
                     f"{advice}",
                 )
 
     def specs(self, inputs: Any, ndim: int, class_axes: tuple[int, ...]) -> Any:
-        """Of the inputs of a call, by the names of their fields."""
+        """The specs of the inputs of a call, by the names of their fields."""
         most = ndim - len(class_axes)
         if len(self.rows) > most:
             raise ArgumentValueError(
                 "batch",
                 f"expected entries for at most {most} axes, those of the rows, got "
-                f"{PartitionSpec(*self.rows)}; classes names what splits the classes",
+                f"{PartitionSpec(*self.rows)}; pass the mesh axes of the classes as classes",
             )
 
         def spec(path: tuple[Any, ...], x: Array) -> PartitionSpec:
@@ -131,9 +134,9 @@ class Layout(NamedTuple):
         ndim: int,
         out: Any,
     ) -> Any:
-        """result(inputs) of each device's part of global inputs, in ``jax.shard_map``."""
-        # Inside a jax.shard_map over other mesh axes, the options name those, and the axes of this
-        # layout split what each device of that shard_map has.
+        """result(inputs) for the shards of global inputs on each device, in ``jax.shard_map``."""
+        # Inside a jax.shard_map over other mesh axes, the options name those axes. The axes of this
+        # layout then shard the arrays that each device of that shard_map has.
         options = inputs.options
         batch_axis_name = axis_names(options.batch_axis_name)
         options = options.replace(
@@ -151,45 +154,44 @@ class Layout(NamedTuple):
             mapped = {name for name in names - free if kinds[name] == AxisType.Explicit}
             if by_kernel and mapped:
                 raise unserved(
-                    "no jax.vmap over an axis that an Explicit mesh splits, got one split along "
-                    f"{sorted(mapped)} (an axis of rows may be left to the call instead)"
+                    "a call outside of jax.vmap over an axis that an Explicit mesh shards, got one "
+                    f"sharded over {sorted(mapped)} (it can be an axis of rows instead)"
                 )
             names &= free
             if taken := self._used - names:
                 raise ArgumentValueError(
                     "batch, classes",
-                    f"expected mesh axes other than {sorted(taken)}, which split "
-                    "the axis that an enclosing jax.vmap maps; name others, or jax.reshard what "
-                    "is mapped",
+                    f"expected mesh axes other than {sorted(taken)}, which shard the axis that an "
+                    "enclosing jax.vmap maps; name other axes, or jax.reshard the mapped arrays",
                 )
-            # Types say how the inputs are split, and must say what shard_map is told.
+            # The sharding in the types of the inputs must be the one that shard_map is given.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
-        # No mesh axis is left to divide anything, or by their types no input is split. A kernel for
-        # GPUs needs a shard_map even then.
+        # No mesh axis is left to shard anything, or by their types no input is sharded. A kernel
+        # for GPUs needs a shard_map even if no input is sharded.
         is_whole = self.kinds == (AxisType.Explicit,) and not self._used
         if not names or (is_whole and not by_kernel):
             return result(inputs)
         if of_vmap := vmap_axes(batch_axis_name):
             raise ArgumentValueError(
                 "batch_axis_name",
-                f"expected no axis of a jax.vmap, got {of_vmap[0]!r}, where an "
-                "Explicit mesh splits other axes: JAX has no lax.psum along it there; use "
+                f"expected no axis of a jax.vmap, got {of_vmap[0]!r} with an Explicit mesh that "
+                "shards other axes: JAX cannot compute lax.psum over it there; use "
                 "return_metrics=True, and sum loss_sum and weight_sum",
             )
         spmd = spmd_axes(self.mesh) if explicit else None
         if spmd:
             raise ArgumentValueError(
                 "spmd_axis_name",
-                f"expected none from jax.vmap, got {sorted(spmd)}, which are "
-                "Explicit mesh axes that do not split what is mapped; leave it out, or jax.reshard "
-                "what is mapped, so that they do",
+                f"expected jax.vmap without spmd_axis_name, got {sorted(spmd)}, which are Explicit "
+                "mesh axes that do not shard the mapped arrays; omit spmd_axis_name, or use "
+                "jax.reshard to shard the mapped arrays over these axes",
             )
         return jax.shard_map(
             result, mesh=self.mesh, in_specs=(specs,), out_specs=out, axis_names=names
         )(inputs)
 
     def _reshard(self, kinds: dict[str, AxisType], x: Array, spec: PartitionSpec) -> Array:
-        """x split in that way along Explicit mesh axes; types do not know of others."""
+        """Shard x by the spec along Explicit mesh axes. Types do not name other axes."""
         known = [
             tuple(name for name in axis_names(axes) if kinds[name] == AxisType.Explicit) or None
             for axes in spec
@@ -198,7 +200,7 @@ class Layout(NamedTuple):
 
 
 def layout_of_logits(logits: Array, class_axes: tuple[int, ...]) -> Layout:
-    """The layout that the type of logits has, on an explicit mesh."""
+    """The layout that the type of the logits describes, on an Explicit mesh."""
     split = sharding(logits)
     rows = tuple(axes for i, axes in enumerate(split) if i not in class_axes)
     layout = Layout(
@@ -208,16 +210,16 @@ def layout_of_logits(logits: Array, class_axes: tuple[int, ...]) -> Layout:
     if split != tuple(spec):
         raise ArgumentValueError(
             "logits",
-            f"expected class axes of which at most the first, {class_axes[0]}, is split by the "
-            f"mesh, got {jax.typeof(logits)}; use jax.reshard(logits, {spec})",
+            f"expected class axes of which at most the first, {class_axes[0]}, is sharded, got "
+            f"{jax.typeof(logits)}; use jax.reshard(logits, {spec})",
         )
     return layout
 
 
 def layout_of(hidden: Array, kernel: Array, *, of: str = "") -> Layout:
-    """The layout that the types of these have, on an explicit mesh.
+    """The layout that the types of hidden and kernel describe, on an Explicit mesh.
 
-    The names of the arguments begin with ``of``.
+    ``of`` is the prefix of the argument names.
     """
     *rows, hidden_axis = sharding(hidden)
     kernel_rows, classes = sharding(kernel)
@@ -227,14 +229,13 @@ def layout_of(hidden: Array, kernel: Array, *, of: str = "") -> Layout:
     if hidden_axis is not None:
         raise ArgumentValueError(
             f"{of}hidden",
-            "expected a last axis that no mesh axis splits, got "
-            f"{jax.typeof(hidden)}; jax.reshard it",
+            f"expected a last axis that is not sharded, got {jax.typeof(hidden)}; use jax.reshard",
         )
     both = set(axis_names(layout.batch)) & set(axis_names(classes))
     if both:
         raise ArgumentValueError(
             f"{of}kernel",
-            f"expected classes split along other mesh axes than the rows, got {both} for "
+            f"expected classes that are sharded over other mesh axes than the rows, got {both} for "
             f"both ({jax.typeof(hidden)}, {jax.typeof(kernel)}); jax.reshard one of them",
         )
     if set(axis_names(kernel_rows)) <= set(axis_names(layout.batch)):
@@ -243,10 +244,11 @@ def layout_of(hidden: Array, kernel: Array, *, of: str = "") -> Layout:
 
 
 def join_shards(inputs: CallInputs, class_axes: tuple[int, ...], *, ndim: int) -> CallInputs:
-    """The same with all classes at hand, if each example of a ``jax.vmap`` holds a shard of them.
+    """The inputs with all classes, if each example of a ``jax.vmap`` holds a shard of them.
 
-    Where JAX runs the backward pass of a ``jax.custom_vjp``, that axis has no name any more, and
-    cotangents are shares in some calls but not in others. So no rule may have a lax.psum over it.
+    In the backward pass of a ``jax.custom_vjp``, JAX no longer knows the name of this axis, and
+    cotangents are shares of the sum in some calls but not in others. So no rule may compute a
+    lax.psum over it.
     """
     names = mapped_axes(inputs.options.axis_name)
     if not names:

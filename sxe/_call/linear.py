@@ -1,4 +1,4 @@
-"""From a caller's hidden states, kernel and options to what the head takes."""
+"""From a caller's hidden states, kernel and options to the inputs of the head."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 
 class Linear(NamedTuple):
-    """What makes logits of hidden states, as a caller passes it. None: that part is off.
+    """The arrays that give logits, as a caller passes them. A part that is None is off.
 
     Attributes:
       hidden: [..., D], or the logits themselves, [..., K].
       kernel: [D, K], or None for logits.
       bias: [K].
-      logit_scale: a scalar, or [...] with one for each row.
+      logit_scale: a scalar, or [...] with one value per row.
       softcap: a scalar.
     """
 
@@ -43,7 +43,7 @@ class Linear(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the product."""
+        """The dtype of the product."""
         operands = (self.hidden,) if self.kernel is None else (self.hidden, self.kernel)
         return jnp.result_type(*operands)
 
@@ -52,7 +52,7 @@ class Linear(NamedTuple):
         return of_each_row(self.logit_scale)
 
     def has_loss(self, axis_name: AxisName, backend: Backend) -> Array:
-        """Which rows have a loss as far as is known before their product, bool [...]."""
+        """Rows that have a loss, as far as is known before the product, bool [...]."""
         if self.kernel is None:
             found = has_loss(self.hidden, axis_name, backend)
         else:
@@ -63,7 +63,7 @@ class Linear(NamedTuple):
 def head_of(
     f: RowFunction, sides: Sequence[Linear], options: Options, *, ranks: bool = False
 ) -> Head:
-    """How rows of a call go through the head."""
+    """The configuration of the head for the rows of a call."""
     return Head(
         f=f,
         products=tuple(
@@ -80,7 +80,7 @@ def head_of(
 
 
 def _dtypes(sides: Sequence[Linear]) -> list[jnp.dtype]:
-    """Of each product: float64 for all of them if it is that of one."""
+    """The dtype of each product: float64 for all if any of them has it."""
     wide = wide_of(sides)
     return [wide if wide == jnp.float64 else side.dtype for side in sides]
 
@@ -93,10 +93,10 @@ def wide_of(sides: Sequence[Linear]) -> jnp.dtype:
 def projections_of(
     sides: Sequence[Linear], options: Options
 ) -> tuple[tuple[Projection, ...], HiddenRows]:
-    """What rows share, and what each row has, [N, ...]."""
+    """The projections that all rows share, and the hidden states of each row, [N, ...]."""
     class_mask, dtype = options.class_mask, wide_of(sides)
     if class_mask is not None:
-        # Without a class no row counts, and none is masked, so that the rows' logits are finite.
+        # If no class can occur, no row counts. Mask no class then, so that all logits are finite.
         class_mask = class_mask | ~any_class(class_mask, options.axis_name)
 
     def wide(x: Array | float | None) -> Array | None:
@@ -116,7 +116,7 @@ def projections_of(
 
 
 def _wide_kernel(hidden: Array, kernel: Array, options: Options, dtype: DTypeLike) -> Array:
-    # Wide here and narrow again in the rule, so that a gradient is rounded once, after all sums.
+    # Widen here and narrow again in the rule, so that a gradient is rounded once, after all sums.
     fsdp = None if options.layout is None else options.layout.fsdp
     if fsdp is None:
         return kernel.astype(dtype)
@@ -124,17 +124,17 @@ def _wide_kernel(hidden: Array, kernel: Array, options: Options, dtype: DTypeLik
 
 
 def flat_rows(x: T, shape: tuple[int, ...]) -> T:
-    """Arrays [..., F] of rows with that shape as [N, F]."""
+    """Reshape arrays [..., F], whose rows have this shape, to [N, F]."""
     return jax.tree.map(lambda a: a.reshape(math.prod(shape), *a.shape[len(shape) :]), x)
 
 
 def typed_alike(
     shared: Shared, hidden: HiddenRows, rows: Rows, axis_name: AxisName
 ) -> tuple[Shared, HiddenRows, Rows]:
-    """The same, typed as varying along the same mesh axes; what has no classes, not along theirs.
+    """Cast the inputs to vary over the same mesh axes, or, without classes, over those of the rows.
 
-    shard_map wants a cotangent in the type of its input. The transpose of this cast is where the
-    gradients of hidden states, once, and of the kernel are summed over devices.
+    shard_map needs a cotangent of the same type as its input. The transpose of this cast sums the
+    gradients over devices: those of hidden states once per call, and that of the kernel.
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((shared, hidden, rows))))
 

@@ -1,4 +1,4 @@
-"""The options of a call, each named once."""
+"""The options of a call, each declared once."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ REDUCTIONS = ("mean", "sum", "none")
 IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 
 
-# The keyword arguments of the losses, for type checkers: what the result is depends on one of them.
+# The losses' keyword arguments, for type checkers: return_metrics decides the type of the result.
 
 
 class _CommonOptions(TypedDict, total=False):
@@ -61,7 +61,7 @@ class HeadOptions(_CommonOptions, total=False):
 
 
 def _option(parse: Callable[[str, Any], Any], default: Any = None, *, static: bool = False) -> Any:
-    """A field: how what a caller passes is checked; and whether it chooses a program."""
+    """A field with the function that checks its argument. A static field selects a program."""
     return dataclasses.field(default=default, metadata={"parse": parse, "static": static})
 
 
@@ -70,26 +70,26 @@ def _array(name: str, value: ArrayLike | None) -> Array | None:
 
 
 def _label_smoothing(name: str, value: ArrayLike) -> Array | float | None:
-    expected = "a number in [0, 1] (0.0 is off)"
+    expected = "a number in [0, 1] (0.0 turns it off)"
     return arguments.number(name, value, expected, fits=lambda a: 0 <= a <= 1, off=0)
 
 
 def _z_loss(name: str, value: ArrayLike) -> Array | float | None:
-    expected = "a finite number of at least 0 (0.0 is off)"
+    expected = "a finite number of at least 0 (0.0 turns it off)"
     return arguments.number(name, value, expected, fits=lambda z: 0 <= z < math.inf, off=0)
 
 
 def _logit_scale(name: str, value: ArrayLike) -> Array | float | None:
-    if isinstance(value, list | tuple) or (hasattr(value, "ndim") and value.ndim):  # of each row
+    if isinstance(value, list | tuple) or (hasattr(value, "ndim") and value.ndim):  # one per row
         return arguments.array(name, value)
-    expected = "a finite number (1.0 is off)"
+    expected = "a finite number (1.0 turns it off)"
     return arguments.number(name, value, expected, fits=math.isfinite, off=1)
 
 
 def _softcap(name: str, value: ArrayLike | None) -> Array | float | None:
     if value is None:
         return None
-    expected = "a number above 0 (None is off)"
+    expected = "a number above 0 (None turns it off)"
     return arguments.number(name, value, expected, fits=lambda c: c > 0, off=math.inf)
 
 
@@ -130,19 +130,19 @@ def chunk_size(name: str, value: Any) -> int | None:
 
 
 def of_each_row(scale: Array | float | None) -> Array | None:
-    """The scale if each row has one of its own, [...]."""
+    """The scale if it has one value per row, [...], else None."""
     return scale if isinstance(scale, Array) and scale.ndim else None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a caller chose. An option of None is off.
+    """The options that a caller passed. An option of None is off.
 
-    Arrays, and numbers that may be traced, come first. The others are static: they choose a
-    program. Each field has the name of the argument that it comes from, but for two: ``layout``
-    says how a mesh splits global arrays, and ``returns_log_prob`` whether the result is the
-    log-probability of the label and the entropy, in place of the loss.
+    Arrays, and numbers that may be traced, come first. The others are static: they select a
+    program. Fields are named like their arguments, except for two. ``layout`` tells how a mesh
+    shards global arrays. ``returns_log_prob`` requests the log-probability of the label and the
+    entropy instead of the loss.
     """
 
     label_weights: Array | None = _option(_array)
@@ -175,7 +175,7 @@ class Options:
 
     @property
     def row_scale(self) -> Array | None:
-        """The logit_scale if each row has one of its own, [...]."""
+        """The logit_scale if it has one value per row, [...], else None."""
         return of_each_row(self.logit_scale)
 
     @property
@@ -185,7 +185,7 @@ class Options:
 
     @property
     def leaves_rows_out(self) -> bool:
-        """Whether some rows may count where others do not. A class mask leaves out all or none."""
+        """Whether some rows may count and others not. A class mask excludes all rows or none."""
         return any(a is not None for a in (self.where, self.weights, self.ignore_index))
 
     @property
@@ -193,7 +193,7 @@ class Options:
         return self.returns_log_prob or self.return_metrics
 
     def of_rows(self) -> dict[str, Array | None]:
-        """The arrays among them that a mesh splits as it splits logits, by their names."""
+        """By name, the arrays that are sharded along the axes of the logits."""
         names = ("label_weights", "where", "weights", "class_weights", "class_mask")
         scales = {"logit_scale": self.row_scale, "target_logit_scale": self.target_row_scale}
         return {name: getattr(self, name) for name in names} | scales
@@ -203,9 +203,9 @@ class Options:
 
 
 def parse(**given: Any) -> Options:
-    """The options of one call, each checked as far as that needs no other argument.
+    """The options of one call, each checked as far as possible without the other arguments.
 
-    One that is not given is off.
+    Options that are not passed are off.
     """
     fields = {field.name: field for field in dataclasses.fields(Options)}
     options = Options(
@@ -215,6 +215,6 @@ def parse(**given: Any) -> Options:
     if both:
         raise ArgumentValueError(
             "batch_axis_name",
-            f"expected other mesh axes than axis_name, got {sorted(both)} in both",
+            f"expected mesh axes that axis_name does not contain, got {sorted(both)} in both",
         )
     return options

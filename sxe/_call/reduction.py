@@ -1,4 +1,4 @@
-"""Row losses to the result: weights, the three reductions, and the metrics beside them."""
+"""From the values of rows to the result: weights, the three reductions, and the metrics."""
 
 from typing import Any, NamedTuple
 
@@ -15,27 +15,28 @@ from sxe._rows.targets import Rows, Targets
 
 
 class Metrics(NamedTuple):
-    """What a training loop wants beside the loss. No gradient passes through any of it.
+    """What ``return_metrics=True`` returns in addition to the loss, without gradients.
 
-    A row does not count if a mask or ``ignore_index`` says so, or if its weight is 0. No comparison
-    takes it for right. What a jitted program does not use of the metrics is not computed.
+    A row counts unless it is masked out, ignored, or has weight 0. A row that does not count never
+    looks like a correct prediction. A jitted program computes only the metrics that it uses.
 
     Attributes:
-      loss_sum: the sum of the weighted row losses, a scalar; over the global batch where
-        ``batch_axis_name`` is given.
+      loss_sum: the sum of the weighted row losses, a scalar; with ``batch_axis_name``, over the
+        global batch.
       weight_sum: the denominator of the mean, a scalar, likewise. ``loss_sum / weight_sum`` is the
-        mean. Both summed first, over shards or accumulation steps, it is the mean over them all.
-      lse: log sum_k exp(logits_k) of each row, [...], and 0 where the row does not count.
-      predictions: the class of each row's largest logit, the first of equal ones, [...] int32, and
-        -1 where the row does not count.
-      max_probability: the probability of that class, [...], 0 where the row does not count, and NaN
-        where it has no distribution: with a NaN, with +inf, or with -inf alone.
-      label_rank: how many classes have a larger logit than the label's, [...] int32: 0 is right,
-        and below k is right among the top k. Equal logits are not larger. It is the number of all
-        classes, masked ones too, where the row does not count, has no distribution, or has a label
-        that is no class. None with dense targets or label_weights: rows then have not one label.
-      entropy: -sum_k q_k log q_k of each row, with q = softmax(logits), [...], 0 where the row does
-        not count, and NaN where it has no distribution.
+        mean. To average over shards or accumulation steps, sum both first, then divide.
+      lse: log sum_k exp(logits_k) of each row, [...]; 0 where the row does not count.
+      predictions: the class of each row's largest logit, the first of equal ones, int32 [...]; -1
+        where the row does not count.
+      max_probability: the probability of that class, [...]; 0 where the row does not count, and NaN
+        where its logits have no softmax: they contain NaN or +inf, or all are -inf.
+      label_rank: the number of classes with a larger logit than the label's, int32 [...]. A rank of
+        0 is a correct prediction; a rank below k is one of the top k. Equal logits are not larger.
+        The rank is the number of all classes, masked ones included, where the row does not count,
+        has no softmax, or has a label outside of [0, K). None for dense targets and with
+        label_weights, where rows do not have a single label.
+      entropy: -sum_k q_k log q_k of each row, with q = softmax(logits), [...]; 0 where the row does
+        not count, and NaN where it has no softmax.
     """
 
     loss_sum: Array
@@ -48,11 +49,11 @@ class Metrics(NamedTuple):
 
 
 class LogProbAndEntropy(NamedTuple):
-    """What ``sxe.log_prob_and_entropy`` returns, both differentiable.
+    """The result of ``sxe.log_prob_and_entropy``. Both arrays are differentiable.
 
     Attributes:
-      log_prob: log q_y of each row's label y, [...], and 0 where the row does not count.
-      entropy: -sum_k q_k log q_k of each row, [...], and 0 where the row does not count.
+      log_prob: log q_y for the label y of each row, [...]; 0 where the row does not count.
+      entropy: -sum_k q_k log q_k of each row, [...]; 0 where the row does not count.
     """
 
     log_prob: Array
@@ -64,10 +65,10 @@ export.register_namedtuple_serialization(LogProbAndEntropy, serialized_name="sxe
 
 
 class Sums(NamedTuple):
-    """sum_i w_i loss_i, the mean's denominator, and how many rows have a part in the mean.
+    """The sum of w_i loss_i, the denominator of the mean, and the number of rows in the mean.
 
-    All are over the global batch. ``parts`` is None without weights: ``weight`` is then the number
-    of these rows.
+    All are over the global batch. ``parts`` is None without weights, because ``weight`` is then the
+    number of rows.
     """
 
     loss: Array
@@ -76,18 +77,18 @@ class Sums(NamedTuple):
 
 
 def sum_rows(loss: Array, rows: Rows, options: Options) -> Sums:
-    """``loss`` is the sum of this device's weighted row losses."""
+    """The sums of a call. ``loss`` is the sum of the weighted row losses on this device."""
     return Sums(sum_over(loss, options.batch_axis_name), *sum_weights(rows, options))
 
 
 def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
-    """``weight`` and ``parts`` of the sums, which are known before the losses are."""
+    """``weight`` and ``parts`` of the sums, which are known before the losses."""
     batch_axis_name = options.batch_axis_name
     weight = sum_over(jnp.sum(rows.norm), batch_axis_name)
     if options.weights is None and options.class_weights is None:
         return weight, None
-    # A row whose label has class weight 0 adds nothing to the denominator, but with smoothing or a
-    # z-loss it adds to the loss, and so has a part.
+    # A row whose label has class weight 0 adds nothing to the denominator. With label smoothing or
+    # a z-loss it still adds to the loss, and so has a part.
     z = 0 if options.z_loss is None else options.z_loss
     has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
     parts = jnp.sum(has_part, dtype=weight.dtype)
@@ -95,24 +96,24 @@ def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
 
 
 def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
-    """What the sum of losses is divided by, from ``sum_weights``.
+    """The divisor of the sum of losses, from ``sum_weights``.
 
-    A mean over nothing is 0, and so is its gradient. One over rows whose weights sum to 0 has no
-    value: it is NaN, and so is its gradient.
+    A mean over no rows is 0, with a gradient of 0. A mean over rows whose weights sum to 0 is NaN,
+    with a gradient of NaN.
     """
     if reduction == "sum":
         return jnp.ones_like(weight)
     if parts is None:
         return jnp.where(weight == 0, jnp.inf, weight)
     weight = jnp.where(parts == 0, jnp.inf, weight)
-    # 0 / 0 and not a constant NaN, which would trip debug_nans where the weights are good.
+    # A constant NaN would trip debug_nans even for good weights. 0 / 0 does not.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 
 
 def reduce_rows(weighed: Array, weight: Array, options: Options) -> Array:
-    """The sum or mean of rows without targets, or of "none" the rows, from w_i value_i and w_i.
+    """Reduce w_i value_i of rows without targets: to their sum or mean, or, for "none", not at all.
 
-    ``weighed`` may be the sum of these already.
+    ``weighed`` is w_i value_i, or the sum of it. ``weight`` is w_i.
     """
     if options.reduction == "none":
         return weighed
@@ -122,7 +123,7 @@ def reduce_rows(weighed: Array, weight: Array, options: Options) -> Array:
 
 
 def ranks_labels(labels: Array, options: Options) -> bool:
-    """Whether the metrics have a label_rank. Each row must have one label."""
+    """Whether the metrics have a label_rank. It needs one label per row."""
     return options.return_metrics and options.label_weights is None and not is_dense(labels)
 
 
@@ -134,7 +135,7 @@ def metrics(
     *,
     classes: int,
 ) -> Metrics:
-    """Where a mesh axis splits the classes, ``classes`` is the number of this device's."""
+    """The metrics. ``classes`` is the number of classes on this device."""
     (results, ranking), axis_name = results_and_ranking, options.axis_name
     counts = rows.weight != 0
     _, lse, p, entropy = lax.stop_gradient(results)
@@ -145,7 +146,7 @@ def metrics(
     label_rank = None
     if ranking.larger is not None:
         number = classes if axis_name is None else classes * lax.axis_size(axis_name)
-        # The total is NaN where the label is no class.
+        # The total is NaN where the label is not in [0, K).
         is_ranked = counts & ~jnp.isnan(p) & ~jnp.isnan(rows.targets.total)
         label_rank = jnp.where(is_ranked, psum(ranking.larger, axis_name), number)
     return Metrics(
@@ -159,15 +160,15 @@ def metrics(
 
 
 def log_prob_and_entropy(results: Results, rows: Rows) -> LogProbAndEntropy:
-    """Of rows that each have one label of target 1."""
+    """The result for rows that each have one label, of target 1."""
     assert results.entropy is not None
-    # The total is NaN where the label is no class. Both results say so.
+    # The total is NaN where the label is not in [0, K). Then both results are NaN.
     entropy = results.entropy + 0 * rows.targets.total
     return LogProbAndEntropy(keep(rows.mask, 0 - results.loss), keep(rows.mask, entropy))
 
 
 def result_specs(labels: Array, options: Options, rows: PartitionSpec) -> Any:
-    """How a result is split over a mesh that splits the rows so: sums are on every device."""
+    """The partition specs of a result, for rows sharded as in ``rows``. Sums are replicated."""
     if options.returns_log_prob:
         return LogProbAndEntropy(rows, rows)  # type: ignore[arg-type]
     one = PartitionSpec()

@@ -1,4 +1,4 @@
-"""Labels and options to targets for each class, and which rows count."""
+"""From labels and options to targets for each class, and to the rows that count."""
 
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ from sxe._rows.twins import dense_targets
 
 
 def any_class(x: Array, axis_name: AxisName) -> Array:
-    """Whether x holds for any class of the row, on any shard: [..., K] to [...]."""
-    # Of jnp.any, jax.experimental.jet has no rule.
+    """Whether x holds for any class of the row, on any shard: from [..., K] to [...]."""
+    # jax.experimental.jet has no rule for jnp.any.
     return pmax(jnp.max(x.astype(jnp.int32), axis=-1), axis_name) > 0
 
 
@@ -38,14 +38,14 @@ def _both(a: Array | None, b: Array) -> Array:
 
 
 class _Classes(NamedTuple):
-    """The classes at hand among all.
+    """The classes on this device, among all classes.
 
     Attributes:
-      number: of all classes.
-      mask: bool, those at hand that can occur, or None where all can.
-      possible: how many of all can occur.
-      first: the index of the first at hand.
-      axis_name: the mesh axes that split them.
+      number: the number of all classes.
+      mask: bool, the classes on this device that can occur, or None if all can.
+      possible: the number of all classes that can occur.
+      first: the index of the first class on this device.
+      axis_name: the mesh axes that shard the classes.
       backend: where the program runs.
     """
 
@@ -78,13 +78,14 @@ def make_rows(
     finite: Array | None,
     as_given: bool = False,
 ) -> Rows:
-    """Every option about targets and rows ends here, for logits of that shape [..., K] and dtype.
+    """Apply all options about targets and rows, for logits of this shape [..., K] and dtype.
 
-    Where a mesh axis splits the classes, dense targets, class weights and class mask are this
-    device's. A ``where`` is of rows here: one of classes has been applied to the logits. Targets
-    and weights come out in float32 or, for float64 logits, float64. ``finite`` [...] says which
-    rows have a loss if their label is good. If it is None, all do, as far as is known here. If
-    ``as_given``, dense targets that no option changes stay in their dtype, and are not masked.
+    If a mesh axis shards the classes, dense targets, class weights and class mask are the shards of
+    this device. ``where`` has the shape of the rows here; one with classes has been applied to the
+    logits. Targets and weights are returned in float32, or in float64 for float64 logits.
+    ``finite`` [...] tells which rows have a loss if their label is valid; None means all, as far as
+    known here. With ``as_given``, dense targets that no option changes keep their dtype and are not
+    masked.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options, dtype, backend)
@@ -94,8 +95,7 @@ def make_rows(
     dense, w = is_dense(labels), options.label_weights
     mask = options.where
     if classes.mask is not None:
-        # The weight of a class that cannot occur is not looked at, and without a class no row
-        # counts.
+        # Ignore the weights of classes that cannot occur. If no class can occur, no row counts.
         c = None if c is None else jnp.where(classes.mask, c, 1)
         mask = _both(mask, jnp.broadcast_to(classes.possible > 0, shape[:-1]))
     if dense:
@@ -103,7 +103,8 @@ def make_rows(
         labels = labels if as_given else labels.astype(dtype)
         good = _has_finite_sum(labels, dtype, options.axis_name)
     else:
-        # Narrow integers hold neither K nor, unsigned, a negative ignore_index: compare wide ones.
+        # Compare wide integers. Narrow ones cannot hold K, and unsigned ones no negative
+        # ignore_index.
         if jnp.iinfo(labels.dtype).bits < 32:
             labels = labels.astype(jnp.int32)
         ignored, info = options.ignore_index, jnp.iinfo(labels.dtype)
@@ -113,7 +114,7 @@ def make_rows(
         good = is_class
         if w is not None:
             w = w.astype(dtype)
-            wrong = ~is_class & (w != 0)  # of weight 0, a label is padding
+            wrong = ~is_class & (w != 0)  # a label of weight 0 is padding
             good = (jnp.sum(wrong, axis=-1) == 0) & _has_finite_sum(w, dtype, None)
 
     weight, mask = weight_and_mask(options, mask, _both(finite, good), dtype)
@@ -134,7 +135,7 @@ def make_rows(
         of_class = _weight_of(label, c, classes)
         w, norm = w * of_class, norm if several else norm * of_class
     targets = _of_labels(label, w, (a, c), classes, several=several)
-    # 0 / 0 and not a constant NaN, which would trip debug_nans where no label is bad.
+    # A constant NaN would trip debug_nans even if no label is bad. 0 / 0 does not.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(weight))
     return Rows(targets._replace(total=total), weight, norm, mask)
 
@@ -142,11 +143,12 @@ def make_rows(
 def weight_and_mask(
     options: Options, mask: Array | None, has_loss: Array, dtype: DTypeLike
 ) -> tuple[Array, Array | None]:
-    """What each row weighs, [...], and which of those in the mask count."""
+    """The weight of each row, [...], and the mask of the rows that count."""
     weight = jnp.ones(has_loss.shape, dtype)
     if options.weights is not None:
         weight = options.weights.astype(dtype)
-        # A row of weight 0 leaks no NaN, but where it has a loss, that is its weight's derivative.
+        # Mask rows of weight 0 that have no loss, so that no NaN leaks. A row of weight 0 that has
+        # a loss is kept, because the loss is the derivative for its weight.
         mask = _both(mask, (weight != 0) | has_loss)
     return keep(mask, weight), mask
 
@@ -154,9 +156,9 @@ def weight_and_mask(
 def masked_classes(
     logits: Array, options: Options, class_axes: tuple[int, ...]
 ) -> tuple[Options, Array | None]:
-    """The options with a ``where`` of rows alone; and which classes can occur, by both masks.
+    """The options with a ``where`` of rows only, and the classes that can occur by both masks.
 
-    That is bool [..., K], or [1, ..., K] if all rows have the same, or None.
+    The latter are bool [..., K], or [1, ..., K] if they are the same in all rows, or None.
     """
     class_mask, where = None, options.where
     if options.class_mask is not None:
@@ -168,12 +170,12 @@ def masked_classes(
 
 
 def _advice(options: Options) -> str:
-    """What to do about a label that is no class, for its error."""
+    """Advice for the error about a label that is not in [0, K)."""
     if options.label_weights is not None:
-        return "; give labels that are padding a weight of 0"
+        return "; give padding labels a weight of 0"
     if options.ignore_index is not None:
         return ""
-    return "; pass ignore_index=-100 (or what marks such rows) to leave them out"
+    return "; pass ignore_index=-100 (or the value that marks such rows) to ignore them"
 
 
 def _has_finite_sum(targets: Array, dtype: DTypeLike, axis_name: AxisName) -> Array:
@@ -200,9 +202,9 @@ def _of_labels(
     *,
     several: bool,
 ) -> Targets:
-    """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K). The second part is the same for all rows.
+    """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K). The second term is the same for all rows.
 
-    ``label_weight`` is c_y w of one label, [...], or of several, [..., M].
+    ``label_weight`` is c_y w, of one label per row, [...], or of several, [..., M].
     """
     a, c = smoothing_and_weights
     index, target, dense = label - classes.first, label_weight, None
@@ -225,26 +227,26 @@ def _of_labels(
 
 
 def _share(a: Array, classes: _Classes) -> Array:
-    """a / K, with the number K of the classes that can occur."""
+    """a / K, where K is the number of classes that can occur."""
     if classes.mask is None:
         return a / classes.number
     return a / jnp.maximum(classes.possible, 1)
 
 
 def _spread(share: Array, classes: _Classes) -> Array:
-    """a / K, a scalar, or [K] with 0 for those of the classes at hand that cannot occur."""
+    """a / K as a scalar, or as [K] with 0 for the classes on this device that cannot occur."""
     if classes.mask is None:
         return share
     return jnp.where(classes.mask, vary_like(share, classes.mask), 0)
 
 
 def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
-    """The class weight of each label, [...], and 0 for a label that is no class."""
+    """The class weight of each label, [...]; 0 for a label that is not in [0, K)."""
     index = label - classes.first
     inside = (index >= 0) & (index < c.size)
     index = jnp.where(inside, index, 0)
-    # On an Explicit mesh a gather is from a whole table, and its result split as the labels are.
-    # Where a vmap maps a split axis of the labels, their type can't name it, and a sum is taken.
+    # On an Explicit mesh, gather from a replicated table, and shard the result as the labels are.
+    # If a vmap maps a sharded axis of the labels, their type cannot name it: take a sum instead.
     c, split = reshard(c, (None,)), sharding(index)
     if is_mapped_split(index):
         c = _on_class_axis(c, index.ndim + 1)
@@ -255,5 +257,5 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
 
 
 def _on_class_axis(c: Array, ndim: int) -> Array:
-    """A scalar or [K] as [1, ..., 1] or [1, ..., K]."""
+    """Reshape a scalar to [1, ..., 1], or [K] to [1, ..., K]."""
     return c.reshape((1,) * (ndim - c.ndim) + c.shape)
