@@ -168,7 +168,7 @@ def over_mesh(
         That size has to be padded: rows with a ``where`` of False, classes with a ``class_mask`` of
         False.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, sxe
       >>> auto = (jax.sharding.AxisType.Auto,) * 2
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto)

@@ -221,7 +221,7 @@ def plan(
         above, for a mesh that does not divide the sizes, and if no choice of mesh sizes fits into
         ``memory_bytes``.
 
-    Example:
+    Examples:
       >>> import sxe
       >>> p = sxe.plan(rows=8192, hidden=4096, classes=128256, dtype="bfloat16")
       >>> p.path
