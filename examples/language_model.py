@@ -15,7 +15,7 @@ On an accelerator, in bfloat16, with a last layer as large as in usual language 
 Two options measure such a model without training it on text. `--measure speed` takes steps on one
 batch of random tokens, and prints tokens per second, peak memory, and the losses of the first and
 the last step. `--measure largest-batch` takes no steps. It compiles the step for a few batch sizes
-to get their memory, and finds approximately the largest batch that fits on the device:
+to get their memory, and finds approximately the largest batch that fits on the device. For example:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16 \
         --batch-size 64 --steps 40 --measure speed
@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 import sxe
 
-# Skip installed packages, the library's tests, which are most of its code, and encodings and
-# pydoc_data, which are tables and text.
+# Installed packages are not the standard library, and tests are most of its code. encodings and
+# pydoc_data are tables and text.
 SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -88,7 +88,7 @@ def read_sources(text_bytes, held_out_files):
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path.relative_to(library) for path in library.rglob("*.py"))
     files = [file for file in files if not SKIPPED.intersection(file.parts)]
-    random.Random(0).shuffle(files)  # text_bytes must not leave out the end of the alphabet
+    random.Random(0).shuffle(files)  # so that text_bytes does not cut off the end of the alphabet
     texts = []
     for file in files:
         if text_bytes <= 0:
@@ -293,7 +293,7 @@ def train(name, args, tokens, held_out, prompt):
     for start in progress:
         began = time.perf_counter()
         params, opt_state, loss = compiled(params, opt_state, tokens[start[:, None] + window])
-        losses.append(float(loss))  # waits for the step to end, for its time
+        losses.append(float(loss))  # blocks until the step is done, for the timing
         seconds.append(time.perf_counter() - began)
         progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
 
@@ -530,7 +530,9 @@ def main():
     tokenizer = train_tokenizer(texts, args.vocabulary)
     tokens, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
     if len(held_out) <= args.batch_size * args.context:
-        raise SystemExit(f"{len(held_out)} held-out tokens are too few for a batch: raise --held-out-files")
+        raise SystemExit(
+            f"{len(held_out)} held-out tokens are fewer than a batch needs: raise --held-out-files"
+        )
     print(f"{len(texts)} files, {len(tokens):,} tokens; {len(held_out_texts)} files held out")
 
     prompt = tokenizer.encode(args.prompt).ids

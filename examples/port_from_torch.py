@@ -204,7 +204,7 @@ def main():
     largest = compare()
     print(f"largest relative difference: {largest:.1e}")
     if not largest < TOLERANCE:
-        sys.exit(f"the largest difference exceeds rounding errors, {TOLERANCE:.0e}")
+        sys.exit(f"the largest difference exceeds the tolerance, {TOLERANCE:.0e}")
 
 
 # python examples/port_from_torch.py --store

@@ -69,7 +69,7 @@ def start_jax(args):
 
 
 def axes(text):
-    """Parse data=2,model=4 to {"data": 2, "model": 4}."""
+    """Parse data=2,model=4 into {"data": 2, "model": 4}."""
     return {name: int(size) for name, _, size in (axis.partition("=") for axis in text.split(","))}
 
 
@@ -153,7 +153,7 @@ def train(title, step, state, batches, first=0, after_step=lambda done, state: N
     for done, windows in enumerate(progress, first + 1):
         began = time.perf_counter()
         state, loss = step(state, windows)
-        losses.append(float(loss))  # waits for the step to end, for its time
+        losses.append(float(loss))  # blocks until the step is done, for the timing
         seconds.append(time.perf_counter() - began)
         progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
         after_step(done, state)
@@ -167,7 +167,7 @@ def train_on_mesh(args, mesh, batches):
     )
 
     def table(embedding):
-        # Gather rows, because tokens are sharded over "data" too. The loss gathers its own kernel.
+        # Whole rows, not sharded over "data": the tokens are. The loss gathers its kernel itself.
         return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, P("model")))
 
     init, step = make_functions(args, loss, table)
@@ -244,7 +244,7 @@ def main():
     if jax.process_index() != 0:
         return
     if first >= args.steps:
-        raise SystemExit(f"the checkpoint in {args.checkpoint_dir} is of step {first}: no steps are left")
+        raise SystemExit(f"{args.checkpoint_dir} has a checkpoint of step {first}: no steps left")
 
     embedding = state["params"]["embedding"]["embedding"]
     part = embedding.addressable_data(0)
