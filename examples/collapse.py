@@ -1,28 +1,35 @@
 """Train one network twice on addition modulo a prime, with optax's loss and with sxe's.
 
-Once a network has learnt its training rows, and no weight decay holds it back, its logits grow. In
-float32 the loss of a confident row then rounds to 0 and the gradient at its label with it, while
-the rest of the gradient stays: the softmax collapse of Prieto et al., 2025 (arXiv 2501.04697).
-Task, perceptron and share of the pairs are theirs; two networks start from the same parameters and
-take steps of Adam on all training rows, in one jitted program. The script prints and draws, step
-by step, the loss as computed and from the same logits in float64, the training rows whose loss and
-whose gradient at the label are exactly 0, how far a row of the gradient is from summing to 0 (as a
-part of the sum of its magnitudes), both accuracies and the largest logit:
+Once a network has learned its training rows, its logits grow unless weight decay limits them. In
+float32 the loss of a row whose label's logit leads by far then rounds to 0. The gradient at the
+label rounds to 0 as well, while the rest of the gradient stays. This is the softmax collapse of
+Prieto et al., 2025 (arXiv 2501.04697).
+
+Task, perceptron and share of the training pairs are from that paper. Two networks start from the
+same parameters and take steps of Adam on all training rows, in one jitted program. At regular steps
+the script measures, and in the end prints and draws:
+
+- the loss as computed, and the exact loss of the same logits in float64;
+- the shares of training rows whose loss, and whose gradient at the label, is exactly 0;
+- the sum of a row of the gradient, relative to the sum of its magnitudes;
+- the accuracy on training pairs and on held-out pairs, and the largest logit.
+
+To run it:
 
     python examples/collapse.py --figure collapse.png
 
-By default, from about step 3,000 on, optax's loss is 0 in nearly all rows, logits drift into the
-thousands, and the accuracy on held-out pairs stays at 17 %. With sxe's the loss goes on falling to
-3e-16, and that accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). With --dtype
-float64 --steps 3600 both losses reach 22.6 %, where float32 has 15.4 % with optax's and 22.7 %
-with sxe's.
+By default, optax's loss is 0 in nearly all rows from about step 3,000 on, the logits drift into the
+thousands, and the accuracy on held-out pairs stays at 17 %. sxe's loss keeps falling to 3e-16, and
+the held-out accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). With --dtype float64
+--steps 3600 both losses reach 22.6 %. In float32, the same steps reach 15.4 % with optax's loss and
+22.7 % with sxe's.
 
-Two other settings that were tried do not generalise. With --modulus 47 --steps 10000 optax's loss
-collapses all the same, but held-out accuracy ends below 1 % with both. With --eps 1e-8, which is
-optax's own, Adam's steps shrink as soon as gradients are smaller than that, so that the exact loss
-alone does not help much: 13 % with optax's loss, 17 % with sxe's. The authors' code has 1e-25
-there. Here it is 1e-18: a gradient below 1e-19 has a square that float32 cannot hold, and Adam
-would divide it by eps alone.
+Two other settings do not generalize. With --modulus 47 --steps 10000 optax's loss collapses too,
+but the held-out accuracy ends below 1 % with both losses. With --eps 1e-8, optax's default, Adam's
+steps shrink as soon as gradients are smaller than eps. Then an exact loss alone does not help much:
+13 % with optax's loss, 17 % with sxe's. The authors' code has 1e-25 there. The default here is
+1e-18, because float32 cannot hold the square of a gradient below 1e-19, and Adam would divide such
+a gradient by eps alone.
 """
 
 import argparse
@@ -39,13 +46,13 @@ from tqdm import tqdm
 
 import sxe
 
-# Losses of the rows, of logits [N, K] and labels [N].
+# From logits [N, K] and labels [N] to the losses of the rows [N].
 LOSSES = {
     "optax": optax.softmax_cross_entropy_with_integer_labels,
     "sxe": functools.partial(sxe.softmax_cross_entropy, reduction="none"),
 }
 
-# Seconds rather than minutes, and optax's loss collapses all the same.
+# Takes seconds instead of minutes. optax's loss collapses here, too.
 SMOKE = {"modulus": 11, "width": 64, "steps": 2500, "learning_rate": 3e-3}
 
 HEADER = """\
@@ -58,7 +65,7 @@ ROW = (
 
 
 def make_data(modulus, train_share, seed):
-    """Pairs (a, b) as two one-hot vectors, and a + b mod p: those to train on, and the rest."""
+    """Pairs (a, b) as two one-hot vectors, with labels a + b mod p; a training and a test set."""
     a, b = np.divmod(np.random.default_rng(seed).permutation(modulus**2), modulus)
     one_hot = np.eye(modulus)
     x = np.concatenate([one_hot[a], one_hot[b]], axis=1)
@@ -70,7 +77,7 @@ def make_data(modulus, train_share, seed):
 def init_params(key, sizes, dtype):
     """The kernels of a perceptron without biases, drawn as PyTorch's `Linear` draws them.
 
-    In float32, so that float64 starts from the same network.
+    They are drawn in float32, so that float64 starts from the same network.
     """
     uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     shapes = list(itertools.pairwise(sizes))
@@ -88,7 +95,7 @@ def apply(params, x):
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
 def measure(loss_fn, params, train_set, test_set):
-    """What is logged of a network and its loss, and the logits of the training rows."""
+    """The logits of the training rows, and the values to log for a network and its loss."""
     (x, labels), (test_x, test_labels) = train_set, test_set
     logits = apply(params, x)
     losses, vjp = jax.vjp(lambda logits: loss_fn(logits, labels), logits)
@@ -98,7 +105,7 @@ def measure(loss_fn, params, train_set, test_set):
         "computed": losses.mean(),
         "no_loss": jnp.mean(losses == 0),
         "no_gradient": jnp.mean(jnp.take_along_axis(gradient, labels[:, None], axis=1) == 0),
-        # In units of the row's absolute sum: 0 for q - y, 1 once the label's part is gone.
+        # Relative to the sum of magnitudes: 0 for q - y, 1 if the label's entry is missing.
         "row_sum": jnp.mean(jnp.abs(gradient.sum(axis=1)) / jnp.where(size == 0, 1, size)),
         "train": jnp.mean(logits.argmax(axis=1) == labels),
         "test": jnp.mean(apply(params, test_x).argmax(axis=1) == test_labels),
@@ -107,7 +114,7 @@ def measure(loss_fn, params, train_set, test_set):
 
 
 def exact_loss(logits, labels):
-    """The mean loss in float64, as log(1 + sum of the others), which keeps the digits of a sum."""
+    """The mean loss in float64, as log(1 + sum of the other classes), accurate for small sums."""
     x = np.asarray(logits, np.float64)
     rows = np.arange(len(x))
     gaps = x - x[rows, labels][:, None]
@@ -116,7 +123,7 @@ def exact_loss(logits, labels):
 
 
 def train(args, train_set, test_set):
-    """Train with both losses, and return for each loss what was logged, from the start on."""
+    """Train with both losses, and return the logged values of each, from step 0 on."""
     x, labels = train_set
     sizes = (2 * args.modulus, args.width, args.width, args.modulus)
     params = init_params(jax.random.key(args.seed), sizes, args.dtype)
@@ -154,7 +161,7 @@ def train(args, train_set, test_set):
 
 
 def report(history):
-    """A table of about ten of the steps logged."""
+    """Print a table of about ten of the logged steps."""
     print(HEADER)
     n = len(history["sxe"])
     for i in np.unique(np.linspace(0, n - 1, 11).round().astype(int)):
@@ -194,21 +201,21 @@ def main():
         description="Train on modular addition with optax's loss and with sxe's, and compare."
     )
     parser.add_argument("--modulus", type=int, default=113)
-    parser.add_argument("--train-share", type=float, default=0.6, help="of all pairs")
-    parser.add_argument("--width", type=int, default=200, help="of both hidden layers")
+    parser.add_argument("--train-share", type=float, default=0.6, help="share of all pairs")
+    parser.add_argument("--width", type=int, default=200, help="size of both hidden layers")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--log-every", type=int, default=100, help="steps")
+    parser.add_argument("--log-every", type=int, default=100, help="number of steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--eps", type=float, default=1e-18, help="of Adam; optax's own is 1e-8")
+    parser.add_argument("--eps", type=float, default=1e-18, help="Adam's; optax's default is 1e-8")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", default="collapse.png", help="where to write the figure")
-    parser.add_argument("--smoke", action="store_true", help="a tiny network, in seconds")
+    parser.add_argument("--smoke", action="store_true", help="train a tiny network, in seconds")
     if parser.parse_args().smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args()
     if not 0 < args.train_share < 1:
-        parser.error(f"--train-share must lie between 0 and 1, not {args.train_share}")
+        parser.error(f"--train-share: expected a number between 0 and 1, got {args.train_share}")
 
     jax.config.update("jax_enable_x64", args.dtype == "float64")
     train_set, test_set = (

@@ -1,14 +1,15 @@
-"""Compile the end of a language model for a TPU pod, without a TPU, and see what it needs.
+"""Compile the loss of a language model for a TPU pod, without a TPU, and print its memory.
 
     pip install libtpu tabulate
     python examples/compile_for_tpu.py --topology v5e:4x4 --mesh data=4,model=4
 
-JAX compiles for any topology that its TPU compiler knows: v4:2x2x4, v5e:8x16, v5p:2x2x2, v6e:4x4.
-Value and gradients of one loss are compiled twice, with sxe's head on hidden states and a kernel,
-and with optax's loss on the logits of both. The table has, in MiB on each device, what the compiled
-programs allocate, and beside it what `sxe.plan` said before. Nothing runs: it takes seconds, and a
-loss that does not fit is an error of the compiler that says so. Arrays that XLA keeps in a TPU's
-vector memory are no temporaries, so that a plan of small ones says more.
+JAX compiles for any topology that its TPU compiler knows, such as v4:2x2x4, v5e:8x16, v5p:2x2x2 or
+v6e:4x4. The script compiles the value and gradients of one loss twice. One program uses sxe's head,
+which takes hidden states and the kernel of the last layer; the other uses optax's loss on their
+logits. The table shows the memory that the compiled programs allocate, in MiB per device, and the
+memory that `sxe.plan` predicts. Nothing runs, so this takes seconds. If a loss does not fit, the
+compiler raises an error that says so. XLA does not count arrays in a TPU's vector memory as
+temporaries, so for small arrays the plan predicts more than is allocated.
 """
 
 import argparse
@@ -32,8 +33,8 @@ import sxe
 def devices_of(topology):
     if find_spec("libtpu") is None:
         raise SystemExit("libtpu is not installed: pip install libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask whether this is a TPU's host
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # this process does not use one
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query whether this host has TPUs
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # this process uses no TPU
     return np.array(topologies.get_topology_desc(topology, "tpu").devices)
 
 
@@ -49,12 +50,12 @@ def make_mesh(devices, axes):
 
 
 def optax_loss(hidden, kernel, labels):
-    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)  # as sxe's are
+    logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)  # as in sxe's head
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def compile_loss(loss, mesh, args):
-    """The program for value and gradients, and where the arrays of a step are on the mesh."""
+    """Compile value and gradients, with the shardings that the arrays of a step have."""
     fsdp = "data" if args.fsdp else None
     shapes = [
         ((args.rows, args.hidden), args.dtype, P("data")),
@@ -65,14 +66,14 @@ def compile_loss(loss, mesh, args):
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         for shape, dtype, spec in shapes
     ]
-    # Gradients lie as what they are of.
+    # Gradients have the shardings of their parameters.
     outputs = (NamedSharding(mesh, P()), tuple(x.sharding for x in inputs[:2]))
     f = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=outputs)
     return f.lower(*inputs).compile()
 
 
 def memory(program):
-    """Arguments, results, temporaries and all of them, in bytes."""
+    """The bytes of arguments, results and temporaries, and their sum."""
     m = program.memory_analysis()
     parts = [m.argument_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes]
     return [*parts, sum(parts)]
@@ -84,7 +85,7 @@ def parse(argv):
     )
     parser.add_argument("--topology", default="v5e:4x4", help="default: %(default)s")
     parser.add_argument("--mesh", default="data=4,model=4", help="default: %(default)s")
-    parser.add_argument("--fsdp", action="store_true", help="data splits the kernel's rows too")
+    parser.add_argument("--fsdp", action="store_true", help="shard the kernel's rows over data")
     parser.add_argument("--rows", type=int, default=65536, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--classes", type=int, default=128256, help="default: %(default)s")
@@ -94,7 +95,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    jax.config.update("jax_platforms", "cpu")  # of this process; what it compiles for is below
+    jax.config.update("jax_platforms", "cpu")  # this process runs on the CPU
     mesh = make_mesh(devices_of(args.topology), args.mesh)
     fsdp = "data" if args.fsdp else None
     head = sxe.over_mesh(

@@ -1,8 +1,8 @@
 """Train a small convolutional network on scikit-learn's handwritten digits with sxe and optax.
 
-One jitted step takes the loss, its closed-form gradient and the optimiser's update. At the end the
-script prints the accuracy, holds the closed-form gradient of the trained model against autodiff
-and against float64 NumPy, and draws the loss curves and the held-out digits that it misread:
+One jitted step computes the loss, its closed-form gradient and the optimizer's update. At the end
+the script prints the accuracy and compares the closed-form gradient of the trained model with
+autodiff and with NumPy in float64. It draws the loss curves and the misread held-out digits:
 
     python examples/digits.py --figure digits.png
 """
@@ -35,7 +35,7 @@ def init_params(key):
 
 
 def apply(params, images):
-    """Logits [N, 10] of images [N, 8, 8]."""
+    """The logits [N, 10] of images [N, 8, 8]."""
     x = images[..., None]
     for layer in (params["conv1"], params["conv2"]):
         x = jax.lax.conv_general_dilated(
@@ -56,7 +56,7 @@ evaluate = jax.jit(loss_fn)
 def train(args, params, train_set, test_set):
     """Train, and return the parameters and the (train, held-out) loss of every epoch."""
     images, labels = train_set
-    steps = len(labels) // args.batch_size  # each epoch's shuffle leaves another remainder out
+    steps = len(labels) // args.batch_size  # the last partial batch of each shuffle is left out
     schedule = optax.cosine_decay_schedule(args.learning_rate, args.epochs * steps)
     optimizer = optax.adamw(schedule)
     opt_state = optimizer.init(params)
@@ -75,7 +75,7 @@ def train(args, params, train_set, test_set):
         order = rng.permutation(len(labels))[: steps * args.batch_size]
         for i in order.reshape(steps, args.batch_size):
             params, opt_state, loss = step(params, opt_state, images[i], labels[i])
-            losses.append(loss)  # still on the device: reading it here would stall the loop
+            losses.append(loss)  # stays on the device: reading it here would stall the loop
         history.append((np.mean(losses), float(evaluate(params, *test_set)[0])))
         progress.set_postfix_str("loss {:.4f}, held-out {:.4f}".format(*history[-1]), refresh=False)
     return params, np.array(history)
@@ -91,8 +91,8 @@ def check_gradient(logits, labels):
     x = np.asarray(logits, np.float64)
     q = np.exp(x - x.max(axis=1, keepdims=True))
     q /= q.sum(axis=1, keepdims=True)
-    # (q - y) / N, with q_y - 1 as minus the sum of the other q: on a row that the model is sure of
-    # q_y is so close to 1 that the difference would have few digits left, even in float64.
+    # This is (q - y) / N, with q_y - 1 computed as minus the sum of the other q. In confident rows
+    # q_y is so close to 1 that q_y - 1 would lose most of its digits, even in float64.
     rows = np.arange(len(labels))
     q[rows, labels] = 0
     q[rows, labels] = -q.sum(axis=1)
@@ -108,7 +108,7 @@ def check_gradient(logits, labels):
 
 
 def draw(history, images, labels, predictions, path):
-    """Left the loss of every epoch, right the held-out digits misread (at most 36 of them)."""
+    """Draw the losses of every epoch (left) and at most 36 misread held-out digits (right)."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     ax = left.subplots()

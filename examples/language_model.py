@@ -1,21 +1,21 @@
 """Train a small transformer on the Python standard library's sources, with optax's loss and sxe's.
 
-The vocabulary, 16,384 byte pairs, is what makes this loss large: optax's takes logits, 128 MiB of
-them for the 2,048 tokens of a step, and its gradient as many again. sxe's takes the hidden states
-and the kernel of the last layer instead, and never makes the logits. Both losses train the same
-model on the same batches, each in a process of its own. At the end the script prints loss, speed
-and peak memory of both, lets the model write some code, and draws the loss curves:
+The vocabulary has 16,384 byte pairs, so the logits are large: optax's loss takes 128 MiB of logits
+for the 2,048 tokens of a step, and their gradient is as large. sxe's head takes the hidden states
+and the kernel of the last layer instead, and never holds all logits. Both losses train the same
+model on the same batches, each in its own process. At the end the script prints the loss, speed and
+peak memory of both, generates some code with the model, and draws the loss curves:
 
     python examples/language_model.py --loss both --figure language_model.png
 
-On an accelerator, a last layer of the size that language models have, in bfloat16:
+On an accelerator, in bfloat16, with a last layer as large as in usual language models:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16
 
-To measure such a model without training it on text, `--measure speed` takes steps on one batch of
-random tokens, and prints tokens per second, peak memory, and the loss of the first and the last
-step. `--measure largest-batch` takes none: it compiles the step for a few batches, reads how much
-memory each of them needs, and so finds the largest that fits on the device:
+Two options measure such a model without training it on text. `--measure speed` takes steps on one
+batch of random tokens, and prints tokens per second, peak memory, and the losses of the first and
+the last step. `--measure largest-batch` takes no steps. It compiles the step for a few batch sizes
+to get their memory, and finds approximately the largest batch that fits on the device. For example:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16 \
         --batch-size 64 --steps 40 --measure speed
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import sxe
 
-# Installed packages are not the standard library, and its tests are most of it; encodings and
+# Installed packages are not the standard library, and tests are most of its code. encodings and
 # pydoc_data are tables and text.
 SKIPPED = {
     "site-packages",
@@ -60,18 +60,18 @@ SKIPPED = {
 MIB = 2**20
 
 DIM = 128
-# At this rate a model that is much wider than DIM amplifies differences in rounding, until the
-# curves of two losses that are both right are tenths of a nat apart.
+# For models no wider than DIM. At this rate, a much wider model amplifies rounding differences,
+# until the curves of two correct losses are tenths of a nat apart.
 LEARNING_RATE = 4e-3
 
-WARM_UP_STEPS = 3  # not counted in the speed that --measure finds
+WARM_UP_STEPS = 3  # not included in the speed of --measure speed
 
-# Of the search for the largest batch.
+# For the search for the largest batch.
 MOST_COMPILES = 5
 BATCH_MULTIPLE = 8
-CLOSE_TO_LIMIT = 0.97  # the search ends with a step that needs this part of the memory
+CLOSE_TO_LIMIT = 0.97  # the search ends when a step needs this share of the memory
 
-# Seconds rather than minutes, with the full vocabulary.
+# Takes seconds instead of minutes, with the full vocabulary.
 SMOKE = {
     "steps": 8,
     "context": 128,
@@ -84,11 +84,11 @@ SMOKE = {
 
 
 def read_sources(text_bytes, held_out_files):
-    """The texts of the standard library's modules for training, and those of a few held out."""
+    """The sources of the standard library's modules: training texts, and a few held-out texts."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path.relative_to(library) for path in library.rglob("*.py"))
     files = [file for file in files if not SKIPPED.intersection(file.parts)]
-    random.Random(0).shuffle(files)  # or the limit would cut off the end of the alphabet
+    random.Random(0).shuffle(files)  # so that text_bytes does not cut off the end of the alphabet
     texts = []
     for file in files:
         if text_bytes <= 0:
@@ -100,7 +100,7 @@ def read_sources(text_bytes, held_out_files):
 
 
 def train_tokenizer(texts, vocabulary):
-    """Byte pairs, as in GPT-2: bytes are the alphabet, so that no text is out of vocabulary."""
+    """Byte pairs, as in GPT-2. Their alphabet is all bytes, so no text is out of vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -116,21 +116,21 @@ def train_tokenizer(texts, vocabulary):
         size = sum(len(text.encode()) for text in texts)
         raise SystemExit(
             f"{len(texts)} files with {size:,} bytes give a vocabulary of {found:,} byte pairs, "
-            f"not {vocabulary:,}: raise --text-bytes or lower --vocabulary"
+            f"expected {vocabulary:,}: raise --text-bytes or lower --vocabulary"
         )
     return tokenizer
 
 
 def encode(tokenizer, texts):
-    """The tokens of all texts, one after the other."""
+    """The tokens of all texts, concatenated."""
     return np.concatenate([np.array(e.ids, np.int32) for e in tokenizer.encode_batch(texts)])
 
 
 class Block(nnx.Module):
-    """Attention and a perceptron, each behind a norm and around a shortcut."""
+    """Attention and a perceptron, each with a norm before it and a residual connection."""
 
     def __init__(self, dim, heads, dtype, *, rngs):
-        zeros = nnx.initializers.zeros  # at first each block is the identity: learns much faster
+        zeros = nnx.initializers.zeros  # each block starts as the identity: learns faster
         self.attention_norm = nnx.RMSNorm(dim, dtype=dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
             heads,
@@ -151,9 +151,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """From tokens [B, T] to the hidden states [B, T, D] in front of the last layer.
+    """From tokens [B, T] to the hidden states [B, T, D] before the last layer.
 
-    Weights are float32, and dtype is what they are multiplied in.
+    Weights are float32, and are multiplied in `dtype`.
     """
 
     def __init__(self, args, *, classes=None, dtype=None, rngs):
@@ -174,12 +174,12 @@ class Transformer(nnx.Module):
 
     @property
     def kernel(self):
-        """[D, K], of the last layer: the embedding once more, transposed."""
+        """The kernel [D, K] of the last layer: the transposed embedding."""
         return self.embedding.embedding[...].astype(self.embedding.dtype).T
 
 
 def optax_loss(hidden, kernel, labels):
-    """The logits are multiplied in the model's dtype, and the loss gets them in float32."""
+    """Compute the logits in the model's dtype, and the loss from them in float32."""
     logits = (hidden @ kernel).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -188,26 +188,26 @@ LOSSES = {"optax": optax_loss, "sxe": sxe.linear_softmax_cross_entropy}
 
 
 class Run(NamedTuple):
-    """What a training run hands back to the process that compares the two."""
+    """The results of one training run, which runs in its own process."""
 
     device: str
-    losses: np.ndarray  # of every step
+    losses: np.ndarray  # one per step
     held_out: float
     tokens_per_second: float
-    peak_of: str  # the device's memory or the process's
+    peak_of: str  # "device" or "process"
     peak_bytes: int
-    peak_bytes_before: int  # the first step: imports, compilers, parameters
+    peak_bytes_before: int  # before the first step: imports, compilers, parameters
     temporary_bytes: int
     sample: list[int]
 
 
 def peak_memory():
-    """The largest amount of memory in use so far, and whose: the device's, or the process's."""
-    stats = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    """("device" or "process", the largest amount of its memory in use so far, in bytes)."""
+    stats = jax.devices()[0].memory_stats() or {}  # None on a CPU
     if "peak_bytes_in_use" in stats:
         return "device", stats["peak_bytes_in_use"]
-    # Not ru_maxrss where there is a choice: on Linux it starts from the peak of the parent process,
-    # which has trained the tokenizer.
+    # Avoid ru_maxrss where possible: on Linux it starts from the peak of the parent process, which
+    # has trained the tokenizer.
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
     if found:
@@ -217,7 +217,7 @@ def peak_memory():
 
 
 def make_functions(name, args):
-    """The graph of the model, and `init()`, `loss_fn(params, windows)` and `step`.
+    """The graph of the model, and the functions `init()`, `loss_fn(params, windows)` and `step`.
 
     `step(params, opt_state, windows)` returns the new params and opt_state, and the loss.
     """
@@ -248,29 +248,29 @@ def make_functions(name, args):
 
 
 def compile_step(init, step, window_shape):
-    """Compile the step from the shapes of its arguments. It writes over params and opt_state."""
+    """Compile the step from the shapes of its arguments. It donates params and opt_state."""
     windows = jax.ShapeDtypeStruct(window_shape, jnp.int32)
     return jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(init), windows).compile()
 
 
 def step_bytes(compiled):
-    """The memory that a compiled step needs, with its arguments and its results."""
+    """The bytes that a compiled step needs, including its arguments and results."""
     memory = compiled.memory_analysis()
     arguments_and_results = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes  # results that are written over arguments
+        - memory.alias_size_in_bytes  # results that reuse the memory of arguments
     )
     return arguments_and_results + memory.temp_size_in_bytes
 
 
 def train(name, args, tokens, held_out, prompt):
-    """Train with the loss of this name, and return a Run."""
+    """Train with the loss called `name`, and return a Run."""
     graph, init, loss_fn, step = make_functions(name, args)
 
     @jax.jit
     def generate(params, tokens, length, key):
-        """Fill up tokens [1, T] behind the first `length`: the mask hides what is not there yet."""
+        """Fill tokens [1, T] after the first `length`; the causal mask hides those to be filled."""
         model = nnx.merge(graph, params)
 
         def add_one(i, tokens):
@@ -280,7 +280,7 @@ def train(name, args, tokens, held_out, prompt):
 
         return jax.lax.fori_loop(length, tokens.shape[1], add_one, tokens)
 
-    # A window has one token more than the model sees: the label of the last.
+    # A window has one token more than the model sees, the label of the last position.
     window = np.arange(args.context + 1)
     starts = np.random.default_rng(args.seed).integers(
         len(tokens) - args.context, size=(args.steps, args.batch_size)
@@ -293,11 +293,11 @@ def train(name, args, tokens, held_out, prompt):
     for start in progress:
         began = time.perf_counter()
         params, opt_state, loss = compiled(params, opt_state, tokens[start[:, None] + window])
-        losses.append(float(loss))  # waits for the step, so that its time can be taken
+        losses.append(float(loss))  # blocks until the step is done, for the timing
         seconds.append(time.perf_counter() - began)
         progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
 
-    # Whole batches only, so that one program serves them all.
+    # Use whole batches only, so that one compiled program evaluates all of them.
     evaluate = jax.jit(loss_fn)
     count = (len(held_out) - 1) // (args.batch_size * args.context)
     starts = args.context * np.arange(count * args.batch_size).reshape(count, args.batch_size, 1)
@@ -321,7 +321,7 @@ def train(name, args, tokens, held_out, prompt):
 
 
 def measure_speed(name, args):
-    """Take steps on one batch of random tokens, and print tokens per second, losses and memory."""
+    """Take steps on one batch of random tokens, and print their speed, losses and memory."""
     _, init, _, step = make_functions(name, args)
     window_shape = (args.batch_size, args.context + 1)
     began = time.perf_counter()
@@ -344,7 +344,7 @@ def measure_speed(name, args):
     median = float(np.median(seconds[WARM_UP_STEPS:]))
     print(
         f"{name}: {args.batch_size * args.context / median:,.0f} tokens per second, "
-        f"{1e3 * median:.1f} ms a step\n"
+        f"{1e3 * median:.1f} ms per step\n"
         f"{name}: loss {losses[0]:.3f} at first, {losses[-1]:.3f} after {len(losses) - 1} steps\n"
         f"{name}: peak memory of the {peak_of} {peak_bytes / MIB:,.0f} MiB, "
         f"{peak_bytes_before / MIB:,.0f} MiB before the first step; "
@@ -355,20 +355,20 @@ def measure_speed(name, args):
 
 
 def memory_limit(args):
-    """The bytes that JAX may use of the device, or what --memory says."""
+    """The bytes of --memory, or those that JAX may use on the device."""
     if args.memory is not None:
         return args.memory * 2**30
-    stats = jax.devices()[0].memory_stats() or {}  # a CPU has none
+    stats = jax.devices()[0].memory_stats() or {}  # None on a CPU
     if "bytes_limit" not in stats:
-        raise SystemExit("this device has no limit of memory: pass --memory, in GiB")
+        raise SystemExit("this device reports no memory limit: pass --memory, in GiB")
     return stats["bytes_limit"]
 
 
 def try_batch(name, args, batch_size):
-    """Compile the step for this batch, print and return the bytes that it needs; inf if it fails.
+    """Compile the step for this batch size. Print and return its bytes, or inf if that fails.
 
-    On a GPU the compiler runs the matrix products to choose among its programs for them, and there
-    may be too little memory even for that.
+    On a GPU, XLA autotunes the matrix products by running them, and even this may take more memory
+    than there is.
     """
     _, init, _, step = make_functions(name, args)
     began = time.perf_counter()
@@ -382,7 +382,7 @@ def try_batch(name, args, batch_size):
 
 
 def next_batch(needed, limit):
-    """The batch size to try after those of `needed`, a dict from batch size to bytes, or None."""
+    """The next batch size to try, or None. `needed` maps the sizes tried so far to their bytes."""
     fits = max(size for size in needed if needed[size] <= limit)
     too_large = min((size for size in needed if needed[size] > limit), default=math.inf)
     first, last = next(iter(needed)), list(needed)[-1]
@@ -390,7 +390,7 @@ def next_batch(needed, limit):
         candidates = [2 * fits]
     elif math.inf in needed.values():
         candidates = [(fits + too_large) // 2]
-    else:  # memory grows about linearly: to be safe, aim a little below the limit first
+    else:  # memory grows about linearly; aim a little below the limit first, for safety
         bytes_of_one = (needed[last] - needed[first]) / (last - first)
         targets = ((1 + CLOSE_TO_LIMIT) / 2 * limit, limit)
         candidates = [int(last + (target - needed[last]) / bytes_of_one) for target in targets]
@@ -399,9 +399,9 @@ def next_batch(needed, limit):
 
 
 def measure_largest_batch(name, args):
-    """Compile steps, but run none, and print about the largest batch whose step fits."""
+    """Print approximately the largest batch whose step fits. Steps are compiled, but not run."""
     limit = memory_limit(args)
-    needed = {}  # bytes by batch size, in the order in which they were tried
+    needed = {}  # bytes by batch size, in the order of the trials
     batch_size = args.batch_size
     while batch_size is not None and len(needed) < MOST_COMPILES:
         needed[batch_size] = try_batch(name, args, batch_size)
@@ -421,14 +421,14 @@ MEASUREMENTS = {"speed": measure_speed, "largest-batch": measure_largest_batch}
 
 
 def in_new_process(function, *args):
-    """Call the function in a process that starts from nothing, as a peak of memory never falls."""
+    """Call the function in a new process, because the peak memory of a process never falls."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
 
 def report(runs):
-    """Print a table with a column for each loss, and how far the curves are apart."""
+    """Print a table with one column per loss, and the largest difference between the curves."""
     some = next(iter(runs.values()))
     tail = min(20, len(some.losses))
     rows = [
@@ -448,11 +448,11 @@ def report(runs):
 
 
 def draw(runs, path):
-    """Left the loss of every step, right what a step takes: time, and memory."""
+    """Draw the loss of every step (left), and speed and memory (right)."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(4, 5))
     ax = left.subplots()
-    # The curves lie on each other, so the second is a thin line inside of the first.
+    # The curves coincide, so draw the second as a thin line inside the first.
     for width, color, (name, run) in zip((5, 1.5), ("C0", "C1"), runs.items(), strict=False):
         ax.plot(np.arange(1, len(run.losses) + 1), run.losses, color, linewidth=width, label=name)
     ax.set(title="Training loss", xlabel="step", ylabel="mean cross-entropy (nats per token)")
@@ -481,42 +481,42 @@ def main():
     parser.add_argument("--loss", choices=("both", *LOSSES), default="both")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=256, help="tokens that the model sees")
+    parser.add_argument("--context", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--dim", type=int, default=DIM, help="size of the hidden states")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help=f"by default {LEARNING_RATE:g} up to --dim {DIM}, and in proportion to 1 / dim above",
+        help=f"default: {LEARNING_RATE:g} up to --dim {DIM}, proportional to 1 / dim above",
     )
     parser.add_argument("--vocabulary", type=int, default=16_384)
     parser.add_argument(
-        "--classes", type=int, help="of the last layer, if more than the vocabulary has"
+        "--classes", type=int, help="classes of the last layer; default: --vocabulary"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="how much to read")
+    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="bytes of source to read")
     parser.add_argument("--held-out-files", type=int, default=8)
-    parser.add_argument("--prompt", default="def", help="what the sample begins with")
+    parser.add_argument("--prompt", default="def", help="beginning of the sample")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figure", default="language_model.png", help="where to write the figure")
     parser.add_argument(
         "--measure",
         choices=tuple(MEASUREMENTS),
-        help="measure the step instead of training on text",
+        help="measure a training step instead of training on text",
     )
     parser.add_argument(
         "--memory",
         type=float,
-        help="GiB that --measure largest-batch may fill; by default all that JAX has of the device",
+        help="GiB for --measure largest-batch; default: all memory that JAX may use on the device",
     )
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps")
+    parser.add_argument("--smoke", action="store_true", help="train a tiny model for a few steps")
     if parser.parse_args().smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args()
     if args.classes is not None and args.classes < args.vocabulary:
-        parser.error(f"--classes: expected at least the vocabulary's {args.vocabulary}")
+        parser.error(f"--classes: expected at least {args.vocabulary} classes, got {args.classes}")
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATE * min(1, DIM / args.dim)
 
@@ -530,7 +530,9 @@ def main():
     tokenizer = train_tokenizer(texts, args.vocabulary)
     tokens, held_out = encode(tokenizer, texts), encode(tokenizer, held_out_texts)
     if len(held_out) <= args.batch_size * args.context:
-        raise SystemExit(f"{len(held_out)} held-out tokens are no batch: raise --held-out-files")
+        raise SystemExit(
+            f"{len(held_out)} held-out tokens are fewer than a batch needs: raise --held-out-files"
+        )
     print(f"{len(texts)} files, {len(tokens):,} tokens; {len(held_out_texts)} files held out")
 
     prompt = tokenizer.encode(args.prompt).ids

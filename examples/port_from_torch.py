@@ -1,11 +1,11 @@
-"""PyTorch's cross-entropy calls and a training loop beside their ports to JAX with sxe.
+"""PyTorch's cross-entropy calls and a training loop, next to their ports to JAX with sxe.
 
     python examples/port_from_torch.py
 
-runs both sides on the same arrays, prints both losses and the largest differences of the loss and
-of its gradient, and fails if one is more than rounding. Where PyTorch is not installed it compares
-with what PyTorch gave before, stored at the end of this file by --store. Each argument of PyTorch's
-functions, and of other libraries', is in sxe/docs/migration.md.
+The script runs both sides on the same arrays. It prints both losses and the largest differences of
+the loss and of its gradients, and fails if a difference is larger than rounding errors. If PyTorch
+is not installed, it compares with PyTorch's stored results at the end of this file, which --store
+prints. sxe/docs/migration.md lists all arguments of PyTorch's functions and of other libraries'.
 """
 
 import argparse
@@ -25,11 +25,11 @@ except ImportError:
     torch = None
 
 N, K, D, STEPS = 32, 10, 16, 20
-TOLERANCE = 1e-5  # of the largest element; float32 rounds differently in the two libraries
+TOLERANCE = 1e-5  # relative to the largest element; the two libraries round differently
 
 
 def waves(*shape):
-    """Numbers that every library and every machine agrees on."""
+    """Numbers that are the same in every library and on every machine."""
     return (2 * np.sin(1 + np.arange(np.prod(shape)) ** 1.3)).reshape(shape).astype(np.float32)
 
 
@@ -39,13 +39,13 @@ padded = np.where(np.arange(N) % 5 == 0, -100, labels)  # -100 marks rows that d
 class_weights = 1.5 + waves(K) / 2
 probabilities = np.exp(waves(N, K)[::-1])
 probabilities /= probabilities.sum(axis=1, keepdims=True)
-images = waves(2, K, 6, 4)  # logits of a segmentation, the classes at axis 1
+images = waves(2, K, 6, 4)  # logits of a segmentation, with the classes on axis 1
 masks = np.arange(2 * 6 * 4).reshape(2, 6, 4) % K
 hidden, weight, bias = waves(N, D), waves(K, D) / 4, waves(K)  # of a torch.nn.Linear(D, K)
 
 
 def pairs():
-    """title: (the arrays to differentiate for, PyTorch's call, sxe's call)."""
+    """By title: the arrays to differentiate with respect to, PyTorch's call, and sxe's call."""
     t = None if torch is None else torch.from_numpy
     return {
         "labels, some of them -100": (
@@ -85,7 +85,7 @@ def pairs():
             lambda x: F.cross_entropy(x, t(masks)),
             lambda x: sxe.softmax_cross_entropy(x, masks, ignore_index=-100, axis=1),
         ),
-        "linear head": (  # PyTorch has F.linear_cross_entropy for it from 2.13 on
+        "linear head": (  # PyTorch has F.linear_cross_entropy since version 2.13
             (hidden, weight, bias),
             lambda h, w, b: F.cross_entropy(F.linear(h, w, b), t(padded)),
             lambda h, w, b: sxe.linear_softmax_cross_entropy(
@@ -136,7 +136,7 @@ def train_sxe():
 
 
 def torch_result(arrays, call):
-    """[loss, gradient, ...] of PyTorch."""
+    """PyTorch's [loss, gradient, ...]."""
     inputs = [torch.tensor(a, requires_grad=True) for a in arrays]
     loss = call(*inputs)
     gradients = torch.autograd.grad(loss, inputs) if inputs else ()
@@ -144,7 +144,7 @@ def torch_result(arrays, call):
 
 
 def sxe_result(arrays, call):
-    """[loss, gradient, ...] of sxe."""
+    """sxe's [loss, gradient, ...]."""
     if not arrays:
         return [np.asarray(call())]
     loss, gradients = jax.jit(jax.value_and_grad(call, argnums=tuple(range(len(arrays)))))(*arrays)
@@ -152,7 +152,7 @@ def sxe_result(arrays, call):
 
 
 def summary(result):
-    """What is stored of a result: the loss, and of each gradient a sum with unequal weights."""
+    """The stored form of a result: the loss, and a sum of each gradient with unequal weights."""
     return [float((r * np.cos(np.arange(r.size)).reshape(r.shape)).sum()) for r in result]
 
 
@@ -188,7 +188,7 @@ def compare():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="PyTorch's cross-entropy beside its port to sxe.")
+    parser = argparse.ArgumentParser(description="PyTorch's cross-entropy and its port to sxe.")
     parser.add_argument("--store", action="store_true", help="print PyTorch's results to store")
     args = parser.parse_args()
     if args.store:
@@ -197,14 +197,14 @@ def main():
         return print_to_store()
 
     if torch is None:
-        print(f"PyTorch is not installed: compared with what {STORED_BY} gave, the loss and a sum")
-        print("over each gradient. With `pip install torch` it runs here, element by element.")
+        print(f"PyTorch is not installed: comparing with stored results of {STORED_BY},")
+        print("the loss and a sum over each gradient. Install torch to compare all elements.")
     else:
         print(f"torch {torch.__version__} and sxe on jax {jax.__version__}, element by element")
     largest = compare()
     print(f"largest relative difference: {largest:.1e}")
     if not largest < TOLERANCE:
-        sys.exit(f"the two differ by more than rounding, {TOLERANCE:.0e}")
+        sys.exit(f"the largest difference exceeds the tolerance, {TOLERANCE:.0e}")
 
 
 # python examples/port_from_torch.py --store

@@ -1,10 +1,10 @@
 """Train softmax regression on scikit-learn's handwritten digits by Newton's method, with sxe.
 
-A step solves H d = -g by conjugate gradients, from products of the Hessian with vectors that JAX
-takes through sxe's closed-form gradient. Adam and L-BFGS get the same number of passes over the
-data, where a gradient, a product and a slope count as one each, and every method its best setting
-of a small grid. At the end the script holds the Hessian against its closed form, and draws the
-curves and the digits whose own gradients are the largest:
+A step solves H d = -g by conjugate gradients. JAX computes the Hessian-vector products by
+differentiating sxe's closed-form gradient. Adam and L-BFGS get the same number of passes over the
+data; a gradient, a product and a slope each count as one pass. Each method has the best setting of
+a small grid. At the end the script compares the Hessian with its closed form. It draws the loss
+curves and the digits with the largest gradients:
 
     python examples/second_order.py --figure second_order.png
 """
@@ -37,32 +37,32 @@ def loss_fn(params, images, labels, l2, rule="vjp"):
     return loss + l2 / 2 * optax.tree.vdot(params, params)
 
 
-# Each method returns a generator of its steps: the parameters, and the passes over the data so far.
+# Each method returns a function that generates, after each step, (parameters, passes so far).
 
 
 def newton(args, images, labels, tolerance):
-    """Newton-CG. The residual of H d = -g may be `tolerance` times as long as g."""
+    """Newton-CG. The residual of H d = -g may have up to `tolerance` times the norm of g."""
     products = []
 
     @jax.jit
     def step(params, images, labels):
         loss = functools.partial(loss_fn, images=images, labels=labels, l2=args.l2)
-        # The default rule serves whatever starts with a gradient, forward over reverse included.
-        # Linearized once, a product costs as much as a gradient; by jvp, half as much again.
+        # The default rule supports all that begins with reverse mode, such as forward over reverse.
+        # By linearize, a product costs as much as one gradient; by jvp, 1.5 times as much.
         g, product = jax.linearize(jax.grad(loss), params)
 
         def counted(v):
-            jax.debug.callback(lambda: products.append(1))  # cg does not tell how many it took
+            jax.debug.callback(lambda: products.append(1))  # cg does not return how many
             return product(v)
 
         d, _ = cg(counted, optax.tree.scale(-1, g), tol=tolerance)
 
-        def slope(t):  # of the loss along d, by forward mode alone: that takes rule="jvp"
+        def slope(t):  # of the loss along d; forward mode alone needs rule="jvp"
             at = optax.tree.add_scale(params, t, d)
             return jax.jvp(functools.partial(loss, rule="jvp"), (at,), (d,))[1]
 
-        # Halve the step while the loss rises, at its end, more than half as steeply as it fell at
-        # the start. Near the optimum float32 still tells slopes apart, where losses are all equal.
+        # Halve the step while the loss at its end rises more than half as steeply as it falls at
+        # its start. Near the optimum, slopes still differ in float32, but losses are all equal.
         steep, one = -optax.tree.vdot(g, d) / 2, jnp.ones((), images.dtype)
         t, _, trials = jax.lax.while_loop(
             lambda search: (search[1] > steep) & (search[2] < 10),
@@ -76,7 +76,7 @@ def newton(args, images, labels, tolerance):
         while True:
             products.clear()
             params, trials = step(params, images, labels)
-            jax.effects_barrier()  # all products are counted
+            jax.effects_barrier()  # wait until all products are counted
             passes += 1 + len(products) + int(trials)
             yield params, passes
 
@@ -90,13 +90,13 @@ def lbfgs(args, images, labels, memory_size):
     def step(params, state, images, labels):
         loss = functools.partial(loss_fn, images=images, labels=labels, l2=args.l2)
         value, grads = optax.value_and_grad_from_state(loss)(params, state=state)
-        of = {"value": value, "grad": grads, "value_fn": loss}  # what the line search looks at
+        of = {"value": value, "grad": grads, "value_fn": loss}  # for the line search
         updates, state = optimizer.update(grads, state, params, **of)
         return optax.apply_updates(params, updates), state
 
     def steps(params):
         state = optimizer.init(params)
-        passes = 1  # later steps find their gradient in the state, where the line search left it
+        passes = 1  # the first gradient; later ones are in the state, from the line search
         while True:
             params, state = step(params, state, images, labels)
             passes += int(state[-1].info.num_linesearch_steps)
@@ -106,8 +106,8 @@ def lbfgs(args, images, labels, memory_size):
 
 
 def adam(args, images, labels, batch_size, learning_rate):
-    """Adam, with a learning rate that falls to 0 over all of the passes."""
-    batches = len(labels) // batch_size  # each pass's shuffle leaves another remainder out
+    """Adam, with a learning rate that decays to 0 over all passes."""
+    batches = len(labels) // batch_size  # the last partial batch of each shuffle is left out
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, args.passes * batches))
 
     @jax.jit
@@ -132,7 +132,7 @@ def adam(args, images, labels, batch_size, learning_rate):
 
 
 def run(steps, params, passes):
-    """The steps within the budget, and the seconds that they took with compiling, and again."""
+    """The steps within the budget, and the seconds of two runs; the first one compiles."""
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -143,7 +143,7 @@ def run(steps, params, passes):
 
 
 def float64_loss(args, start, images, labels):
-    """The loss of float32 parameters, as a function, and the smallest one, both in float64."""
+    """The loss as a function of float32 parameters, and the smallest loss, both in float64."""
 
     def wide(tree):
         return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
@@ -157,14 +157,14 @@ def float64_loss(args, start, images, labels):
         steps = newton(args, wide(images), labels, tolerance=1e-3)(wide(start))
         for params, _ in itertools.islice(steps, 50):
             smallest, g = jitted(params, wide(images), labels, args.l2)
-            # The loss is l2-strongly convex, and so no more than this above the smallest.
+            # The loss is l2-strongly convex, so this bounds its gap to the smallest loss.
             if optax.tree.vdot(g, g) / (2 * args.l2) < 1e-16:
                 return loss, float(smallest)
-    raise SystemExit(f"--l2 {args.l2}: float64 is not enough to find the smallest loss; give more")
+    raise SystemExit(f"--l2 {args.l2}: too small to find the smallest loss in float64")
 
 
 def check_hessian(args, params, images, labels, row):
-    """Hold Hessians, and a product with one, against diag(q) - q q^T of every row in float64."""
+    """Compare Hessians and a product with diag(q) - q q^T (line D4) of every row in float64."""
     x = np.asarray(apply(params, images), np.float64)
     q = np.exp(x - x.max(axis=1, keepdims=True))
     q /= q.sum(axis=1, keepdims=True)
@@ -194,7 +194,7 @@ def check_hessian(args, params, images, labels, row):
 
 
 def draw(curves, images, labels, q, norms, path):
-    """Left the losses above the smallest, right the digits with the largest gradients."""
+    """Draw the gaps to the smallest loss (left) and digits with the largest gradients (right)."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subfigures(1, 2)
     ax = left.subplots()
@@ -214,26 +214,26 @@ def draw(curves, images, labels, q, norms, path):
 
 
 def first(passes, gaps, bound):
-    """The passes after which the gap is at most `bound`, as text."""
+    """The passes after which the gap is at most `bound`, or "-", as text."""
     return next((str(n) for n, gap in zip(passes, gaps, strict=True) if gap <= bound), "-")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Newton's method on digits, with sxe.")
-    parser.add_argument("--passes", type=int, default=200, help="over the data, of each run")
-    parser.add_argument("--l2", type=float, default=1e-4, help="the weight of |params|^2 / 2")
+    parser.add_argument("--passes", type=int, default=200, help="passes over the data per run")
+    parser.add_argument("--l2", type=float, default=1e-4, help="weight of |params|^2 / 2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="one setting of each method")
+    parser.add_argument("--smoke", action="store_true", help="try one setting of each method")
     parser.add_argument("--figure", default="second_order.png", help="where to write the figure")
     args = parser.parse_args()
     if args.l2 <= 0:
-        parser.error(f"--l2: expected a positive number, not {args.l2}")
+        parser.error(f"--l2: expected a positive number, got {args.l2}")
 
     digits = load_digits()
     images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     split = {"test_size": 0.25, "stratify": labels, "random_state": args.seed}
     images, test_images, labels, test_labels = train_test_split(images, labels, **split)
-    # On the device now: NumPy arrays would be copied there by every step.
+    # Put them on the device once: every step would copy NumPy arrays there.
     data = jnp.asarray(images), jnp.asarray(labels)
     start = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
 
@@ -244,11 +244,11 @@ def main():
     runs += [("Adam", adam, {"batch_size": b, "learning_rate": r}) for b, r in adams[few]]
 
     loss, smallest = float64_loss(args, start, *data)
-    best = {}  # by name: the run that ended closest to the smallest loss
+    best = {}  # by name, the run that ended closest to the smallest loss
     for name, method, setting in tqdm(runs, desc="training", unit="run"):
         history, seconds = run(method(args, *data, **setting), start, args.passes)
         if not history:
-            parser.error(f"--passes: expected enough for a step of {name}, not {args.passes}")
+            parser.error(f"--passes: expected enough for a step of {name}, got {args.passes}")
         gap = loss(history[-1][0]) - smallest
         if name not in best or gap < best[name][0]:
             best[name] = gap, setting, history, seconds
@@ -266,7 +266,7 @@ def main():
         print(f"{title:39}{reached}{gap:11.1e}{accuracy:10.2%}{times}")
 
     params = best["Newton-CG"][2][-1][0]
-    # Of each digit's own loss, without the L2 term: who still pulls at the parameters?
+    # The gradients of each digit's own loss, without the L2 term.
     grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0, 0, None))(params, *data, 0.0)
     norms = np.asarray(jax.vmap(optax.tree.norm)(grads))
     largest = np.argsort(-norms)

@@ -1,21 +1,22 @@
 """Train the transformer of language_model.py on a mesh of devices, then on one, and compare.
 
-Devices along the mesh axis "data" split the batch. Devices along "model" split the 16,384 classes
-of the last layer. Its kernel is the embedding once more, and "data" splits the other axis of that,
-as FSDP does: each device has a part of the embedding and of Adam's moments for it, and all of the
-other parameters. `sxe.over_mesh` makes sxe's loss one of global arrays that are split like this.
-By default the devices are eight virtual ones of the CPU, with `--devices 0` those that there are:
+The batch is sharded over the mesh axis "data", and the 16,384 classes of the last layer over the
+axis "model". The kernel of the last layer is the transposed embedding, and its other axis is
+sharded over "data", as in FSDP. So each device has a shard of the embedding and of Adam's moments
+for it, and a copy of all other parameters. `sxe.over_mesh` wraps sxe's loss so that it takes global
+arrays with these shardings. The default is eight virtual CPU devices; `--devices 0` uses the
+devices of the machine:
 
     python examples/sharded_training.py --mesh data=2,model=4
 
-Several processes, here two on one machine, have a part of the devices each and run the same code:
+Several processes can run the same code, each with some of the devices; here two on one machine:
 
     python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 0 &
     python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 1
 
-With `--checkpoint-dir` a run that has been stopped goes on from its last checkpoint when it is
-started again with the same options. At the end the script takes the same steps on one device, with
-the loss as it is there, and exits with 1 if the loss curves differ.
+With `--checkpoint-dir`, a stopped run continues from its last checkpoint when it is started again
+with the same options. At the end the script takes the same steps on one device, without
+`sxe.over_mesh`, and exits with 1 if the loss curves differ.
 """
 
 import argparse
@@ -36,11 +37,11 @@ from tqdm import tqdm
 
 import sxe
 
-# In nats. A mesh takes sums in another order: that is one or two units in the last place of a loss.
-# Where training is not stable, from a learning rate of 4e-3 on, it grows with the steps.
+# In nats. A mesh adds in another order, which changes a loss by one or two units in the last place.
+# If training is unstable, from a learning rate of 4e-3 on, the difference grows with the steps.
 TOLERANCE = 1e-5
 
-# Seconds rather than minutes. A run that is started again has two steps to go.
+# Takes seconds instead of minutes. A run that is started again has two steps left.
 SMOKE = {
     "steps": 6,
     "checkpoint_every": 4,
@@ -54,7 +55,7 @@ SMOKE = {
 
 
 def start_jax(args):
-    """Set up devices and processes, before JAX looks for either."""
+    """Set up devices and processes, before JAX initializes them."""
     if args.devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
@@ -63,12 +64,12 @@ def start_jax(args):
             args.coordinator,
             args.processes,
             args.process_id,
-            shutdown_timeout_seconds=3600,  # all wait for process 0, which has one device to try
+            shutdown_timeout_seconds=3600,  # all wait while process 0 trains on one device
         )
 
 
 def axes(text):
-    """From data=2,model=4 to {"data": 2, "model": 4}."""
+    """Parse data=2,model=4 into {"data": 2, "model": 4}."""
     return {name: int(size) for name, _, size in (axis.partition("=") for axis in text.split(","))}
 
 
@@ -82,9 +83,9 @@ def make_mesh(axes):
 
 
 def make_batches(args):
-    """[steps, B, T + 1], the windows of tokens for each step: the same in all processes and runs.
+    """The windows of tokens for each step, [steps, B, T + 1], equal in all processes and runs.
 
-    A window has one token more than the model sees: the label of the last.
+    A window has one token more than the model sees, the label of the last position.
     """
     texts, _ = read_sources(args.text_bytes, held_out_files=0)
     tokens = encode(train_tokenizer(texts, args.vocabulary), texts)
@@ -95,9 +96,9 @@ def make_batches(args):
 
 
 def make_functions(args, loss, table=lambda embedding: embedding):
-    """`init()` and `step(state, windows)`. Only `loss` and `table` know of a mesh.
+    """The functions `init()` and `step(state, windows)`. Only `loss` and `table` depend on a mesh.
 
-    `table` makes of the embedding what the model looks tokens up in.
+    `table` turns the embedding into the array in which the model looks tokens up.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.steps // 10, args.steps
@@ -129,7 +130,7 @@ def make_functions(args, loss, table=lambda embedding: embedding):
 
 
 def split_embedding(state, mesh):
-    """The shardings of a state: of the embedding [K, D] and its moments, and of all else."""
+    """The shardings of a state. Only the embedding [K, D] and its moments are sharded."""
 
     def sharding(path, leaf):
         embedding = "['embedding']['embedding']" in jax.tree_util.keystr(path)
@@ -139,7 +140,7 @@ def split_embedding(state, mesh):
 
 
 def train(title, step, state, batches, first=0, after_step=lambda done, state: None):
-    """Take the steps from `first` on: the state after them, their losses, the seconds of each."""
+    """Take the steps from `first` on. Returns the last state, the losses, and their seconds."""
     losses, seconds = [], []
     progress = tqdm(
         batches[first:],
@@ -152,7 +153,7 @@ def train(title, step, state, batches, first=0, after_step=lambda done, state: N
     for done, windows in enumerate(progress, first + 1):
         began = time.perf_counter()
         state, loss = step(state, windows)
-        losses.append(float(loss))  # waits for the step, so that its time can be taken
+        losses.append(float(loss))  # blocks until the step is done, for the timing
         seconds.append(time.perf_counter() - began)
         progress.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
         after_step(done, state)
@@ -160,13 +161,13 @@ def train(title, step, state, batches, first=0, after_step=lambda done, state: N
 
 
 def train_on_mesh(args, mesh, batches):
-    """Train from the last checkpoint on, if there is one: its step, and what `train` returns."""
+    """Train from the last checkpoint, if any. Returns its step, and the results of `train`."""
     loss = sxe.over_mesh(
         sxe.linear_softmax_cross_entropy, mesh, batch="data", classes="model", fsdp="data"
     )
 
     def table(embedding):
-        # Whole rows, as the axis "data" has their tokens, too. The loss gathers its kernel itself.
+        # Whole rows, not sharded over "data": the tokens are. The loss gathers its kernel itself.
         return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, P("model")))
 
     init, step = make_functions(args, loss, table)
@@ -176,7 +177,7 @@ def train_on_mesh(args, mesh, batches):
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
     def mesh_step(state, windows):
-        # Each process gives the rows of its own devices.
+        # Each process provides the rows of its own devices.
         return step(
             state, jax.make_array_from_callback(windows.shape, rows, lambda index: windows[index])
         )
@@ -202,7 +203,7 @@ def train_on_mesh(args, mesh, batches):
 
 
 def train_on_one_device(args, batches):
-    """The losses of the same steps on the first device of this process."""
+    """The losses of the same steps, on the first device of this process."""
     init, step = make_functions(args, sxe.linear_softmax_cross_entropy)
     step = jax.jit(step, donate_argnums=0)
     _, losses, _ = train("training on one device", step, jax.jit(init)(), batches)
@@ -211,27 +212,27 @@ def train_on_one_device(args, batches):
 
 def main():
     parser = argparse.ArgumentParser(description="Train a language model on a mesh of devices.")
-    parser.add_argument("--devices", type=int, default=8, help="virtual ones, 0: those there are")
+    parser.add_argument("--devices", type=int, default=8, help="virtual CPU devices; 0: real ones")
     parser.add_argument(
         "--mesh", type=axes, default="data=2,model=4", help="devices along each axis"
     )
     parser.add_argument("--coordinator", help="HOST:PORT of process 0, for several processes")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process-id", type=int, default=0)
-    parser.add_argument("--checkpoint-dir", help="the same for all processes")
-    parser.add_argument("--checkpoint-every", type=int, default=8, help="in steps")
-    parser.add_argument("--no-compare", action="store_true", help="leave out the one device")
+    parser.add_argument("--checkpoint-dir", help="same for all processes")
+    parser.add_argument("--checkpoint-every", type=int, default=8, help="number of steps")
+    parser.add_argument("--no-compare", action="store_true", help="do not train on one device")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=256, help="tokens that the model sees")
+    parser.add_argument("--context", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--dim", type=int, default=128, help="size of the hidden states")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--vocabulary", type=int, default=16_384)
-    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="how much to read")
+    parser.add_argument("--text-bytes", type=int, default=6_000_000, help="bytes of source to read")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few steps")
+    parser.add_argument("--smoke", action="store_true", help="train a tiny model for a few steps")
     if parser.parse_args().smoke:
         parser.set_defaults(**SMOKE)
     args = parser.parse_args()
@@ -243,7 +244,7 @@ def main():
     if jax.process_index() != 0:
         return
     if first >= args.steps:
-        raise SystemExit(f"{args.checkpoint_dir} is of step {first}: nothing is left to train")
+        raise SystemExit(f"{args.checkpoint_dir} has a checkpoint of step {first}: no steps left")
 
     embedding = state["params"]["embedding"]["embedding"]
     part = embedding.addressable_data(0)
@@ -262,7 +263,7 @@ def main():
     one = train_on_one_device(args, batches)[first:]
     difference = np.max(np.abs(losses - one))
     print(f"largest difference between the loss curves: {difference:.1e} nats")
-    if not difference <= TOLERANCE:  # NaN is a difference, too
+    if not difference <= TOLERANCE:  # also if it is NaN
         print(f"DIFFERS from one device by more than {TOLERANCE:.0e} nats")
         sys.exit(1)
     print("matches one device")

@@ -70,4 +70,4 @@ def test_collapse_comes_later_in_float64(tmp_path):
 def test_collapse_says_what_a_share_is(tmp_path):
     done = run_example("collapse.py", tmp_path, "--train-share=1")
     assert done.returncode == 2
-    assert "--train-share must lie between 0 and 1, not 1.0" in done.stderr
+    assert "--train-share: expected a number between 0 and 1, got 1.0" in done.stderr

@@ -76,10 +76,10 @@ def test_second_order_writes_a_figure(smoke_run):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--l2=0", "--l2: expected a positive number, not 0.0"),
+        ("--l2=0", "--l2: expected a positive number, got 0.0"),
         pytest.param(
             "--passes=3",
-            "--passes: expected enough for a step of Newton-CG, not 3",
+            "--passes: expected enough for a step of Newton-CG, got 3",
             marks=pytest.mark.slow,
         ),
     ],

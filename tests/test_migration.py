@@ -152,7 +152,7 @@ def read():
     """The rows with calls, and the names in the table of names."""
     rows, legend = [], []
     for package, heading, header, lines in tables():
-        if header == ["name", "shape", "what"]:
+        if header == ["name", "shape", "meaning"]:
             legend += [name for cells in lines for name in code(cells[0])]
             continue
         assert header[2] == "sxe", header

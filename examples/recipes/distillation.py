@@ -1,12 +1,13 @@
-"""Knowledge distillation: dense targets of a teacher at a temperature, with hard labels.
+"""Knowledge distillation from a teacher's probabilities at a temperature, and from hard labels.
 
     loss = a T^2 CE(softmax(teacher / T), student / T) + (1 - a) CE(labels, student)
 
-The factor T^2 makes up for the gradient of the first term, which falls as 1 / T^2 (arXiv
-1503.02531). The head divides the student's logits by T with `logit_scale`, and takes the teacher's
-probabilities as labels of a float dtype. As they are constant, this cross-entropy has the gradient
-of the Kullback-Leibler divergence; the value is larger by the teacher's entropy. A teacher
-that runs beside its student needs no probabilities: see distillation_without_logits.py. To run it:
+The gradient of the first term falls as 1 / T^2, and the factor T^2 compensates for that (arXiv
+1503.02531). The head is the final linear layer and the loss in one call. Its `logit_scale` divides
+the student's logits by T, and the teacher's probabilities are its labels, with a float dtype. They
+are constant, so this cross-entropy has the gradient of the Kullback-Leibler divergence. Its value
+is larger by the teacher's entropy. If the teacher runs in the same program, its probabilities are
+not needed: see distillation_without_logits.py. To run this script:
 
     python examples/recipes/distillation.py
 """
@@ -17,8 +18,8 @@ import optax
 
 import sxe
 
-N, D, K = 512, 32, 100  # rows, features, classes
-ALPHA = 0.7  # the share of the teacher
+N, D, K = 512, 32, 100  # rows, hidden size, classes
+ALPHA = 0.7  # a, the weight of the teacher's term
 
 
 def hidden_fn(params, x):
@@ -34,7 +35,7 @@ def loss_fn(params, x, labels, teacher_logits, temperature):
 
 
 def divergence_loss_fn(params, x, labels, teacher_logits, temperature):
-    """The same from log-probabilities, less the teacher's entropy."""
+    """The same loss from log-probabilities, without the teacher's entropy."""
     logits = hidden_fn(params, x) @ params["kernel"]
     log_targets, log_q = (jax.nn.log_softmax(z / temperature) for z in (teacher_logits, logits))
     soft = jnp.mean(jnp.sum(jnp.exp(log_targets) * (log_targets - log_q), axis=-1))
@@ -43,7 +44,7 @@ def divergence_loss_fn(params, x, labels, teacher_logits, temperature):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 

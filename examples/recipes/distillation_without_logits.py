@@ -3,11 +3,12 @@
     q = softmax(hidden @ kernel / T)    p = softmax(teacher_hidden @ teacher_kernel / T)
     loss = T^2 KL(p || q), T^2 KL(q || p), or T^2 times the Jensen-Shannon divergence between them
 
-A teacher that runs beside its student has logits of all classes for each token, two arrays [N, K]
-with those of the student. The head makes both for one chunk of rows at a time. The two have hidden
-sizes of their own, and the same classes. A teacher that is not trained costs the product that makes
-its logits, and none for gradients. Where only the largest logits of a teacher are stored, see
-top_k_distillation.py; with its probabilities, distillation.py. To run it:
+The plain implementation computes the logits of the teacher and of the student for all tokens, two
+arrays [N, K]. `linear_kl_divergence` computes both for one chunk of rows at a time. Teacher and
+student have the same classes, but may have different hidden sizes. For a teacher that is not
+trained, the only matrix product is the one that computes its logits. If only the largest logits of
+the teacher are stored, see top_k_distillation.py; if its probabilities are, see distillation.py. To
+run this script:
 
     python examples/recipes/distillation_without_logits.py
 """
@@ -24,13 +25,13 @@ import sxe
 N, K = 512, 200  # tokens, classes
 D, D_TEACHER = 32, 96  # hidden sizes
 TEMPERATURE = 2.0
-# "forward": the student covers all that the teacher may say. "reverse": it says only what the
-# teacher would. "jensen_shannon" lies between; it is bounded.
+# "forward": the student learns to cover everything that the teacher may say. "reverse": it learns
+# to say only what the teacher would say. "jensen_shannon" lies between the two, and is bounded.
 MODES = ("forward", "reverse", "jensen_shannon")
 
 
 def hidden_fn(params, x):
-    """Stands for a model, a student or a teacher."""
+    """A stand-in for a model, either the student or the teacher."""
     return jnp.tanh(x @ params["layer"])
 
 
@@ -50,7 +51,7 @@ def loss_fn(hidden, kernel, teacher_hidden, teacher_kernel, where, mode):
 
 
 def logits_loss_fn(hidden, kernel, teacher_hidden, teacher_kernel, where, mode):
-    """The plain way, from the log-probabilities of all classes."""
+    """The plain implementation, from the log-probabilities of all classes."""
     logits, teacher_logits = hidden @ kernel, teacher_hidden @ teacher_kernel
     log_q, log_p = (
         jax.nn.log_softmax(x.astype(jnp.float32) / TEMPERATURE) for x in (logits, teacher_logits)
@@ -72,7 +73,7 @@ def model_loss_fn(params, teacher, x, where, mode, loss_fn=loss_fn):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -126,7 +127,7 @@ def main():
         print(f"{mode}: loss and gradients, largest difference from logits {error:.1e}")
     train(params, *batch)
 
-    # As compiled for last layers of language models, which do not run.
+    # Compile, but do not run, last layers of the size that language models have.
     shapes = (1024, 512), (512, 32_000), (1024, 1024), (1024, 32_000)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     temporaries = [
@@ -138,7 +139,7 @@ def main():
         for f in (loss_fn, logits_loss_fn)
     ]
     head, logits = (f"{size / 2**20:,.0f} MiB" for size in temporaries)
-    print(f"temporaries: {head} by the head, {logits} with logits")
+    print(f"temporaries: {head} with the head, {logits} with logits")
 
 
 if __name__ == "__main__":

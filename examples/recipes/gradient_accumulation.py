@@ -1,9 +1,9 @@
-"""Gradient accumulation over micro-batches whose numbers of tokens differ.
+"""Gradient accumulation over micro-batches with different numbers of tokens.
 
-A mean of the micro-batches' means gives the tokens of a short one more weight than others. The
-gradient of the big batch is the sum over all tokens, divided by their number: each micro-batch
-gives its "sum", and the division comes last, or, with `optax.MultiSteps`, from a number of tokens
-that was counted before. To run it:
+A mean of the micro-batches' means gives the tokens of a small micro-batch more weight than others.
+The gradient of the big batch is the sum over all tokens, divided by the number of tokens. So each
+micro-batch computes its "sum", and the division comes last. With `optax.MultiSteps`, count the
+tokens first, and divide the gradient of each micro-batch by their number. To run this script:
 
     python examples/recipes/gradient_accumulation.py
 """
@@ -16,7 +16,7 @@ import optax
 
 import sxe
 
-M, B, T, D, K = 4, 8, 16, 32, 300  # micro-batches of B sequences of T tokens; features, classes
+M, B, T, D, K = 4, 8, 16, 32, 300  # micro-batches, sequences, tokens, hidden size, classes
 PAD = -100
 
 
@@ -30,7 +30,7 @@ def grad_fn(params, x, labels, reduction):
 
 @jax.jit
 def accumulate(params, xs, labels):
-    """The mean loss and its gradient over all micro-batches: three sums, then one division."""
+    """The mean loss and its gradient over all micro-batches, from sums and one division."""
 
     def add(sums, micro_batch):
         (_, metrics), grads = grad_fn(params, *micro_batch, reduction="sum")
@@ -42,27 +42,27 @@ def accumulate(params, xs, labels):
 
 
 def multi_steps(optimizer, params, xs, labels):
-    """The same loss, and the update. MultiSteps would average over micro-batches; here it adds."""
+    """The same loss, and the update. With `use_grad_mean=False`, MultiSteps adds the gradients."""
     optimizer = optax.MultiSteps(optimizer, every_k_schedule=M, use_grad_mean=False)
     opt_state = optimizer.init(params)
     tokens, loss_sum = jnp.sum(labels != PAD), 0.0
     for micro_batch in zip(xs, labels, strict=True):
         (_, metrics), grads = grad_fn(params, *micro_batch, reduction="sum")
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        updates, opt_state = optimizer.update(grads, opt_state, params)  # 0, but for the last
+        updates, opt_state = optimizer.update(grads, opt_state, params)  # 0 until the last
         loss_sum += metrics.loss_sum
     return loss_sum / tokens, updates
 
 
 def mean_of_means(params, xs, labels):
-    """What is wrong: every micro-batch counts the same, however few tokens it has."""
+    """The wrong mean: all micro-batches have the same weight, however few tokens they have."""
     results = [grad_fn(params, *pair, reduction="mean") for pair in zip(xs, labels, strict=True)]
     results = [(loss, grads) for (loss, _), grads in results]
     return jax.tree.map(lambda *leaves: sum(leaves) / M, *results)
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -73,9 +73,9 @@ def main():
     params = {"layer": layer, "kernel": kernel}
     xs = jax.random.normal(keys[2], (M, B, T, D))
     labels = jax.random.randint(keys[3], (M, B, T), 0, K)
-    lengths = jnp.array([16, 8, 4, 1])[:, None, None]  # of a micro-batch's sequences
+    lengths = jnp.array([16, 8, 4, 1])[:, None, None]  # of the sequences, by micro-batch
     labels = jnp.where(jnp.arange(T) < lengths, labels, PAD)
-    print(f"tokens of the micro-batches: {jnp.sum(labels != PAD, axis=(1, 2)).tolist()}")
+    print(f"tokens per micro-batch: {jnp.sum(labels != PAD, axis=(1, 2)).tolist()}")
 
     big_batch = xs.reshape(M * B, T, D), labels.reshape(M * B, T)
     (loss, _), grads = grad_fn(params, *big_batch, reduction="mean")

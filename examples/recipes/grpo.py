@@ -1,16 +1,18 @@
 """Group relative policy optimization (GRPO, DeepSeekMath, arXiv 2402.03300) without logits.
 
-A policy samples a group of answers to each prompt. Each answer has a reward, and its advantage A is
-how far the reward is above the mean of the group, in standard deviations. For a token with
-log-probability log p, which was log p_old when it was sampled, and H the entropy of the policy,
+A policy samples a group of answers to each prompt, and each answer gets a reward. The advantage A
+of an answer is its reward minus the mean reward of its group, in standard deviations of the group.
+For each token, log p is its log-probability, and log p_old its log-probability when it was sampled.
+H is the entropy of the policy. The loss is
 
     ratio     = p / p_old
     objective = min(ratio A, clip(ratio, 1 - e, 1 + e) A) - beta k3(log p_ref - log p) + c H
     loss      = -mean over answers of the mean over their tokens of the objective
 
-k3(d) = exp(d) - 1 - d estimates the divergence KL(p || p_ref) from a frozen reference by the
-sampled token. The entropy bonus, c H, is no part of the paper. One call of the head gives log p and
-H of all tokens, both with gradients; `where` leaves out prompts and padding. To run it:
+k3(d) = exp(d) - 1 - d estimates the divergence KL(p || p_ref) from a frozen reference, using only
+the sampled token. The entropy bonus c H is not in the paper. One call of
+`linear_log_prob_and_entropy` computes log p and H of all tokens, both differentiable. `where`
+leaves out prompts and padding. To run this script:
 
     python examples/recipes/grpo.py
 """
@@ -28,37 +30,37 @@ import sxe
 
 PROMPTS, GROUP = 8, 16  # prompts, and answers to each
 B = PROMPTS * GROUP
-T, D, K = 16, 32, 300  # tokens, features, classes
-LENGTH = 4  # of a prompt
+T, D, K = 16, 32, 300  # tokens, hidden size, classes
+LENGTH = 4  # tokens of a prompt
 END = 0  # the token that ends an answer
-TEMPERATURE = 0.8  # of the samples
+TEMPERATURE = 0.8  # at which tokens are sampled
 CLIP, BETA, ENTROPY = 0.2, 0.04, 1e-3  # e, beta and c
 ROLLOUTS, STEPS = 15, 4  # steps on the answers of each rollout
 
 
 class Batch(NamedTuple):
-    """Answers, and what does not change while they are trained on. Labels are the next tokens."""
+    """Answers, and the arrays that stay fixed while the policy trains on them."""
 
     tokens: jax.Array  # [B, T]
-    labels: jax.Array  # [B, T]
-    where: jax.Array  # [B, T], whether a label is the answer's: see supervised_fine_tuning.py
+    labels: jax.Array  # [B, T], the next tokens
+    where: jax.Array  # [B, T], whether a label is in the answer: see supervised_fine_tuning.py
     advantages: jax.Array  # [B]
-    old: jax.Array  # [B, T], log p of the policy that sampled
+    old: jax.Array  # [B, T], log p_old
     reference: jax.Array  # [B, T], log p_ref
 
 
 def hidden_fn(params, tokens):
-    """Stands for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
+    """A stand-in for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
     count = jnp.arange(1, 1 + tokens.shape[1])[:, None]
     x = jnp.cumsum(params["embedding"][tokens], axis=1) / count
     return jnp.tanh(x @ params["layer"])
 
 
 def policy(params, tokens, labels, where):
-    """log p of the labels and the entropy, [B, T] each, and 0 where a label does not count.
+    """log p of the labels, and the entropy, [B, T] each. Both are 0 where a label does not count.
 
-    Tokens are sampled from softmax(logits / temperature), so that is the policy: a log-probability
-    or an entropy at another temperature is that of a policy that nobody sampled from.
+    Tokens are sampled from softmax(logits / temperature), so this distribution is the policy.
+    Log-probabilities and entropies at another temperature belong to another policy.
     """
     hidden, kernel = hidden_fn(params, tokens), params["embedding"].T
     return sxe.linear_log_prob_and_entropy(
@@ -76,12 +78,13 @@ def policy_from_logits(params, tokens, labels, where):
 def k3(d):
     """exp(d) - 1 - d, from its series where |d| is below 1/2.
 
-    It is about d^2 / 2 for a policy close to its reference, where exp(d) and 1 + d agree in nearly
-    all of their digits, and expm1(d) and d in half of them. What is left is the error of d, which
-    is what rounding leaves of two log-probabilities: 5e-7 in float32.
+    If the policy is close to its reference, k3 is about d^2 / 2. Then exp(d) and 1 + d agree in
+    nearly all digits, and expm1(d) and d in half of them, so the differences cancel. The series has
+    no cancellation. Its error is that of d, the rounding error of two log-probabilities: 5e-7 in
+    float32.
     """
     near = abs(d) < 0.5
-    small = jnp.where(near, d, 0)  # so that the branch that is not taken stays finite
+    small = jnp.where(near, d, 0)  # keeps the branch that is not taken finite
     series = jnp.zeros_like(d)
     for n in range(10, 1, -1):
         series = series * small + 1 / math.factorial(n)
@@ -94,7 +97,7 @@ def k3_as_written(d):
 
 def loss_fn(params, batch, policy=policy, k3=k3):
     log_prob, entropy = policy(params, batch.tokens, batch.labels, batch.where)
-    # Where a label does not count, all of these log-probabilities are 0, and nothing overflows.
+    # All log-probabilities are 0 where a label does not count, so nothing overflows there.
     ratio, advantages = jnp.exp(log_prob - batch.old), batch.advantages[:, None]
     clipped = jnp.clip(ratio, 1 - CLIP, 1 + CLIP)
     objective = jnp.minimum(ratio * advantages, clipped * advantages)
@@ -105,9 +108,10 @@ def loss_fn(params, batch, policy=policy, k3=k3):
 
 
 def group_advantages(rewards):
-    """[PROMPTS * GROUP]: none depends on how hard a prompt is, and no model of rewards is needed.
+    """The advantages [PROMPTS * GROUP]: rewards, normalized within each group.
 
-    A group whose rewards are all equal has advantages of 0, by the small number that is added.
+    They do not depend on how hard a prompt is, and need no model that predicts rewards. If all
+    rewards of a group are equal, the small number in the denominator makes the advantages 0.
     """
     rewards = rewards.reshape(PROMPTS, GROUP)
     above = rewards - jnp.mean(rewards, axis=1, keepdims=True)
@@ -115,16 +119,16 @@ def group_advantages(rewards):
 
 
 def reward_fn(tokens, of_answer):
-    """Stands for what checks an answer: the share of its tokens that are even, [B]."""
+    """A stand-in for a check of the answers: the share of even tokens in each answer, [B]."""
     return jnp.mean(tokens % 2 == 0, axis=-1, where=of_answer)
 
 
 @jax.jit
 def rollout(params, reference, prompts, key):
-    """A batch of answers to the prompts [PROMPTS, LENGTH], and their rewards [B]."""
+    """A batch of sampled answers to the prompts [PROMPTS, LENGTH], and their rewards [B]."""
     tokens = jnp.zeros((B, T + 1), int).at[:, :LENGTH].set(jnp.repeat(prompts, GROUP, axis=0))
 
-    def add_token(t, tokens):  # logits of one position are small
+    def add_token(t, tokens):  # plain logits: those of one position are small
         logits = hidden_fn(params, tokens)[:, t - 1] @ params["embedding"].T
         sampled = jax.random.categorical(jax.random.fold_in(key, t), logits / TEMPERATURE)
         return tokens.at[:, t].set(sampled)
@@ -132,7 +136,7 @@ def rollout(params, reference, prompts, key):
     tokens = jax.lax.fori_loop(LENGTH, T + 1, add_token, tokens)
     at = jnp.arange(T + 1)
     ended = jnp.cumsum((tokens == END) & (at >= LENGTH), axis=1) - (tokens == END) > 0
-    of_answer = (at >= LENGTH) & ~ended  # an answer's end is the last of its tokens
+    of_answer = (at >= LENGTH) & ~ended  # END is the last token of an answer
     rewards = reward_fn(tokens, of_answer)
     inputs = tokens[:, :-1], tokens[:, 1:], of_answer[:, 1:]
     old, ref = (policy(model, *inputs).log_prob for model in (params, reference))
@@ -140,7 +144,7 @@ def rollout(params, reference, prompts, key):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -153,7 +157,7 @@ def as_float64(tree):
 
 
 def compare_with_logits(params, batch):
-    """Loss and gradients beside those of logits in float64, and with k3 as it is written."""
+    """Compare loss and gradients with those of logits in float64, where k3 needs no series."""
     with jax.enable_x64(True):
         plain = functools.partial(loss_fn, policy=policy_from_logits, k3=k3_as_written)
         expected = jax.jit(jax.value_and_grad(plain))(*as_float64((params, batch)))
@@ -163,14 +167,14 @@ def compare_with_logits(params, batch):
 
 
 def compare_estimates(params, reference, batch):
-    """k3 of the sampled tokens, in three ways, beside float64; and beside what it estimates."""
+    """Compare three ways to compute k3 with float64, and the mean of k3 with the divergence."""
     log_prob = policy(params, batch.tokens, batch.labels, batch.where).log_prob
     d = (batch.reference - log_prob)[batch.where]
     estimate = jnp.mean(k3(d))
-    d = d[abs(d) > 1e-5]  # what is closer is a rounding of the log-probabilities
+    d = d[abs(d) > 1e-5]  # smaller differences are rounding errors of the log-probabilities
     exact = np.asarray(d, np.float64)
     true = np.expm1(exact) - exact
-    print(f"log p_ref - log p: {np.median(abs(d)):.0e} in the median")
+    print(f"median of |log p_ref - log p|: {np.median(abs(d)):.0e}")
 
     def worst(estimates):
         return np.max(abs(np.float64(estimates) - true) / true)
@@ -178,7 +182,7 @@ def compare_estimates(params, reference, batch):
     print(f"exp(d) - 1 - d: off by up to {worst(k3_as_written(d)):.2%}")
     print(f"expm1(d) - d: off by up to {worst(jnp.expm1(d) - d):.2%}")
     print(f"k3: largest difference from float64 {worst(k3(d)):.1e}")
-    # The divergence itself, over all classes, takes the hidden states of the reference as well.
+    # The divergence itself, over all classes, also needs the hidden states of the reference.
     divergence = sxe.linear_kl_divergence(
         hidden_fn(params, batch.tokens),
         params["embedding"].T,
@@ -216,8 +220,8 @@ def main():
     print(f"tokens that count: {jnp.mean(batch.where):.0%} of {B * T}")
     compare_with_logits(params, batch)
 
-    # One small step from the reference, where the divergence is smallest. The answers are new ones:
-    # by those that the step was taken on, a policy seems farther away than it is.
+    # Compare the estimates one small step from the reference, where the divergence is smallest. The
+    # answers are new: measured on those of the step, the policy seems farther away than it is.
     batch, _ = rollout(reference, reference, prompts, keys[4])
     grads = jax.grad(loss_fn)(reference, batch)
     nearby = jax.tree.map(lambda x, g: x - 0.05 * g, reference, grads)

@@ -1,12 +1,13 @@
-"""The mean over sequences of each one's mean over tokens, in one call of the head.
+"""The mean over sequences of each sequence's mean over tokens, in one call.
 
-Each sequence then weighs the same, however many tokens it has; EasyLM trains this way. A token's
-weight is 1 / n in a sequence of n tokens that count. The weights of a sequence sum to 1, and those
-of all to the number of sequences, by which reduction="mean" divides:
+All sequences have the same weight, however many tokens they have; EasyLM trains this way. If n
+tokens of a sequence count (are not masked out), each of them has the weight 1 / n. The weights of a
+sequence sum to 1, and all weights to the number of sequences B, by which `reduction="mean"`
+divides:
 
     loss = sum_b (1 / n_b) sum_t loss_bt / B
 
-To run it:
+To run this script:
 
     python examples/recipes/mean_over_sequences.py
 """
@@ -17,12 +18,12 @@ import optax
 
 import sxe
 
-B, T, D, K = 6, 24, 32, 300  # sequences, tokens, features, classes
-LENGTHS = (24, 20, 9, 3, 1, 0)  # of the sequences: how many tokens count
+B, T, D, K = 6, 24, 32, 300  # sequences, tokens, hidden size, classes
+LENGTHS = (24, 20, 9, 3, 1, 0)  # the number of tokens that count in each sequence
 
 
 def sequence_weights(where):
-    """1 / n at the n tokens of a sequence that count, [B, T]."""
+    """Weights [B, T]: 1 / n for each of the n tokens that count in a sequence, 0 for the others."""
     return where / jnp.maximum(jnp.sum(where, axis=-1, keepdims=True), 1)
 
 
@@ -31,13 +32,13 @@ def hidden_fn(params, x):
 
 
 def loss_fn(params, x, labels, where):
-    """A sequence without tokens that count has no weight, so that it is not in the mean."""
+    """The mean over all sequences in which at least one token counts: others have no weight."""
     hidden, options = hidden_fn(params, x), {"where": where, "weights": sequence_weights(where)}
     return sxe.linear_softmax_cross_entropy(hidden, params["kernel"], labels, **options)
 
 
 def loss_over_all_fn(params, x, labels, where):
-    """Such a sequence is in the mean, with a loss of 0: the sum, divided by all sequences."""
+    """The mean over all sequences: one in which no token counts has a loss of 0."""
     hidden, options = hidden_fn(params, x), {"where": where, "weights": sequence_weights(where)}
     options["reduction"] = "sum"
     loss = sxe.linear_softmax_cross_entropy(hidden, params["kernel"], labels, **options)
@@ -50,7 +51,7 @@ def token_mean_fn(params, x, labels, where):
 
 
 def logits_losses(params, x, labels, where):
-    """The plain way, [B]: the loss of one sequence under jax.vmap, and 0 if none of it counts."""
+    """The plain implementation, [B]: the loss of each sequence, and 0 if no token of it counts."""
 
     def sequence_loss(x, labels, where):
         logits = hidden_fn(params, x) @ params["kernel"]
@@ -70,7 +71,7 @@ def logits_loss_over_all_fn(params, x, labels, where):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -83,7 +84,7 @@ def main():
     }
     x, labels = jax.random.normal(keys[2], (B, T, D)), jax.random.randint(keys[3], (B, T), 0, K)
     batch = x, labels, jnp.arange(T) < jnp.array(LENGTHS)[:, None]
-    print(f"tokens of the sequences: {LENGTHS}")
+    print(f"tokens per sequence: {LENGTHS}")
 
     def result(f):
         return jax.jit(jax.value_and_grad(f))(params, *batch)

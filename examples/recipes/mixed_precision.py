@@ -1,11 +1,11 @@
 """Mixed precision in float16, with dynamic loss scaling.
 
-The optimizer's weights are float32, and the model computes with float16 copies of them. There
-small gradients are rounded to 0. So the loss is multiplied by a scale, and the gradients are
-divided by it once they are float32. `flax.training.dynamic_scale` does that; it halves the scale
-after a step whose gradients are not finite, which must change nothing else, and doubles it when all
-has gone well for a while. sxe's loss is float32 whatever it is given, so that it can carry such a
-scale. To run it:
+The optimizer's weights are float32, and the model computes with float16 copies of them. float16
+rounds small gradients to 0. So the loss is multiplied by a scale, and the gradients are divided by
+the scale once they are float32. `flax.training.dynamic_scale` does both. If the gradients of a step
+are not finite, it halves the scale, and the step must not change weights or optimizer. After a
+number of finite steps it doubles the scale. sxe's loss is float32 for float16 inputs, so it does
+not overflow when it is multiplied by the scale. To run this script:
 
     python examples/recipes/mixed_precision.py
 """
@@ -20,12 +20,12 @@ from flax.training.dynamic_scale import DynamicScale
 
 import sxe
 
-N, D, K = 2048, 64, 500  # rows, features, classes
+N, D, K = 2048, 64, 500  # rows, hidden size, classes
 optimizer = optax.adam(3e-3)
 
 
 def loss_fn(params, x, labels, dtype=jnp.float16):
-    params = jax.tree.map(lambda w: w.astype(dtype), params)  # and the gradients back to float32
+    params = jax.tree.map(lambda w: w.astype(dtype), params)  # the gradients become float32 again
     hidden = jax.nn.gelu(x.astype(dtype) @ params["layer"])
     return sxe.linear_softmax_cross_entropy(hidden, params["kernel"], labels)
 
@@ -52,7 +52,7 @@ def main():
     params = {"layer": layer / D**0.5, "kernel": kernel / D**0.5}
     opt_state = optimizer.init(params)
 
-    # Too large a scale on purpose, and soon raised again: to see both.
+    # The first scale is too large and the interval short, so that the scale falls and rises.
     scale = DynamicScale(scale=2.0**32, growth_interval=50)
     before, skipped = (params, opt_state), 0
     exact = loss_fn(params, x, labels, jnp.float32)
@@ -64,7 +64,7 @@ def main():
     for _ in range(300):
         params, opt_state, scale, loss, finite = step(params, opt_state, scale, x, labels)
         skipped += not finite
-    print(f"steps skipped: {skipped} of 300, scale at last: 2^{np.log2(scale.scale):.0f}")
+    print(f"steps skipped: {skipped} of 300, final scale: 2^{np.log2(scale.scale):.0f}")
     print(f"loss of step 300: {loss:.4f}")
 
     exact = flat(jax.grad(loss_fn)(params, x, labels, jnp.float32))

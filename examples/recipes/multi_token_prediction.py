@@ -1,13 +1,14 @@
-"""Multi-token prediction: the next n tokens at each position, in one call of the head.
+"""Multi-token prediction: the next n tokens at each position, in one call.
 
-The model has a hidden state for each of them, [n, B, T, D], and one kernel for all (arXiv
-2404.19737; DeepSeek-V3, arXiv 2412.19437). The label of the d-th state is the d-th token ahead:
+The model has n hidden states per position, [n, B, T, D], and one kernel for all of them (arXiv
+2404.19737; DeepSeek-V3, arXiv 2412.19437). The label of hidden state d is the d-th token ahead:
 
     loss = sum_d c_d mean_bt loss_dbt           c_1 = 1, and a smaller c for tokens further ahead
 
-where each mean is over the positions that have such a token. As weights, c_d / (the number of these
-positions) make it one sum over all rows. One call has the logits of one chunk of rows at a time,
-and adds up one gradient of the kernel; a call for each depth keeps one for each. To run it:
+Each mean is over the positions that have a d-th token ahead. With the weights c_d / (number of
+these positions), the loss is one sum over all rows. One call holds the logits of one chunk of rows
+at a time and accumulates one gradient of the kernel. With one call per depth, there is one gradient
+of the kernel per depth. To run this script:
 
     python examples/recipes/multi_token_prediction.py
 """
@@ -20,14 +21,14 @@ import optax
 
 import sxe
 
-B, T, D, K = 8, 32, 64, 500  # sequences, tokens, features, classes
-LENGTHS = (32, 32, 30, 25, 17, 9, 3, 1)  # of the sequences, the rest is padding
+B, T, D, K = 8, 32, 64, 500  # sequences, tokens, hidden size, classes
+LENGTHS = (32, 32, 30, 25, 17, 9, 3, 1)  # of the sequences; the rest is padding
 C = (1.0, 0.3, 0.3, 0.3)  # c_1 to c_n
 IGNORE = -100
 
 
 def labels_ahead(tokens, lengths):
-    """The tokens 1 to n ahead, [n, B, T], and IGNORE where the sequence ends before."""
+    """The tokens 1 to n ahead, [n, B, T]; IGNORE where the sequence ends before that token."""
     labels = []
     for ahead in range(1, len(C) + 1):
         is_there = jnp.arange(tokens.shape[1]) + ahead < lengths[:, None]
@@ -36,7 +37,7 @@ def labels_ahead(tokens, lengths):
 
 
 def hidden_fn(params, tokens):
-    """Stands for a language model with a layer for each depth: [B, T] to [n, B, T, D]."""
+    """A stand-in for a language model with one layer per depth: [B, T] to [n, B, T, D]."""
     count = jnp.arange(1, 1 + tokens.shape[1])[:, None]
     x = jnp.cumsum(params["embedding"][tokens], axis=1) / count
     return jnp.tanh(jnp.einsum("btd,nde->nbte", x, params["layers"]))
@@ -55,14 +56,14 @@ def loss_fn(hidden, kernel, tokens, lengths):
 
 
 def loss_by_depth_fn(hidden, kernel, tokens, lengths):
-    """A call for each depth."""
+    """The same loss with one call per depth."""
     head = functools.partial(sxe.linear_softmax_cross_entropy, ignore_index=IGNORE)
     depths = zip(C, hidden, labels_ahead(tokens, lengths), strict=True)
     return sum(c * head(hidden_d, kernel, labels_d) for c, hidden_d, labels_d in depths)
 
 
 def logits_loss_fn(hidden, kernel, tokens, lengths):
-    """The plain way: for each depth the logits of all positions but the last ones."""
+    """The plain implementation: for each depth d, the logits of all positions but the last d."""
     loss = 0.0
     for ahead, (c, hidden_d) in enumerate(zip(C, hidden, strict=True), start=1):
         logits, labels = hidden_d[:, :-ahead] @ kernel, tokens[:, ahead:]
@@ -73,7 +74,7 @@ def logits_loss_fn(hidden, kernel, tokens, lengths):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -88,17 +89,17 @@ def main():
     lengths = jnp.array(LENGTHS)
     inputs = hidden_fn(params, tokens), params["embedding"].T, tokens, lengths
     labels = labels_ahead(tokens, lengths)
-    print(f"labels of the depths: {jnp.sum(labels != IGNORE, axis=(1, 2)).tolist()}")
+    print(f"labels per depth: {jnp.sum(labels != IGNORE, axis=(1, 2)).tolist()}")
 
     def grad_fn(loss_fn):
         return jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1)))
 
     expected = grad_fn(logits_loss_fn)(*inputs)
-    for name, f in (("one call", loss_fn), ("a call for each depth", loss_by_depth_fn)):
+    for name, f in (("one call", loss_fn), ("one call per depth", loss_by_depth_fn)):
         error = difference(grad_fn(f)(*inputs), expected)
         print(f"{name}: loss and gradients, largest difference from logits {error:.1e}")
 
-    # As compiled for the last layer of a small language model, which does not run.
+    # Compile, but do not run, the last layer of a small language model.
     hidden = jax.ShapeDtypeStruct((len(C), 4, 256, 512), jnp.bfloat16)
     kernel = jax.ShapeDtypeStruct((512, 32_000), jnp.bfloat16)
     tokens, lengths = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4, 256), (4,)))
@@ -111,7 +112,7 @@ def main():
         for f in (loss_fn, loss_by_depth_fn, logits_loss_fn)
     ]
     one, each, logits = (f"{size / 2**20:,.0f} MiB" for size in temporaries)
-    print(f"temporaries: {one} by one call, {each} by a call for each depth, {logits} with logits")
+    print(f"temporaries: {one} with one call, {each} with one call per depth, {logits} with logits")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Documents of different lengths, packed into rows of one length.
 
-Attention stays within a document, positions start anew with each, and a position's label is the
-next token of the same document: the last has none, nor has padding, so that their label is -100.
-Value and gradient are then those of the documents one by one. To run it:
+Attention stays within a document, and positions start again at each document. The label of a
+position is the next token of the same document. The last token of a document and padding have no
+such token, so their label is -100. Value and gradient are then the same as for separate documents.
+To run this script:
 
     python examples/recipes/packed_sequences.py
 """
@@ -15,15 +16,15 @@ import numpy as np
 
 import sxe
 
-D, K = 32, 300  # features, classes
-LENGTHS = (30, 23, 17, 9, 2, 1)  # of the documents; one token alone is nothing to learn from
-ROW = 42  # tokens
+D, K = 32, 300  # hidden size, classes
+LENGTHS = (30, 23, 17, 9, 2, 1)  # of the documents; a document of one token has no label
+ROW = 42  # tokens per row
 IGNORE = -100
 
 
 def pack(documents):
-    """Tokens, document numbers (0 is padding) and positions, [rows, ROW]; first fit."""
-    packed = np.zeros((3, len(documents), ROW), int)  # as many rows as could be needed
+    """Tokens, document numbers (0 for padding) and positions, [rows, ROW], packed by first fit."""
+    packed = np.zeros((3, len(documents), ROW), int)  # at most one row per document
     used = np.zeros(len(documents), int)
     for number, document in enumerate(documents, start=1):
         n = len(document)
@@ -51,7 +52,7 @@ def hidden_fn(params, tokens, numbers, positions):
 @jax.jit
 @functools.partial(jax.value_and_grad, has_aux=True)
 def grad_fn(params, tokens, numbers, positions, labels):
-    """The sum of the losses, how many there are, and the sum's gradient."""
+    """The sum of the losses, the number of labels, and the gradient of the sum."""
     hidden, kernel = hidden_fn(params, tokens, numbers, positions), params["embedding"].T
     options = {"ignore_index": IGNORE, "reduction": "sum", "return_metrics": True}
     loss, metrics = sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options)
@@ -65,7 +66,7 @@ def mean(*results):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 

@@ -1,12 +1,14 @@
 """Direct preference optimization (DPO, arXiv 2305.18290) from each token's loss, without logits.
 
-With log p(y) the sum over an answer's tokens, y the preferred answer of a pair and z the other,
+Each pair has a preferred answer y and another answer z. log p(y) is the sum of the
+log-probabilities of the tokens of y. The loss is
 
     loss = -log sigmoid(beta ((log p(y) - log p_ref(y)) - (log p(z) - log p_ref(z))))
 
-log p is minus the sum of the head's losses with reduction="none". Its gradient gives each token a
-weight of its own; logits are made again in the backward pass, a chunk at a time, and none for the
-reference model, as nothing of it is differentiated. To run it:
+log p is minus the sum of the losses of `linear_softmax_cross_entropy` with `reduction="none"`. The
+gradient gives each token its own weight. The backward pass computes the logits again, one chunk at
+a time, but not those of the reference model, because the reference model is not differentiated. To
+run this script:
 
     python examples/recipes/preference.py
 """
@@ -20,20 +22,20 @@ import optax
 
 import sxe
 
-B, T, D, K = 16, 24, 32, 300  # pairs, tokens, features, classes
+B, T, D, K = 16, 24, 32, 300  # pairs, tokens, hidden size, classes
 BETA = 0.1
-IGNORE = -100  # the label where the next token is the prompt's
+IGNORE = -100  # the label of a position whose next token belongs to the prompt
 
 
 def hidden_fn(params, tokens):
-    """Stands for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
+    """A stand-in for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
     count = jnp.arange(1, 1 + tokens.shape[1])[:, None]
     x = jnp.cumsum(params["embedding"][tokens], axis=1) / count
     return jnp.tanh(x @ params["layer"])
 
 
 def log_prob(params, tokens, labels):
-    """log p of each sequence's answer, [B]."""
+    """log p of the answer in each sequence, [B]."""
     hidden, kernel = hidden_fn(params, tokens), params["embedding"].T
     options = {"ignore_index": IGNORE, "reduction": "none"}
     return -jnp.sum(sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options), axis=-1)
@@ -46,22 +48,22 @@ def log_prob_from_logits(params, tokens, labels):
 
 
 def loss_fn(params, reference, chosen, rejected, log_prob=log_prob):
-    """The mean loss, and the share of pairs whose chosen answer the policy has come to prefer."""
+    """The mean loss, and the share of pairs in which the chosen answer gained on the rejected."""
     margin = log_prob(params, *chosen) - log_prob(params, *rejected)
     margin -= log_prob(reference, *chosen) - log_prob(reference, *rejected)
     return -jnp.mean(jax.nn.log_sigmoid(BETA * margin)), jnp.mean(margin > 0)
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
 
 def make_answer(key, prompts):
-    """Random tokens behind the prompts, and as labels of the answer's positions the next token."""
+    """Prompts with random answers as tokens, and the next tokens as labels (IGNORE in prompts)."""
     tokens = jax.random.randint(key, (B, T + 1), 0, K)
-    answers = jnp.arange(T + 1) > jnp.arange(B)[:, None] % 8 + 2  # behind prompts of 3 to 10 tokens
+    answers = jnp.arange(T + 1) > jnp.arange(B)[:, None] % 8 + 2  # after prompts of 3 to 10 tokens
     tokens = jnp.where(answers, tokens, prompts)
     return tokens[:, :-1], jnp.where(answers, tokens, IGNORE)[:, 1:]
 
@@ -74,7 +76,7 @@ def main():
     }
     prompts = jax.random.randint(keys[2], (B, T + 1), 0, K)
     pairs = [make_answer(key, prompts) for key in keys[3:]]
-    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))  # of the policy alone
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))  # the gradient of the policy only
     params, optimizer = reference, optax.adam(1e-3)
     opt_state = optimizer.init(params)
 
@@ -86,7 +88,7 @@ def main():
         (loss, preferred), grads = grad_fn(params, reference, *pairs)
         updates, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
-    print(f"loss after 20 steps: {loss:.4f}, chosen preferred in {preferred:.0%} of the pairs")
+    print(f"loss after 20 steps: {loss:.4f}, chosen answer preferred in {preferred:.0%} of pairs")
 
     from_logits = functools.partial(loss_fn, log_prob=log_prob_from_logits)
     expected = jax.jit(jax.value_and_grad(from_logits, has_aux=True))(params, reference, *pairs)

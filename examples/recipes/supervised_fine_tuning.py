@@ -1,9 +1,10 @@
 """Supervised fine-tuning on prompts and answers, where only the tokens of the answers count.
 
-The model learns the answer and that it ends, not the prompt. A position counts if the token after
-it is the answer's: the last of the prompt does, the end of the answer does not. `where` says which
-count. The head takes those first, and runs no chunk of rows that holds none, so that a step takes
-less time the fewer they are. To run it:
+The model learns the answer and its end, not the prompt. A position counts if the next token belongs
+to the answer: the last token of the prompt counts, and the end of the answer does not. `where` is
+the mask of the positions that count. The head (the final linear layer and the loss in one call)
+processes these positions first, and skips the chunks of rows that hold none. So a step takes less
+time if fewer positions count. To run this script:
 
     python examples/recipes/supervised_fine_tuning.py
 """
@@ -17,25 +18,25 @@ import optax
 
 import sxe
 
-B, T, D, K = 16, 128, 64, 4096  # sequences, tokens, features, classes
-# Rows of a chunk. With so few classes one chunk would by default hold all rows, and always run.
+B, T, D, K = 16, 128, 64, 4096  # sequences, tokens, hidden size, classes
+# Rows per chunk. With so few classes, the default is one chunk of all rows, which always runs.
 CHUNK = 64
 PAD, END = 0, 1
 
 
 def make_batch(pairs):
-    """Tokens, labels, and whether a label is the answer's, all [B, T], of prompts and answers."""
+    """Tokens, labels, and a mask of the labels that are in the answer; all [B, T]."""
     tokens = np.full((len(pairs), T + 1), PAD)
     of_answer = np.zeros(tokens.shape, bool)
     for i, (prompt, answer) in enumerate(pairs):
         first, end = len(prompt), len(prompt) + len(answer) + 1
         tokens[i, :end] = *prompt, *answer, END
         of_answer[i, first:end] = True
-    return tokens[:, :-1], tokens[:, 1:], of_answer[:, 1:]  # shifted with the labels
+    return tokens[:, :-1], tokens[:, 1:], of_answer[:, 1:]  # the mask is shifted like the labels
 
 
 def hidden_fn(params, tokens):
-    """Stands for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
+    """A stand-in for a language model: [B, T] to [B, T, D], from the mean of the tokens so far."""
     count = jnp.arange(1, 1 + tokens.shape[1])[:, None]
     x = jnp.cumsum(params["embedding"][tokens], axis=1) / count
     return jnp.tanh(x @ params["layer"])
@@ -53,13 +54,13 @@ def logits_loss_fn(params, tokens, labels, where):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
 
 def median_seconds(f, *calls, rounds=9):
-    """Of f with each of the arguments, which take turns: a busy machine slows all of them."""
+    """The median time of f for each call. Calls take turns, so that other load slows all alike."""
     seconds = np.zeros((rounds, len(calls)))
     for of_round in seconds:
         for i, arguments in enumerate(calls):
@@ -80,7 +81,7 @@ def main():
     tokens, labels, where = make_batch(pairs)
     print(f"{B} prompts and answers: {np.mean(where):.0%} of {B * T} positions count")
     answers = np.concatenate([[*answer, END] for _, answer in pairs])
-    print(f"their labels are the answers and their ends: {np.array_equal(labels[where], answers)}")
+    print(f"their labels are the answers with END: {np.array_equal(labels[where], answers)}")
 
     grad_fn = jax.jit(jax.value_and_grad(loss_fn))
     expected = jax.jit(jax.value_and_grad(logits_loss_fn))(params, tokens, labels, where)
@@ -89,7 +90,7 @@ def main():
 
     unshifted = np.pad(where, ((0, 0), (1, 0)))[:, :-1]
     _, wrong = grad_fn(params, tokens, labels, unshifted)
-    print(f"a mask of the inputs: gradients off by {difference(wrong, expected[1]):.1%}")
+    print(f"mask not shifted: gradients off by {difference(wrong, expected[1]):.1%}")
 
     calls = [(params, tokens, labels, mask) for mask in (where, np.ones_like(where))]
     some, every = median_seconds(grad_fn, *calls)

@@ -1,8 +1,9 @@
-"""Tied embeddings in Equinox: one matrix looks tokens up and is the kernel of the head.
+"""Tied embeddings in Equinox: one matrix is the embedding table and the kernel of the head.
 
-The loss takes hidden states and the embedding's transpose, so that the logits [..., K] never exist.
-The embedding is one leaf of the model that is used twice, so that its gradient is the sum of both
-uses and `eqx.nn.Shared` is not needed. To run it:
+The head is the final linear layer and the loss in one call. It takes hidden states and the
+transpose of the embedding, so the logits [..., K] never exist. The embedding is one leaf of the
+model that is used twice, so its gradient is the sum of both uses, and `eqx.nn.Shared` is not
+needed. To run this script:
 
     python examples/recipes/tied_embedding_equinox.py
 """
@@ -32,7 +33,7 @@ class Model(eqx.Module):
         return jax.vmap(self.layer)(x)
 
     def logits(self, tokens):
-        """To sample from; training does without."""
+        """Logits [N, K], for sampling only."""
         return self.hidden(tokens) @ self.embedding.weight.T
 
 
@@ -45,7 +46,7 @@ def logits_loss_fn(model, tokens, labels):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -58,7 +59,7 @@ def main():
     result = eqx.filter_jit(eqx.filter_value_and_grad(loss_fn))(model, tokens, labels)
     expected = eqx.filter_jit(eqx.filter_value_and_grad(logits_loss_fn))(model, tokens, labels)
     error = difference(result, expected)
-    print(f"loss and gradients: largest difference from those of logits {error:.1e}")
+    print(f"loss and gradients: largest difference from logits {error:.1e}")
     print(f"loss before training: {result[0]:.2f}")
 
     optimizer = optax.adam(1e-2)

@@ -1,7 +1,8 @@
-"""Tied embeddings in Flax Linen: one matrix looks tokens up and is the kernel of the head.
+"""Tied embeddings in Flax Linen: one matrix is the embedding table and the kernel of the head.
 
-The loss is a method of the module, beside the `__call__` that gives logits to sample from: it takes
-hidden states and the embedding's transpose, so that the logits [..., K] never exist. To run it:
+The head is the final linear layer and the loss in one call. It takes hidden states and the
+transpose of the embedding, so the logits [..., K] never exist. The loss is a method of the module;
+`__call__` returns logits for sampling. To run this script:
 
     python examples/recipes/tied_embedding_linen.py
 """
@@ -26,7 +27,7 @@ class Model(nn.Module):
         return self.layer(self.embed(tokens))
 
     def __call__(self, tokens):
-        """Logits [..., K], to sample from; training does without."""
+        """Logits [..., K], for sampling only."""
         return self.embed.attend(self.hidden(tokens))
 
     def loss(self, tokens, labels):
@@ -35,7 +36,7 @@ class Model(nn.Module):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -56,7 +57,7 @@ def main():
     result = jax.jit(jax.value_and_grad(loss_fn))(variables)
     expected = jax.jit(jax.value_and_grad(logits_loss_fn))(variables)
     error = difference(result, expected)
-    print(f"loss and gradients: largest difference from those of logits {error:.1e}")
+    print(f"loss and gradients: largest difference from logits {error:.1e}")
     print(f"loss before training: {result[0]:.2f}")
 
     optimizer = optax.adam(1e-2)

@@ -1,7 +1,7 @@
-"""Tied embeddings in Flax NNX: one matrix looks tokens up and is the kernel of the head.
+"""Tied embeddings in Flax NNX: one matrix is the embedding table and the kernel of the head.
 
-The loss takes hidden states and the embedding's transpose, so that the logits [..., K] never exist.
-To run it:
+The head is the final linear layer and the loss in one call. It takes hidden states and the
+transpose of the embedding, so the logits [..., K] never exist. To run this script:
 
     python examples/recipes/tied_embedding_nnx.py
 """
@@ -26,7 +26,7 @@ class Model(nnx.Module):
         return self.layer(self.embed(tokens))
 
     def __call__(self, tokens):
-        """Logits [..., K], to sample from; training does without."""
+        """Logits [..., K], for sampling only."""
         return self.embed.attend(self.hidden(tokens))
 
 
@@ -40,7 +40,7 @@ def logits_loss_fn(model, tokens, labels):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -52,7 +52,7 @@ def main():
     result = nnx.jit(nnx.value_and_grad(loss_fn))(model, tokens, labels)
     expected = nnx.jit(nnx.value_and_grad(logits_loss_fn))(model, tokens, labels)
     error = difference(result, expected)
-    print(f"loss and gradients: largest difference from those of logits {error:.1e}")
+    print(f"loss and gradients: largest difference from logits {error:.1e}")
     print(f"loss before training: {result[0]:.2f}")
 
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)

@@ -1,11 +1,12 @@
-"""Distillation from a teacher's k largest logits, which are all that is stored of the teacher.
+"""Distillation from the k largest logits of a teacher, when no others are stored.
 
-    loss = T^2 CE(p, student / T)      p = softmax(k largest logits / T), and 0 for other classes
+    loss = T^2 CE(p, student / T)      p = softmax(k largest logits / T), 0 for other classes
 
-All K logits of a teacher are too many to be stored for each token of a data set. The k largest and
-their classes are [N, k] each, and hold most of the probability. They go into the head as integer
-labels [N, k] with `label_weights` [N, k]: no array [N, K] is made of targets, nor of the student's
-logits. To run it:
+All K logits of a teacher are too many to store for each token of a data set. The k largest logits
+and their classes are two arrays [N, k], and hold most of the probability. The head (the final
+linear layer and the loss in one call) takes the classes as integer labels [N, k] and the
+probabilities as `label_weights` [N, k]. No array [N, K] of targets or of the student's logits is
+made. To run this script:
 
     python examples/recipes/top_k_distillation.py
 """
@@ -16,7 +17,7 @@ import optax
 
 import sxe
 
-N, D, K = 512, 32, 1000  # tokens, features, classes
+N, D, K = 512, 32, 1000  # tokens, hidden size, classes
 LARGEST = 8  # how many of the teacher's logits are stored
 TEMPERATURE = 2.0
 
@@ -26,7 +27,7 @@ def hidden_fn(params, x):
 
 
 def loss_fn(params, x, classes, largest, where):
-    """From the teacher's largest logits [N, k] and their classes; `where` is False for padding."""
+    """The loss from the largest logits [N, k] and their classes; `where` is False for padding."""
     soft = sxe.linear_softmax_cross_entropy(
         hidden_fn(params, x),
         params["kernel"],
@@ -39,7 +40,7 @@ def loss_fn(params, x, classes, largest, where):
 
 
 def dense_loss_fn(params, x, classes, largest, where):
-    """The same from targets [N, K] and logits [N, K]."""
+    """The same loss from targets [N, K] and logits [N, K]."""
     rows = jnp.arange(N)[:, None]
     p = jnp.zeros((N, K)).at[rows, classes].set(jax.nn.softmax(largest / TEMPERATURE))
     logits = hidden_fn(params, x) @ params["kernel"]
@@ -48,7 +49,7 @@ def dense_loss_fn(params, x, classes, largest, where):
 
 
 def difference(tree, expected):
-    """The largest difference, each relative to the largest magnitude of its array."""
+    """The largest difference over all arrays, relative to the largest magnitude in each array."""
     ratio = jax.tree.map(lambda x, y: jnp.max(abs(x - y)) / jnp.max(abs(y)), tree, expected)
     return max(jax.tree.leaves(ratio))
 
@@ -60,8 +61,8 @@ def main():
     layer, kernel = jax.random.normal(keys[2], (2, D, K)) / D**0.5
     params = {"layer": layer[:, :D], "kernel": kernel}
 
-    largest, classes = jax.lax.top_k(teacher_logits, LARGEST)  # what a teacher's run would store
-    where = jnp.arange(N) % 8 != 7  # the rest is padding
+    largest, classes = jax.lax.top_k(teacher_logits, LARGEST)  # what the teacher's run would store
+    where = jnp.arange(N) % 8 != 7  # False for padding
     batch = x, classes, largest, where
     kept = jnp.sum(jnp.exp(largest - jax.nn.logsumexp(teacher_logits, axis=-1, keepdims=True)), -1)
     print(f"stored: {LARGEST} of {K} logits, with {jnp.mean(kept):.0%} of the probability")
