@@ -1199,7 +1199,7 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         ([*PLAN, "--chunk-size", "0"], "--chunk-size", "expected an integer .*, got '0'"),
         ([*PLAN, "--dtype", "fp32"], "--dtype", "invalid choice: 'fp32' .*float32.*"),
         ([*PLAN, "--mesh", "2x4"], "--mesh", "expected axes such as data=64,model=8, got '2x4'"),
-        ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected data=64,model=8 or .*"),
+        ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected axes such as data=64,model=8, .*"),
         ([*PLAN, "--mesh", "data=0"], "--mesh", "expected an int of at least 1 for 'data', got 0"),
         ([*PLAN, "--mesh", "data=3"], "--rows", r"expected a multiple of 3, .*\('data',\), got 8"),
         ([*MESH, "--axis-name", "a,a"], "--axis-name", r"expected .* once, got \('a', 'a'\)"),

@@ -33,6 +33,9 @@ from sxe._tools.bench.contestants import (
 from sxe._tools.bench.problem import TOLERANCES, Array, Outcome, Problem, errors, truth
 
 SLICE = 2**28  # numbers sent to the device at once
+CPU_SIZES = 2**26, 2048  # of a measured machine: numbers in the copy, rows of the matrices
+ACCELERATOR_SIZES = 2**28, 8192
+CALLS = 50  # calls that are timed together to measure the overhead of one
 
 
 def shortest(backend: str) -> float:
@@ -288,9 +291,9 @@ def machine() -> Machine:
         repeats = max(1, math.ceil(shortest(backend) / contestant.seconds()))
         return min(contestant.seconds(repeats) for _ in range(5))
 
-    x = jnp.ones((2**26 if backend == "cpu" else 2**28,), jnp.float32)
+    copied, n = CPU_SIZES if backend == "cpu" else ACCELERATOR_SIZES
+    x = jnp.ones(copied, jnp.float32)
     copy = 2 * x.nbytes / best(lambda x: x + 1, x)
-    n = 2048 if backend == "cpu" else 8192
     rates = {}
     for dtype in ("float32", "bfloat16"):
         a = jax.random.normal(jax.random.key(0), (n, n), dtype)
@@ -346,8 +349,8 @@ def calls(rounds: int, confident: float) -> Iterable[Calls]:
             for i in range(rounds + 1):
                 for name, f in functions.items():
                     start = time.perf_counter()
-                    for _ in range(50):
+                    for _ in range(CALLS):
                         jax.block_until_ready(f(logits, labels))
                     if i:  # the first round compiles
-                        taken[name].append((time.perf_counter() - start) / 50)
+                        taken[name].append((time.perf_counter() - start) / CALLS)
             yield Calls(eager, gradient, {name: tuple(t) for name, t in taken.items()})

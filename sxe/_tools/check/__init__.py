@@ -1,1 +1,1 @@
-"""``python -m sxe check``: measures the derivation, the rules and the precision of the losses."""
+"""``python -m sxe check``: measure the derivation, the rules and the precision of the losses."""

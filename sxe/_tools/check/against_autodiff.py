@@ -1,4 +1,4 @@
-"""Compares the derivation and the gradient rules with autodiff and central differences."""
+"""Compare the derivation and the gradient rules with autodiff and central differences."""
 
 import itertools
 from collections.abc import Callable, Iterable

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare each line of the derivation with autodiff and central differences, the gradient\n"
         "rules with autodiff, and the loss and the KL divergence with 60-digit arithmetic. All\n"
         "errors are printed with their limits. The exit status is 1 if any check fails.\n"
-        "It takes about 20 seconds, nearly all of it to compile."
+        "This takes about 20 seconds, mostly to compile."
     )
     parser.add_argument(
         "--rows", type=size, metavar="N", help="number of rows (default: 2 to 7, from the seed)"

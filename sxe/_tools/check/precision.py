@@ -1,4 +1,4 @@
-"""Compares float32 losses, label gradients and KL divergences with 60-digit arithmetic.
+"""Compare float32 losses, label gradients and KL divergences with 60-digit arithmetic.
 
 The inputs are those for which rounding destroys the results of common formulas.
 """

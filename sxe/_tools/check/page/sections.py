@@ -170,8 +170,8 @@ def precision(report: Report) -> Element:
         rows.append(e("tr", *heads, *cells, *errors, e("td", result(_word(row)))))
     return table(
         "The label is class 0; two rows have dense targets. The bar behind an error shows the "
-        "number of correct digits. An error is relative to the loss, or to the sum of the two terms of the "
-        f"gradient, s (T {MINUS} t) and t (1 {MINUS} s). An error of sxe passes up to "
+        "number of correct digits. An error is relative to the loss, or to the sum of the two "
+        f"terms of the gradient, s (T {MINUS} t) and t (1 {MINUS} s). An error of sxe passes up to "
         f"{' and '.join(limits)}. optax is not judged.",
         [
             _head(
