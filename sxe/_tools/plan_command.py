@@ -244,7 +244,7 @@ def _lines(plan: Plan, backend: str | None, rates: dict[str, float]) -> Iterator
     if plan.kept_bytes:
         yield "kept for the backward pass", _bytes(plan.kept_bytes)
     yield "all logits, for comparison", _bytes(plan.logits_bytes)
-    yield "peak with all logits, at least", _bytes(plan.logits_peak_bytes)
+    yield "peak with logits, at least", _bytes(plan.logits_peak_bytes)
     for kind in dict.fromkeys(c.kind for c in plan.collectives):
         of_kind = [c for c in plan.collectives if c.kind == kind]
         yield kind, _bytes(sum(c.bytes for c in of_kind))
