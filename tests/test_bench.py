@@ -1,4 +1,4 @@
-"""python -m sxe bench: right about what is right, and silent about nothing."""
+"""python -m sxe bench: it judges results correctly, and reports everything that fails."""
 
 import argparse
 import importlib.util
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,25 @@ PROBLEMS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _small_machine(monkeypatch):
+    """Measuring the machine in full size takes most of the time of a small problem."""
+    for name in ("CPU_SIZES", "ACCELERATOR_SIZES"):
+        monkeypatch.setattr(measuring, name, (2**10, 16))
+
+
+def test_the_machine():
+    found = measuring.machine()
+    assert found.device.startswith(jax.devices()[0].platform)
+    assert found.versions["jax"] == jax.__version__
+    assert found.copy > 0
+    assert found.matmul.keys() == {"float32", "bfloat16"}
+    assert min(found.matmul.values()) > 0
+    assert f"copy {found.copy / 1e9:,.1f} GB/s; matmul float32 " in report.heading(found)
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
-def test_the_truth_is_that_of_the_oracle(problem):
+def test_the_truth_equals_the_oracle(problem):
     *inputs, labels = problem.data()
     assert problem.counting == 1 or (labels >= 0).sum() == problem.rows_that_count == 16
     inputs = [np.asarray(jnp.asarray(x, problem.dtype)) for x in inputs]
@@ -53,7 +71,7 @@ def test_the_truth_is_that_of_the_oracle(problem):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_the_truth_is_the_same_on_an_accelerator(problem, monkeypatch):
-    """There the arrays are JAX's and the products are those of float64."""
+    """On an accelerator JAX computes the truth, with float64 matrix products."""
     arguments = [
         jnp.asarray(x, x.dtype if x.dtype == np.int32 else problem.dtype) for x in problem.data()
     ]
@@ -84,7 +102,7 @@ def test_the_data_depend_on_the_problem_alone(threads, monkeypatch):
 
 
 def test_the_arrays_on_the_device_have_the_dtype_of_the_problem(monkeypatch):
-    """Whatever the number of slices that they are converted in."""
+    """The dtype does not depend on the number of slices that are converted."""
     x = np.random.default_rng(0).standard_normal((7, 5), np.float32)
     whole = measuring._on_device(x, "bfloat16")
     monkeypatch.setattr(measuring, "SLICE", 10)
@@ -121,7 +139,7 @@ def test_a_share_of_the_rows_of_all_standard_problems_is_confident(quick):
 
 
 def test_rows_that_do_not_count_are_measured_beside_all_rows(capsys, tmp_path):
-    """Those that count alone are compared with float64, and with optax."""
+    """Only the rows that count are compared with float64 and with optax."""
     sizes = ("--rows", "512", "--hidden", "8", "--classes", "300", "--counting", "0.25")
     file = tmp_path / "found.json"
     main(["bench", *sizes, "--peers", "optax", "--rounds", "3", "--json", str(file)])
@@ -150,7 +168,7 @@ def test_errors_are_relative():
 
 @pytest.fixture
 def peers(monkeypatch):
-    """One that is wrong by a thousandth, and one that fails, in the place of tokamax."""
+    """In place of tokamax: a loss that is wrong by 0.1 %, and two that fail."""
     losses = contestants.losses
 
     def with_others(problem):
@@ -215,7 +233,7 @@ def test_a_wrong_peer_is_marked_in_the_table(peers, monkeypatch, capsys):
     ids=str,
 )
 def test_the_rate_is_that_of_what_has_to_be_done(problem, gradient, rate):
-    """In a call of a millisecond, of which the floor is three quarters."""
+    """A call takes 1 ms, and its floor 0.75 ms."""
     timings = tuple(
         Timing(name, (seconds,), temporary_bytes=mib * 2**20)
         for name, seconds, mib in [("sxe", 1e-3, 3), ("peer", 2e-3, 5), ("floor", 0.75e-3, 0)]
@@ -235,7 +253,7 @@ def test_the_rate_is_that_of_what_has_to_be_done(problem, gradient, rate):
     ],
 )
 def test_all_multiply_float32_alike(dtype, chosen, expected, monkeypatch):
-    """Also on a GPU, where JAX's default is TF32, and sxe's is not."""
+    """On a GPU too, where the default of JAX is TF32, unlike that of sxe."""
     seen = []
     losses = contestants.losses
 
@@ -279,7 +297,7 @@ def test_an_accelerator_is_kept_busy(backend, waits, monkeypatch):
 def test_the_floor_of_a_head_on_an_accelerator_is_one_product_at_a_time(
     gradient, flops, monkeypatch
 ):
-    """Each in its own program, which writes over its last result."""
+    """Each product has its own program, which overwrites the previous result."""
     problem = Problem(2048, 24, hidden=5)
     hidden, kernel, labels = (jnp.asarray(x) for x in problem.data())
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -299,7 +317,7 @@ def test_the_floor_of_a_head_on_an_accelerator_is_one_product_at_a_time(
 
 
 def test_what_the_floor_times(monkeypatch):
-    """The sum of what a call of each product takes, of any number of calls."""
+    """The floor is the sum of the mean times of the products."""
     clock = iter([0.0, 6.0, 10.0, 13.0])
     product = (jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))
     floor = contestants.Products("floor", product, product)
@@ -346,6 +364,17 @@ def test_a_sweep_as_table_json_and_plot(tmp_path, capsys):
         assert all(len(t["seconds"]) == 2 for t in m["timings"])
         assert not any(t["wrong"] for t in m["timings"])
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_phases_are_shown_on_a_terminal(capsys, monkeypatch):
+    command = ["bench", "--rows", "8", "--classes", "11", "--rounds", "1", "--peers"]
+    assert main(command) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(command) == 0
+    shown = capsys.readouterr().err
+    for phase in ("truth computed", "sxe compiled", "results compared"):
+        assert phase in shown
 
 
 SUITE = [Problem(8, 11), Problem(16, 13, hidden=5), Problem(9, 7)]
@@ -419,7 +448,7 @@ def test_a_peer_that_fails_in_the_rounds_is_named(monkeypatch):
     def fails_late(self, repeats=1):
         if self.name == "optax":
             calls.append(repeats)
-            if len(calls) > 2:  # after the call that finds the number of repeats, and a round
+            if len(calls) > 2:  # after finding the number of repeats, and one round
                 raise RuntimeError("out of memory")
         return seconds(self, repeats)
 
@@ -476,7 +505,8 @@ def test_a_process_that_does_not_answer_is_ended(monkeypatch):
     assert len(timings["sxe"].seconds) == 2
 
 
-def test_calls(capsys):
+def test_calls(capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "CALLS", 2)
     assert main(["bench", "--calls", "--rounds", "1"]) == 0
     rows = capsys.readouterr().out.splitlines()[-4:]
     assert [row.split()[:2] for row in rows] == [

@@ -1,9 +1,11 @@
-"""python -m sxe: what it prints, and the exit status."""
+"""python -m sxe: its output and exit status."""
 
+import importlib.metadata
 import inspect
 import os
 import pydoc
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +14,112 @@ import pytest
 
 import sxe
 from sxe import derivation
-from sxe.__main__ import main
-from sxe._tools.check import check, precision
+from sxe.__main__ import COMMANDS, main
+from sxe._tools.bench import command as bench_command
+from sxe._tools.check import against_autodiff, check, precision
 from sxe._tools.check.results import TOLERANCES
 
 CHECK = ["check", "--rows", "4", "--classes", "4"]
+STEPS = len(derivation.LINES) + len(derivation.ROW_LINES) + 6 * len(TOLERANCES) + 4
+
+
+@pytest.fixture(autouse=True)
+def _rules_are_not_compiled(monkeypatch):
+    """Compiling them is most of a check's time, and test_derivation measures them."""
+    monkeypatch.setattr(against_autodiff, "_rule_errors", lambda *args, **kwargs: (1e-16, 0.0))
+
+
+def status_of_exit(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    return exit_.value.code
+
+
+def test_without_arguments_there_is_an_overview(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("sxe")
+    assert "sxe/docs" in text
+    assert max(map(len, text.splitlines())) <= 90
+    for name, command in COMMANDS.items():
+        assert f"\n\n{name:7}{command.SUMMARY}\n       $ {command.EXAMPLES[0][0]}\n" in re.sub(
+            r"\n {7}(?!\$)", " ", text
+        )
+
+
+def test_version(capsys, monkeypatch):
+    versions = {"sxe": "1.2.3"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert status_of_exit(["--version"]) == 0
+    assert capsys.readouterr().out == "sxe 1.2.3\n"
+    versions.clear()
+    assert status_of_exit(["--version"]) == 0
+    assert capsys.readouterr().out == "sxe, not installed\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_the_command_and_every_option(capsys, name):
+    assert status_of_exit([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    description, options = text.split("\n\n", 1)[1].split("\n\noptions:\n")
+    assert description.endswith((".", "'sxe[bench]'"))
+    options, _ = options.split("\n\nexamples:\n")
+    described = [len(part.split("  ", 1)) == 2 for part in re.split(r"\n  (?=-)", options)]
+    assert len(described) > 5
+    assert all(described)
+    assert all(word in text for word in {"check": ["--seed", "--dtype", "--html"]}.get(name, []))
+
+
+def examples(name, capsys):
+    """The arguments of the examples that a command's help shows."""
+    status_of_exit([name, "--help"])
+    lines = re.findall(r"^  \$ python -m sxe (.*)$", capsys.readouterr().out, re.M)
+    assert len(lines) >= 2
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_examples_of_plan_run(capsys):
+    for arguments in examples("plan", capsys):
+        assert main(arguments) == 0
+        assert "matrix products" in capsys.readouterr().out
+
+
+def test_the_examples_of_check_run(capsys, monkeypatch, tmp_path):
+    report, asked = check.check(4, 4), []
+    monkeypatch.setattr(check, "check", lambda *args: asked.append(args[:4]) or report)
+    monkeypatch.chdir(tmp_path)
+    for arguments in examples("check", capsys):
+        assert main(arguments) == 0
+    assert asked == [(5, 8, 0, "float64"), (5, 8, 0, "float64"), (3, 5, 1, "float32")]
+    assert [file.name for file in tmp_path.iterdir()] == ["check.html"]
+
+
+def test_the_examples_of_bench_are_valid(capsys, monkeypatch, tmp_path):
+    """They take minutes; the measuring is left out."""
+    problems = []
+
+    def run(parser, arguments):
+        bench_command._check_problem(parser, arguments)
+        problems.extend(bench_command._problems(arguments))
+        return 0
+
+    monkeypatch.setattr(bench_command, "run", run)
+    monkeypatch.chdir(tmp_path)
+    for arguments in examples("bench", capsys):
+        assert main(arguments) == 0
+    assert {problem.sizes for problem in problems} >= {"1024 x 32768", "2048 x 512 x 16384"}
 
 
 def test_check_prints_every_line_and_passes(capsys):
     assert main([*CHECK, "--seed", "2"]) == 0
-    text = capsys.readouterr().out
+    text, progress = capsys.readouterr()
+    assert progress == ""  # standard error is not a terminal
     assert text.startswith("N = 4 rows, K = 4 classes, seed 2\n")
     assert text.endswith("verdict: pass\n")
     for line in (*derivation.LINES, *derivation.ROW_LINES):
@@ -35,17 +133,37 @@ def test_check_prints_every_line_and_passes(capsys):
     assert "2048 times 1e7: loss" in text
     assert len(re.findall(r"^[\d.]+ to [\d.]+ .* pass$", text, re.MULTILINE)) == 5
     assert "FAIL" not in text
-
-
-def test_check_is_ascii_and_fits_the_terminal(capsys):
-    main(CHECK)
-    text = capsys.readouterr().out
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 120
     assert not any(row.endswith(" ") for row in text.splitlines())
 
 
-def test_check_says_where_there_is_nothing_to_compare(capsys):
+def test_check_shows_its_progress_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(CHECK) == 0
+    text, progress = capsys.readouterr()
+    assert "Measuring" not in text
+    for step in ("D4", "K5", "the rules for Jensen-Shannon in bfloat16"):
+        assert f"Measuring {step} " in progress
+    assert f" {STEPS - 1}/{STEPS}" in progress  # the last step has started
+    assert progress.endswith("\r")
+
+
+def test_check_shows_its_progress_without_tqdm(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(CHECK) == 0
+    _, *steps, cleared, end = capsys.readouterr().err.split("\r")
+    assert [step.split()[0] for step in steps] == [f"[{n}/{STEPS}]" for n in range(1, STEPS + 1)]
+    assert steps[4].rstrip() == f"[5/{STEPS}] Measuring D4 ..."
+    assert {len(step) for step in (*steps, cleared)} == {78}
+    assert cleared.strip() == end == ""
+
+
+def test_check_says_where_there_is_nothing_to_compare(capsys, monkeypatch):
+    report = check.check(4, 4)
+    lines = tuple(line._replace(shown=line.name not in ("D1", "D3")) for line in report.lines)
+    monkeypatch.setattr(check, "check", lambda *args: report._replace(lines=lines))
     assert main(["check", "--rows", "1", "--classes", "1"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row[:2] for row in rows if row.endswith("n/a")] == ["D1", "D3"]
@@ -144,7 +262,6 @@ def test_a_page_that_can_no_longer_be_written_is_an_error(capsys, monkeypatch, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "arguments are required: command"),
         (["nothing"], "invalid choice: 'nothing'"),
         (["check", "--rows", "0"], "--rows: expected an integer of at least 1, got '0'"),
         (["check", "--classes", "-3"], "--classes: expected an integer of at least 1, got '-3'"),
@@ -161,22 +278,9 @@ def test_arguments_that_do_not_fit(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_help_names_the_command_and_its_options(capsys):
-    for arguments, expected in (
-        (["--help"], ["check"]),
-        (["check", "--help"], ["--seed", "--dtype", "--html"]),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            main(arguments)
-        assert exit_.value.code == 0
-        text = capsys.readouterr().out
-        assert all(word in text for word in expected)
-
-
-def test_from_the_shell():
-    command = [sys.executable, "-W", "error", "-m", "sxe", "check", "--rows", "2", "--classes", "3"]
+def from_the_shell(*arguments):
     process = subprocess.run(
-        command,
+        [sys.executable, "-W", "error", "-m", "sxe", *arguments],
         cwd=Path(sxe.__file__).parents[1],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"},
         capture_output=True,
@@ -184,9 +288,22 @@ def test_from_the_shell():
         timeout=300,
         check=False,
     )
-    assert (process.returncode, process.stderr) == (0, "")
-    assert process.stdout.startswith("N = 2 rows, K = 3 classes, seed 0\n")
-    assert process.stdout.endswith("verdict: pass\n")
+    assert process.stderr == ""
+    return process.returncode, process.stdout
+
+
+def test_plan_from_the_shell():
+    status, text = from_the_shell("plan", "--rows", "8", "--hidden", "4", "--classes", "16")
+    assert status == 0
+    assert text.startswith("backend ")
+
+
+@pytest.mark.slow  # compiles everything with XLA's optimizations
+def test_check_from_the_shell():
+    status, text = from_the_shell("check", "--rows", "2", "--classes", "3")
+    assert status == 0
+    assert text.startswith("N = 2 rows, K = 3 classes, seed 0\n")
+    assert text.endswith("verdict: pass\n")
 
 
 def test_pydoc_is_a_reference_of_all_that_is_public():

@@ -1208,8 +1208,8 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         ([*PLAN, "--rows", "1e6"], "--rows", "expected an integer of at least 1, got '1e6'"),
         ([*PLAN, "--chunk-size", "0"], "--chunk-size", "expected an integer .*, got '0'"),
         ([*PLAN, "--dtype", "fp32"], "--dtype", "invalid choice: 'fp32' .*float32.*"),
-        ([*PLAN, "--mesh", "2x4"], "--mesh", "expected data=64,model=8 or the like, got '2x4'"),
-        ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected data=64,model=8 or .*"),
+        ([*PLAN, "--mesh", "2x4"], "--mesh", "expected axes such as data=64,model=8, got '2x4'"),
+        ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected axes such as data=64,model=8, .*"),
         ([*PLAN, "--mesh", "data=0"], "--mesh", "expected an int of at least 1 for 'data', got 0"),
         ([*PLAN, "--mesh", "data=3"], "--rows", r"expected a multiple of 3, .*\('data',\), got 8"),
         ([*MESH, "--axis-name", "a,a"], "--axis-name", r"expected .* once, got \('a', 'a'\)"),
@@ -1220,7 +1220,7 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         (
             [*PLAN, "--flops-per-second", "1e12", "--link-bytes-per-second", "1e9"],
             "--bytes-per-second",
-            "expected as well; a time floor needs all three rates",
+            "expected too: the bound of the time needs all three rates",
         ),
         ([*PLAN, "--bytes-per-second", "0"], "--bytes-per-second", "expected .* 0, got '0'"),
         (["bench", "--rows", "8"], "--classes", "expected with --rows or --hidden"),
@@ -1236,7 +1236,7 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         ([*BENCH, "--hidden", "3", "--dense"], "--dense", "expected logits, without --hidden"),
         ([*BENCH, "--confident", "2"], "--confident", r"expected a share in \[0, 1\], got 2.0"),
         ([*BENCH, "--seconds", "-1"], "--seconds", "expected a number above 0, got '-1'"),
-        ([*BENCH, "--peers", "nobody"], "--peers", "not installed: nobody; found .*"),
+        ([*BENCH, "--peers", "nobody"], "--peers", "expected names among .*optax.*; got nobody"),
         ([*BENCH, "--plot", "x.png"], "--plot", "expected one of --rows, --hidden and .*"),
         ([*BENCH, "16", "--plot", "x.foo"], "--plot", "expected .* in .png, .*, got x.foo"),
         (

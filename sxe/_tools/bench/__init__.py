@@ -1,1 +1,1 @@
-"""``python -m sxe bench``: speed and memory, beside the peers that are installed."""
+"""``python -m sxe bench``: speed and memory, compared with the installed libraries."""

@@ -1,4 +1,4 @@
-"""The command line of ``python -m sxe bench``. Only running it needs the extra ``sxe[bench]``."""
+"""The command line of ``python -m sxe bench``. The extra ``sxe[bench]`` is needed to run it."""
 
 import argparse
 import os
@@ -10,39 +10,69 @@ from pathlib import Path
 
 import jax
 
-from sxe._tools.arguments import output_file, positive, size
+from sxe._tools.arguments import PROGRAM, output_file, positive, size
 from sxe._tools.bench import contestants, measure
 from sxe._tools.bench.problem import CONFIDENT, Problem, gpu_problems, standard_problems
 
 SUITE_ROUNDS = 5
-SUITE_CHUNKS = (1024, 2048, 4096, 8192)  # of the first head of a GPU's suite
+SUITE_CHUNKS = (1024, 2048, 4096, 8192)  # chunk sizes for the first head of a GPU's suite
+SUMMARY = "Measure speed and memory, compared with optax and other libraries."
+EXAMPLES = (
+    (f"{PROGRAM} bench --quick", "Small problems and few rounds."),
+    (
+        f"{PROGRAM} bench --rows 1024 --classes 32768 --dtype float32 bfloat16",
+        "The loss of given logits, in two dtypes.",
+    ),
+    (
+        f"{PROGRAM} bench --rows 2048 --hidden 512 --classes 8192 16384 32768 --only both "
+        "--plot classes.png",
+        "Value and gradient of the head, for three numbers of classes, as a plot.",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Time sxe, optax, what else is installed of tokamax, jax-cce and PyTorch (with CUDA also "
-        "liger-kernel and cut-cross-entropy), and the floor "
-        "(for logits, to write x + 1, or for the value to read x; for the head, its matmuls), in "
-        "interleaved rounds, and hold every result against float64. A ratio is that of the "
-        "medians, with the quartiles of the rounds' own; ! marks a peer whose result is wrong. "
-        "Several sizes are a sweep. Needs the extra sxe[bench]."
+        "Time sxe, optax and other installed libraries in interleaved rounds, and compare every\n"
+        "result with float64. The other libraries are tokamax, jax-cce and PyTorch, and on CUDA\n"
+        "liger-kernel and cut-cross-entropy. The floor is a lower bound of the time. For logits\n"
+        "it writes x + 1, or reads x if only the value is measured. For the head it is the matrix\n"
+        "products alone. A ratio is that of the medians, followed by the quartiles of the ratios\n"
+        "of the rounds. ! marks a library whose result is wrong. Several sizes make a sweep.\n"
+        "Without sizes, the standard problems are measured. Needs: pip install 'sxe[bench]'"
     )
-    parser.add_argument("--rows", type=size, nargs="+", help="N (default: the standard problems)")
-    parser.add_argument("--classes", type=size, nargs="+", help="K")
-    parser.add_argument("--hidden", type=size, nargs="+", help="D: the head; without it, logits")
+    parser.add_argument(
+        "--rows",
+        type=size,
+        nargs="+",
+        metavar="N",
+        help="numbers of rows (default: the standard problems)",
+    )
+    parser.add_argument(
+        "--classes", type=size, nargs="+", metavar="K", help="numbers of classes; needs --rows"
+    )
+    parser.add_argument(
+        "--hidden",
+        type=size,
+        nargs="+",
+        metavar="D",
+        help="sizes of the hidden states: measure the head (default: a loss of given logits)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         nargs="+",
-        help="default: float32",
+        help="dtypes of the inputs (default: float32)",
     )
-    parser.add_argument("--dense", action="store_true", help="targets [N, K] instead of labels")
+    parser.add_argument(
+        "--dense", action="store_true", help="use dense targets [N, K] (default: labels [N])"
+    )
     parser.add_argument(
         "--confident",
         type=float,
         default=CONFIDENT,
         metavar="SHARE",
-        help="of the rows, in which the label leads by 20, as in a trained model "
+        help="share of confident rows, whose label leads by 20, as in a trained model "
         f"(default: {CONFIDENT})",
     )
     parser.add_argument(
@@ -50,40 +80,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="of the rows, scattered, that count: the head runs no chunk without them, and is "
-        "measured with all rows beside it (default: 1)",
+        help="share of the rows that count, at random positions; the head, which skips the others, "
+        "is also measured with all rows (default: 1)",
     )
-    parser.add_argument("--only", choices=("value", "both"), help="the value, or with the gradient")
-    parser.add_argument("--peers", nargs="*", help="among those installed (default: all of them)")
+    parser.add_argument(
+        "--only",
+        choices=("value", "both"),
+        help="measure only the value, or only value and gradient together (default: each)",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help="libraries to compare with (default: all that are installed)",
+    )
     parser.add_argument(
         "--chunk-size",
         type=size,
         nargs="+",
-        help="of the head: measure sxe once more with each of these",
+        metavar="ROWS",
+        help="rows in a chunk of the head: also measure sxe with each of these chunk sizes",
     )
     parser.add_argument(
         "--suite",
         action="store_true",
-        help="the value and gradient of the standard problems of this device, most important "
-        "first, in a table each; --json is written after each of them",
+        help="measure value and gradient of this device's standard problems, the most important "
+        "first; print a table and write --json after each problem",
     )
     parser.add_argument(
         "--budget",
         type=positive,
         metavar="SECONDS",
-        help="for the suite: start no problem that would end later, judging by the last one",
-    )
-    parser.add_argument("--calls", action="store_true", help="what a call costs, on 8 x 10 logits")
-    parser.add_argument("--quick", action="store_true", help="small problems and few rounds")
-    parser.add_argument("--rounds", type=size, default=15, help="at most (default: 15)")
-    parser.add_argument(
-        "--seconds", type=positive, default=60, help="for one problem, roughly (default: 60)"
+        help="with --suite: skip the remaining problems when the next one would probably end after "
+        "this time (default: no limit)",
     )
     parser.add_argument(
-        "--json", type=output_file, metavar="FILE", help="write all that was measured there"
+        "--calls", action="store_true", help="measure the overhead of a call, on 8 x 10 logits"
     )
     parser.add_argument(
-        "--plot", type=output_file, metavar="FILE", help="draw a sweep over one of the sizes there"
+        "--quick", action="store_true", help="small standard problems, at most 5 rounds"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=size,
+        default=15,
+        metavar="N",
+        help="largest number of rounds (default: 15)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="time after which no further round of a problem starts; three always run "
+        "(default: 60)",
+    )
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write all results to this file"
+    )
+    parser.add_argument(
+        "--plot",
+        type=output_file,
+        metavar="FILE",
+        help="plot a sweep over one of the sizes to this file",
     )
     parser.set_defaults(run=partial(run, parser))
 
@@ -99,7 +158,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     except ImportError as error:
         parser.error(f"needs {error.name}: pip install 'sxe[bench]'")
     _check_problem(parser, arguments)
-    # Torch has a process of its own on the same card.
+    # PyTorch runs in its own process, which needs memory of the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     peers = _peers(parser, arguments)
     if arguments.suite:
@@ -123,7 +182,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     print(report.heading(machine), flush=True)
     calls = list(measure.calls(rounds, arguments.confident)) if arguments.calls else []
     measurements: list[measure.Measurement] = []
-    # No bar where standard error is no terminal.
+    # disable=None: show no bar where standard error is not a terminal.
     with tqdm(total=len(problems) * len(kinds) * rounds, disable=None, leave=False) as bar:
         for problem in problems:
             bar.set_description(problem.name)
@@ -137,6 +196,7 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
                         seconds=arguments.seconds,
                         chunk_sizes=arguments.chunk_size or (),
                         on_round=bar.update,
+                        on_phase=bar.set_postfix_str,
                     )
                 )
                 bar.update(len(measurements) * rounds - bar.n)
@@ -156,7 +216,7 @@ def _exit_code(measurements: Sequence[measure.Measurement]) -> int:
 
 
 def _run_suite(arguments: argparse.Namespace, peers: Sequence[str]) -> int:
-    """A problem that fails, or that the budget has no time for, takes nothing from the others."""
+    """Measure one problem after the other. The results so far remain if one fails or time ends."""
     from sxe._tools.bench import report
 
     start = time.perf_counter()
@@ -170,7 +230,7 @@ def _run_suite(arguments: argparse.Namespace, peers: Sequence[str]) -> int:
     problems, chunk_sizes = _suite(arguments)
     measurements: list[measure.Measurement] = []
     failed = False
-    expected = 0.0  # seconds that the next problem takes
+    expected = 0.0  # estimated seconds for the next problem
     for problem in problems:
         begun = time.perf_counter()
         if arguments.budget and expected and begun - start + expected > arguments.budget:
@@ -198,7 +258,7 @@ def _run_suite(arguments: argparse.Namespace, peers: Sequence[str]) -> int:
                 _replace(arguments.json, report.to_json(machine, measurements, []))
         expected = time.perf_counter() - begun
         if chunk_sizes.get(problem) and measurements:
-            # Most of the time is compiling, and the next problem has fewer contestants.
+            # Most of the time is compiling, and the next problem compiles fewer programs.
             count = len(measurements[-1].timings)
             expected *= 1 - len(chunk_sizes[problem]) / count
     if measurements:
@@ -207,7 +267,7 @@ def _run_suite(arguments: argparse.Namespace, peers: Sequence[str]) -> int:
 
 
 def _suite(arguments: argparse.Namespace) -> tuple[list[Problem], dict[Problem, Sequence[int]]]:
-    """The problems of this device, and the sizes of chunks that the first head is run with."""
+    """The standard problems of this device, and the chunk sizes to measure the first head with."""
     on_cpu = jax.default_backend() == "cpu"
     problems = (
         standard_problems(arguments.quick, arguments.confident)
@@ -220,7 +280,7 @@ def _suite(arguments: argparse.Namespace) -> tuple[list[Problem], dict[Problem, 
 
 
 def _replace(file: Path, text: str) -> None:
-    """Whoever is cut off meanwhile leaves what was there before."""
+    """Replace a file. If the process ends early, the old content remains."""
     unfinished = file.with_name(f"{file.name}.part")
     unfinished.write_text(text)
     unfinished.replace(file)
@@ -257,12 +317,15 @@ def _peers(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tu
     found = contestants.installed()
     peers = tuple(found if arguments.peers is None else arguments.peers)
     if missing := [name for name in peers if name not in found]:
-        parser.error(f"--peers: not installed: {', '.join(missing)}; found {', '.join(found)}")
+        parser.error(
+            f"--peers: expected names among {', '.join(found)}, which are installed; "
+            f"got {', '.join(missing)}"
+        )
     return peers
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
-    """Those of the sizes that are given, or else the standard ones; for --calls none of these."""
+    """Problems of the given sizes, or else the standard problems, or none with --calls."""
     if arguments.rows:
         return [
             Problem(

@@ -1,4 +1,4 @@
-"""What is measured against what: sxe, its peers, and the floor below all of them."""
+"""The programs that are timed: sxe, other libraries (peers), and the floor, a lower bound."""
 
 import importlib.metadata
 import importlib.util
@@ -24,12 +24,12 @@ from sxe._backend import backend_of
 from sxe._tools.bench.problem import Array, Outcome, Problem
 
 TORCH_PEERS = ("torch", "liger-kernel", "cut-cross-entropy")
-ALL_ROWS = "sxe, all rows"  # which computes something else
+ALL_ROWS = "sxe, all rows"  # its result differs, because all rows count
 PEERS = ("optax", "tokamax", "jax-cce", *TORCH_PEERS)
 
 
 def installed() -> dict[str, str]:
-    """The version of each peer that can be imported."""
+    """The version of each peer that is installed."""
     found = [name for name in PEERS if importlib.util.find_spec(name.replace("-", "_"))]
     return {name: importlib.metadata.version(name) for name in found}
 
@@ -38,8 +38,8 @@ class Contestant:
     """A jitted function, compiled for its arguments.
 
     Attributes:
-      compile_seconds: what tracing and compiling took.
-      temporary_bytes: of the compiled program.
+      compile_seconds: the time of tracing and compiling.
+      temporary_bytes: the temporary memory of the compiled program.
     """
 
     compile_seconds: float | None = None
@@ -57,9 +57,10 @@ class Contestant:
         return jax.block_until_ready(self._program(*self._arguments))
 
     def seconds(self, repeats: int = 1) -> float:
-        """Of a call. An accelerator takes them one after the other, and is kept busy.
+        """The time of one call, as the mean over repeated calls.
 
-        A CPU would run several at a time.
+        An accelerator runs the calls in order, and is kept busy. A CPU would run several calls at
+        the same time, so each call is waited for.
         """
         one_by_one = jax.default_backend() == "cpu"
         start = time.perf_counter()
@@ -71,7 +72,7 @@ class Contestant:
         return (time.perf_counter() - start) / repeats
 
     def outcome(self, problem: Problem, labels: Array) -> Outcome:
-        """Of a function whose result is the loss, or the loss and gradients."""
+        """The loss and the sampled gradients, if the function returns gradients."""
         result = self.result()
         loss, gradients = result if isinstance(result, tuple) else (result, ())
         rows, classes = problem.samples(labels)
@@ -82,14 +83,14 @@ class Contestant:
 
 
 class Products:
-    """Matmuls that are timed one after the other, each in a program of its own.
+    """Matrix products that are timed one after the other, each in its own program.
 
-    In one program, on a GPU, they have taken twice as long as alone. A product writes over its last
+    In a single program on a GPU, they have taken twice as long. A product overwrites its previous
     result, so that no memory is allocated while it is timed.
 
     Attributes:
-      compile_seconds: of all programs.
-      temporary_bytes: of the program that needs most.
+      compile_seconds: the time of compiling all programs.
+      temporary_bytes: the largest temporary memory of a program.
     """
 
     def __init__(self, name: str, *products: tuple[Callable[[Any, Any], Any], Any, Any]) -> None:
@@ -108,7 +109,7 @@ class Products:
         self.temporary_bytes: int = max(memory.temp_size_in_bytes for memory in memories)
 
     def seconds(self, repeats: int = 1) -> float:
-        """Of all products, each of which runs so many times in a row."""
+        """The time of all products together, each as the mean over repeated calls."""
         total = 0.0
         each = zip(self._programs, self._operands, self._results, strict=True)
         for program, operands, shape in each:
@@ -122,17 +123,17 @@ class Products:
 
 
 def _overwritten(f: Callable[[Any, Any], Any], result: Any, a: Any, b: Any) -> Any:
-    """f(a, b), for which XLA takes the memory of the result."""
+    """f(a, b), written into the donated memory of ``result``."""
     return f(a, b)
 
 
 class TorchProcess:
-    """Where PyTorch runs, and what is built on it: one process for one problem.
+    """The process that runs PyTorch and the libraries built on it, for one problem.
 
-    It makes the data while this process makes its own.
+    It makes the data while this process makes the same data.
     """
 
-    answer_within = 90.0  # seconds, after which the process is ended
+    answer_within = 90.0  # seconds; then the process is killed
 
     def __init__(
         self, process: "subprocess.Popen[str]", problem: Problem, request: dict[str, Any]
@@ -141,7 +142,7 @@ class TorchProcess:
         self._send({"problem": problem, **request})
 
     def names(self) -> list[str]:
-        """Waits for the data, and returns the contestants that the process has."""
+        """Wait until the process has the data, and return the names of its functions."""
         return list(self._answer()["contestants"])
 
     def ask(self, **request: Any) -> Any:
@@ -174,9 +175,10 @@ class TorchProcess:
 def torch_process(
     problem: Problem, *, gradient: bool, peers: Sequence[str]
 ) -> Iterator[TorchProcess]:
-    """PyTorch's threads sleep while they wait, so that they take nothing from the others.
+    """Start a `TorchProcess`, and kill it at the end.
 
-    It compiles without processes of its own, which would outlive it.
+    Its threads sleep while they wait, so that they do not slow down the other measurements. It
+    compiles without subprocesses, because these would outlive it.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "sxe._tools.bench.torch_worker"],
@@ -188,13 +190,13 @@ def torch_process(
     try:
         yield TorchProcess(process, problem, {"gradient": gradient, "peers": list(peers)})
     finally:
-        # It holds nothing but data, and its memory is needed for the next problem.
+        # Nothing has to be saved, and the next problem needs the memory.
         process.kill()
         process.communicate()
 
 
 class Torch:
-    """The same for one contestant of that process, which has no compiled program to ask."""
+    """A function in a `TorchProcess`, with the interface of `Contestant`."""
 
     def __init__(self, name: str, process: TorchProcess) -> None:
         self.name, self._process = name, process
@@ -214,7 +216,7 @@ class Torch:
 
 
 def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
-    """The functions of (logits, labels) or (hidden, kernel, labels), by peer."""
+    """For each library, its functions of (logits, labels) or (hidden, kernel, labels), by name."""
     every: Callable[..., Any] = sxe.linear_softmax_cross_entropy
     if problem.hidden is None:
         every = sxe.softmax_cross_entropy
@@ -252,7 +254,7 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
 
     on_optax = {"optax": on_logits}
     if problem.dtype == "bfloat16" and jax.default_backend() != "cpu":
-        # The gradient of logits in float32 would not be multiplied as fast as one in bfloat16.
+        # A float32 gradient of the logits would make the matrix products slower.
         on_optax["optax, narrow logits"] = on_narrow_logits
 
     def tokamax(implementation: str) -> Callable[..., Any]:
@@ -268,7 +270,7 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
 
         return jax_cce.linear_cross_entropy(hidden, kernel, labels)
 
-    if problem.counting < 1:  # which the other two have no argument for
+    if problem.counting < 1:  # the other two libraries have no argument for this
         return {"sxe": ours, "optax": on_optax}
     return {
         "sxe": ours,
@@ -279,11 +281,12 @@ def losses(problem: Problem) -> dict[str, dict[str, Callable[..., Any]]]:
 
 
 def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant | Products, float]:
-    """The least that has to be done, and how often.
+    """A program whose time is a lower bound, and the factor of this time.
 
-    For logits it is to write x + 1 into a fresh array, or without gradient to sum x. For the head
-    it is the matmuls of a chunk, as many times as there are chunks: on a CPU in one program, into
-    fresh arrays; on an accelerator the sum of what each takes by itself, into memory that is there.
+    For logits, the program writes x + 1 into a new array, or without gradient sums x. For the head,
+    it computes the matrix products of one chunk, and the factor is the number of chunks. On a CPU
+    one program computes all products into new arrays. On an accelerator each product is timed alone
+    and writes into existing memory, and the times are added.
     """
     if problem.hidden is None:
         write: Callable[..., Any] = lambda x: x + 1  # noqa: E731
@@ -301,7 +304,7 @@ def floor(problem: Problem, gradient: bool, *arguments: Any) -> tuple[Contestant
     products: list[tuple[Callable[[Any, Any], Any], Any, Any]]
     products = [(matmul, hidden.astype(forward), kernel.astype(forward))]
     if gradient:
-        # Of zeros, products take less power, and so less time where that is the limit.
+        # Products of zeros take less power, and so less time where power is the limit.
         shape = (plan.chunk_size, problem.classes)
         d_logits = jax.random.normal(jax.random.key(0), shape, backward)
         products += [
@@ -342,7 +345,7 @@ def contestants(
     chunk_sizes: Sequence[int] = (),
     on_phase: Callable[[str], object] = lambda text: None,
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """sxe, and those of JAX's peers that do what the problem asks for; and why others failed."""
+    """The compiled functions of sxe and of the JAX peers, and the errors of those that failed."""
     found: list[Contestant] = []
     failed: dict[str, str] = {}
     argnums = (0,) if problem.hidden is None else (0, 1)
@@ -355,7 +358,7 @@ def contestants(
     for peer, functions in by_peer.items():
         for name, f in functions.items() if peer in ("sxe", *peers) else ():
             given = arguments
-            if peer == "jax-cce":  # it has the kernel as [K, D]
+            if peer == "jax-cce":  # it expects the kernel as [K, D]
                 given = (arguments[0], jnp.asarray(arguments[1].T), arguments[2])
             try:
                 call = jax.value_and_grad(f, argnums) if gradient else f
@@ -372,7 +375,7 @@ def contestants(
 def torch_contestants(
     process: TorchProcess, names: Sequence[str], on_phase: Callable[[str], object]
 ) -> tuple[list[Torch], dict[str, str]]:
-    """Those of the other process, and why others failed."""
+    """The prepared functions of the other process, and the errors of those that failed."""
     found: list[Torch] = []
     failed: dict[str, str] = {}
     for name in names:

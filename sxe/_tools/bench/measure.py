@@ -1,4 +1,4 @@
-"""Interleaved rounds of sxe, its peers and the floor; and what the machine does at best."""
+"""Interleaved rounds of sxe, its peers and the floor; and the best rates of the machine."""
 
 import math
 import os
@@ -32,36 +32,39 @@ from sxe._tools.bench.contestants import (
 )
 from sxe._tools.bench.problem import TOLERANCES, Array, Outcome, Problem, errors, truth
 
-SLICE = 2**28  # numbers that are sent to the device at once
+SLICE = 2**28  # numbers sent to the device at once
+CPU_SIZES = 2**26, 2048  # of a measured machine: numbers in the copy, rows of the matrices
+ACCELERATOR_SIZES = 2**28, 8192
+CALLS = 50  # calls that are timed together to measure the overhead of one
 
 
 def shortest(backend: str) -> float:
-    """The seconds that are timed at once, by repeating a call that is shorter.
+    """The shortest time that is measured, in seconds. A shorter call is repeated.
 
-    A call to an accelerator has to be sent there, and the last one's end comes back late.
+    On an accelerator, sending a call and learning of its end take time as well.
     """
     return 2e-3 if backend == "cpu" else 5e-2
 
 
 def products_in(dtype: str) -> Any:
-    """Where all contestants multiply float32 as float32, or as the caller of JAX has chosen.
+    """A context in which all libraries multiply float32 as float32, or as configured in JAX.
 
-    sxe does so by itself. With JAX's default, others would on a GPU multiply in TF32.
+    sxe always does so. The others would use TF32 on a GPU, which is JAX's default.
     """
     chosen = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     return jax.default_matmul_precision(chosen or ("highest" if dtype == "float32" else None))
 
 
 class Timing(NamedTuple):
-    """One contestant on one problem.
+    """The measurement of one contestant, i.e. one timed program, on one problem.
 
     Attributes:
-      seconds: of a call, in each round.
-      temporary_bytes, compile_seconds: of its program, None where that is not known.
-      loss_error, gradient_error: against float64; the first relative, the second over the largest
-        component.
-      wrong: whether an error is larger than its dtype can explain.
-      failed: why there are no times, or None.
+      seconds: the time of a call, in each round.
+      temporary_bytes, compile_seconds: those of its program, or None where they are not known.
+      loss_error, gradient_error: errors against float64. The first is relative, the second is
+        divided by the largest component.
+      wrong: whether an error is larger than the dtype can explain.
+      failed: the error for which there are no times, or None.
     """
 
     name: str
@@ -78,18 +81,18 @@ class Timing(NamedTuple):
         return float(np.median(self.seconds))
 
     def over(self, other: "Timing") -> tuple[float, float, float]:
-        """The ratio of the medians, and the quartiles of the ratios of single rounds."""
+        """The ratio of the medians, and the quartiles of the ratios of the rounds."""
         ratios = np.array(self.seconds) / np.array(other.seconds)
         low, high = np.percentile(ratios, [25, 75])
         return self.median / other.median, float(low), float(high)
 
 
 class Measurement(NamedTuple):
-    """All contestants on one problem. ``floor`` is among them; sxe is the first.
+    """All contestants on one problem. The first is sxe; the others include ``floor``.
 
     Attributes:
-      gradient: value and gradient were measured, not the value alone.
-      path: what sxe did.
+      gradient: whether value and gradient were measured, rather than only the value.
+      path: how sxe computed.
     """
 
     problem: Problem
@@ -103,13 +106,13 @@ class Measurement(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Where it ran, and what that machine does at best.
+    """The machine, and its best rates.
 
     Attributes:
-      float32_products: in what float32 is multiplied, by all contestants.
-      copy: bytes per second, read and written, of a copy of 1 GiB (256 MiB on a CPU).
+      float32_products: the precision in which all contestants multiply float32.
+      copy: bytes read and written per second by a copy of 1 GiB (256 MiB on a CPU).
       matmul: FLOPs per second of a product of two 8192 x 8192 matrices (2048 on a CPU), by dtype.
-      card: the GPU's name, driver and memory by nvidia-smi, or None without that program.
+      card: name, driver and memory of the GPU as told by nvidia-smi, or None without it.
     """
 
     device: str
@@ -133,19 +136,19 @@ def measure(
     on_round: Callable[[], object] = lambda: None,
     on_phase: Callable[[str], object] = lambda text: None,
 ) -> Measurement:
-    """Interleaved rounds of all contestants: so many, or 3 and more for that many seconds.
+    """Measure all contestants in interleaved rounds.
 
     Args:
-      problem: what is computed.
-      peers: the names of those that are measured beside sxe.
-      gradient: the value and the gradient, not the value alone.
-      rounds: the most rounds.
-      seconds: after which no round is started, from the fourth on.
-      chunk_sizes: of the head, with each of which sxe is measured once more.
+      problem: the problem.
+      peers: the libraries that are measured in addition to sxe.
+      gradient: whether to compute value and gradient, rather than only the value.
+      rounds: the largest number of rounds.
+      seconds: the time after which no round starts. The first three rounds always run.
+      chunk_sizes: chunk sizes of the head. sxe is also measured with each of them.
       on_round: called after each round.
       on_phase: called with a short text at the end of each phase.
     """
-    # Those of PyTorch are asked for means over all rows alone.
+    # The PyTorch libraries are measured only with the mean over all rows.
     of_torch = [name for name in TORCH_PEERS if name in peers and problem.counting == 1]
     failed: dict[str, str] = {}
     torch_names: list[str] = []
@@ -233,16 +236,17 @@ def measure(
 
 
 def _fails(name: str, error: Exception, failed: dict[str, str]) -> None:
-    """Only without sxe or the floor there is nothing to compare."""
+    """Record the error, or raise it for sxe and the floor, which every comparison needs."""
     if name in ("sxe", "floor"):
         raise error
     failed[name] = why(error)
 
 
 def _on_device(x: Array, dtype: str) -> Any:
-    """In that dtype, converted in slices of rows, so that the device never has all in float32.
+    """x on the device in the given dtype. Integer arrays keep their dtype.
 
-    The device converts them, because NumPy would do it in one thread.
+    The device converts slices of rows: it never holds all rows in float32, and NumPy would convert
+    in only one thread.
     """
     if x.dtype == np.int32:
         return jnp.asarray(x)
@@ -255,7 +259,7 @@ def _on_device(x: Array, dtype: str) -> Any:
 
 
 def _truth(problem: Problem, *arguments: Any) -> Outcome:
-    """On an accelerator with JAX, because NumPy would take minutes for its problems."""
+    """The true result, computed by JAX on an accelerator, where NumPy would take minutes."""
     if jax.default_backend() == "cpu":
         return truth(problem, *(np.asarray(x) for x in arguments))
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
@@ -287,9 +291,9 @@ def machine() -> Machine:
         repeats = max(1, math.ceil(shortest(backend) / contestant.seconds()))
         return min(contestant.seconds(repeats) for _ in range(5))
 
-    x = jnp.ones((2**26 if backend == "cpu" else 2**28,), jnp.float32)
+    copied, n = CPU_SIZES if backend == "cpu" else ACCELERATOR_SIZES
+    x = jnp.ones(copied, jnp.float32)
     copy = 2 * x.nbytes / best(lambda x: x + 1, x)
-    n = 2048 if backend == "cpu" else 8192
     rates = {}
     for dtype in ("float32", "bfloat16"):
         a = jax.random.normal(jax.random.key(0), (n, n), dtype)
@@ -318,7 +322,7 @@ def _card() -> str | None:
 
 
 class Calls(NamedTuple):
-    """Seconds of a call on [8, 10] logits, by library, in each round."""
+    """Seconds of one call on logits [8, 10] in each round, by library."""
 
     eager: bool
     gradient: bool
@@ -326,7 +330,7 @@ class Calls(NamedTuple):
 
 
 def calls(rounds: int, confident: float) -> Iterable[Calls]:
-    """What calling costs, where there is nothing to compute: eager, and jitted."""
+    """The overhead of a call, eager and jitted, measured with almost nothing to compute."""
     problem = Problem(8, 10, confident=confident)
     logits, labels = (jnp.asarray(x) for x in problem.data())
 
@@ -345,8 +349,8 @@ def calls(rounds: int, confident: float) -> Iterable[Calls]:
             for i in range(rounds + 1):
                 for name, f in functions.items():
                     start = time.perf_counter()
-                    for _ in range(50):
+                    for _ in range(CALLS):
                         jax.block_until_ready(f(logits, labels))
-                    if i:  # the first one compiles
-                        taken[name].append((time.perf_counter() - start) / 50)
+                    if i:  # the first round compiles
+                        taken[name].append((time.perf_counter() - start) / CALLS)
             yield Calls(eager, gradient, {name: tuple(t) for name, t in taken.items()})

@@ -1,6 +1,6 @@
-"""What is measured: the sizes and data of one call, and what is true of its results.
+"""A measured problem: its sizes, its data, and the true result in float64.
 
-NumPy only, so that a process without JAX's backend can make the same data from the same seed.
+Only NumPy is used, so that the process of PyTorch makes the same data without JAX.
 """
 
 import os
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SAMPLES = 64  # rows and classes of which gradients are compared
-LEAD = 20.0  # of the label's logit in a confident row
-CONFIDENT = 0.5  # share of the rows that are confident, where nothing else is asked for
+SAMPLES = 64  # rows and classes whose gradients are compared
+LEAD = 20.0  # about how far the label's logit leads in a confident row
+CONFIDENT = 0.5  # default share of confident rows
 
-# The largest errors of a right result: of the loss, relative; of the gradient, over its largest
-# component. The loss of a peer may have the dtype of its inputs, and so may its sum of rows.
+# The largest errors of a correct result: the relative error of the loss, and the error of the
+# gradient divided by its largest component. Another library may return the loss, and sum the rows,
+# in the dtype of its inputs.
 TOLERANCES = {
     "float64": (1e-12, 1e-10),
     "float32": (1e-5, 1e-4),
@@ -32,10 +33,10 @@ class Problem(NamedTuple):
     """Logits [rows, classes], or hidden states [rows, hidden] and a kernel [hidden, classes].
 
     Attributes:
-      dense: the labels are targets [rows, classes].
+      dense: whether the labels are dense targets [rows, classes].
       counting: the share of rows that count. The others have the label -1.
       confident: the share of rows in which the logit of the label leads by 20, as in most rows at
-        the end of training. If dense, that class has at least nine tenths of the row's target.
+        the end of training. If dense, this class has at least nine tenths of the row's target.
     """
 
     rows: int
@@ -59,17 +60,18 @@ class Problem(NamedTuple):
         return ", ".join((self.sizes, self.dtype, *notes))
 
     def least_bytes(self, gradient: bool) -> int | None:
-        """To read the logits and, if dense, the targets, and to write the gradient; None: a head.
+        """The bytes that are at least read and written; None for the head.
 
-        Once each, which no program does that reads the logits again for the gradient.
+        This counts reading the logits and dense targets once, and writing the gradient once. A
+        program that reads the logits again for the gradient needs more.
         """
         arrays, itemsize = 1 + self.dense + gradient, int(self.dtype[-2:]) // 8
         return None if self.hidden else arrays * self.rows * self.classes * itemsize
 
     def flops(self, gradient: bool) -> int | None:
-        """Of the head's products, 6 N D K with gradient and 2 N D K without; None: given logits.
+        """FLOPs of the head's matrix products; None for a loss of given logits.
 
-        N are the rows that count.
+        They are 6 N D K with gradient and 2 N D K without, where N is the rows that count.
         """
         if self.hidden is None:
             return None
@@ -80,11 +82,11 @@ class Problem(NamedTuple):
         return round(self.counting * self.rows)
 
     def data(self) -> tuple[Array, ...]:
-        """Logits, or hidden states and kernel, in float32; and the labels."""
+        """Logits, or hidden states and kernel, in float32, followed by the labels."""
         rng = np.random.default_rng(0)
         N, K = self.rows, self.classes
         labels: Array = rng.integers(0, K, size=N, dtype=np.int32)
-        # Spread over all rows, as in a batch. Its own generator leaves all other data as they are.
+        # At random rows, as in a batch. A separate generator keeps all other data unchanged.
         confident = np.random.default_rng(2).permutation(N) < self.confident * N
         if self.hidden is None:
             logits = _normal((N, K), seed=3)
@@ -106,7 +108,7 @@ class Problem(NamedTuple):
         return hidden, kernel, labels
 
     def samples(self, labels: Array) -> tuple[Array, Array]:
-        """The rows and the classes whose gradients are compared, in order. Most are of labels."""
+        """The sorted rows and classes whose gradients are compared. Most classes are labels."""
         rng = np.random.default_rng(1)
         rows = np.sort(rng.permutation(self.rows)[:SAMPLES])
         classes = rng.permutation(self.classes)[: SAMPLES // 4]
@@ -117,9 +119,9 @@ class Problem(NamedTuple):
 
 
 def _normal(shape: tuple[int, int], *, seed: int) -> Array:
-    """Draws slices of rows in threads, each from a generator of its own.
+    """Standard normal numbers. Threads draw slices of rows, each from its own generator.
 
-    The result depends on the shape and the seed, and not on the number of threads.
+    The result depends on the shape and the seed, but not on the number of threads.
     """
     result = np.empty(shape, np.float32)
     size = max(1, 2**22 // shape[1])
@@ -135,7 +137,7 @@ def _normal(shape: tuple[int, int], *, seed: int) -> Array:
 
 
 def gpu_problems(confident: float) -> list[Problem]:
-    """The standard grid of a GPU, the most important first."""
+    """The standard problems of a GPU, the most important first."""
     sizes: list[tuple[int, int | None, int, str]] = [
         (16384, 4096, 131072, "bfloat16"),
         (16384, None, 131072, "bfloat16"),
@@ -153,7 +155,7 @@ def gpu_problems(confident: float) -> list[Problem]:
 
 
 def standard_problems(quick: bool, confident: float) -> list[Problem]:
-    """The standard grid. If ``quick``, one size of each kind, of those that take seconds."""
+    """The standard problems of a CPU. If ``quick``, a few that take seconds."""
     logits: list[tuple[int, int]] = [(1024, 32768), (1024, 50257), (512, 128256)]
     logits += [(32768, 1000), (65536, 10), (8, 1000)]
     heads = [(2048, 512, 32768), (4096, 768, 50257), (1024, 1024, 50257), (8192, 256, 32003)]
@@ -167,7 +169,7 @@ def standard_problems(quick: bool, confident: float) -> list[Problem]:
 
 
 class Outcome(NamedTuple):
-    """The mean loss, and the gradients of the sampled rows and, with a kernel, classes."""
+    """The mean loss, and the gradients of the sampled rows and, for the head, classes."""
 
     loss: float
     gradients: tuple[Array, ...]
@@ -179,21 +181,21 @@ def truth(
     namespace: Any = np,
     compiled: Callable[[Any], Any] = lambda f: f,
 ) -> Outcome:
-    """In float64, from D0 and D7, for inputs that are rounded to the problem's dtype.
+    """The true result by D0 and D7 in float64, for inputs rounded to the problem's dtype.
 
     Args:
-      problem: whose loss it is.
-      *arguments: the logits, or the hidden states and the kernel; and the labels.
+      problem: the problem.
+      *arguments: the logits, or the hidden states and the kernel, followed by the labels.
       namespace: ``numpy``, or ``jax.numpy`` where float64 is enabled.
-      compiled: ``jax.jit`` for the latter.
+      compiled: ``jax.jit`` if the namespace is ``jax.numpy``.
     """
     first, labels = arguments[0], arguments[-1]
     kernel = None if problem.hidden is None else arguments[1].astype("float64")
     rows, classes = problem.samples(np.asarray(labels))
     of_rows = compiled(partial(_of_rows, problem, namespace))
     of_classes = compiled(partial(_of_classes, problem, namespace))
-    # Rows at a time. An accelerator needs larger products; a few arrays of 1 GiB fit there. A
-    # power of two leaves most problems no remainder, which would be compiled once more.
+    # The number of rows computed at once. An accelerator needs larger products, and has memory for
+    # a few arrays of 1 GiB. With a power of two, most problems have no remainder to compile again.
     most = max(1, (2**24 if namespace is np else 2**27) // problem.classes)
     size = 1 << (most.bit_length() - 1)
     losses, at_classes = [], []
@@ -212,7 +214,7 @@ def truth(
 
 
 def _of_rows(problem: Problem, xp: Any, x: Any, kernel: Any, labels: Any) -> tuple[Any, Any]:
-    """The losses of some of the rows, and the gradient of all rows' mean for their logits."""
+    """The losses of a block of rows, and the gradient of the mean of all rows for its logits."""
     x = x.astype("float64")
     if kernel is not None:
         x = x @ kernel
@@ -221,7 +223,7 @@ def _of_rows(problem: Problem, xp: Any, x: Any, kernel: Any, labels: Any) -> tup
     total = e.sum(axis=1, keepdims=True)
     if problem.dense:
         t = labels.astype("float64")
-    else:  # no class has the label -1, so that such a row has neither a loss nor a gradient
+    else:  # a row with label -1 has loss and gradient 0, because no class has the index -1
         at_label = labels[:, None] == xp.arange(problem.classes, dtype="int32")[None]
         t = at_label.astype("float64")
     T = t.sum(axis=1, keepdims=True)
@@ -237,7 +239,7 @@ def _of_classes(
 
 
 def errors(outcome: Outcome, true: Outcome) -> tuple[float, float | None]:
-    """Of the loss, relative, and of the gradients, over the largest component of each."""
+    """The relative error of the loss, and the largest gradient error relative to its maximum."""
     of_loss = abs(outcome.loss - true.loss) / abs(true.loss)
     of_gradients = [
         float(np.max(np.abs(a - b)) / np.max(np.abs(b)))

@@ -1,4 +1,4 @@
-"""Measurements as a table, as JSON, and as a plot."""
+"""Measurements as tables, as JSON, and as a plot."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def _flops(rate: float) -> str:
 
 
 def _rate(m: Measurement, t: Timing) -> str:
-    """Of what a call has to do at least: bytes of given logits, FLOPs of the head."""
+    """The rate at which a call did its minimal work: bytes for logits, FLOPs for the head."""
     flops, least = m.problem.flops(m.gradient), m.problem.least_bytes(m.gradient)
     if flops is not None:
         return _flops(flops / t.median)
@@ -38,9 +38,9 @@ def _rate(m: Measurement, t: Timing) -> str:
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """A row for each problem: sxe's time, and as a multiple of the floor's and of each peer's.
+    """One row per problem: the time of sxe, and its ratio to the floor and to each peer.
 
-    Then the temporaries of all whose programs are known, in the order of the columns.
+    The column MiB has the temporary memory of each contestant for which it is known.
     """
     names = dict.fromkeys(t.name for m in measurements for t in m.timings if t.name != "sxe")
     peers = [name for name in names if name != "floor"]
@@ -63,7 +63,7 @@ def table(measurements: Sequence[Measurement]) -> str:
 
 
 def problem_table(m: Measurement) -> str:
-    """One problem, with a row for each contestant."""
+    """The table of one problem, with one row per contestant."""
     floor = next(t for t in m.timings if t.name == "floor")
     rows = []
     for t in m.timings:
@@ -103,7 +103,7 @@ def _compile(by_name: dict[str, Timing]) -> str:
 
 
 def remarks(measurements: Sequence[Measurement]) -> Iterator[str]:
-    """The results that are wrong, the peers that failed, and what sxe did."""
+    """Lines about wrong results, about peers that failed, and about how sxe computed."""
     for m in measurements:
         for t in m.timings:
             if t.wrong:
@@ -143,13 +143,13 @@ def to_json(machine: Machine, measurements: Sequence[Measurement], calls: Sequen
 
 
 def varied(problems: Sequence[Problem]) -> list[str]:
-    """The sizes that differ among the problems. A plot is over one of them."""
+    """The names of the sizes that differ among the problems. A plot needs exactly one."""
     sizes = ("rows", "hidden", "classes")
     return [name for name in sizes if len({getattr(p, name) for p in problems}) > 1]
 
 
 def plot(measurements: Sequence[Measurement], file: str) -> None:
-    """Time and temporaries over the size that varies, a line for each contestant."""
+    """Plot time and temporary memory over the size that varies, one line per contestant."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
@@ -168,7 +168,7 @@ def plot(measurements: Sequence[Measurement], file: str) -> None:
         known = [(n, t.temporary_bytes / 2**20) for n, t in points if t.temporary_bytes]
         if known and "floor" not in key:
             of_memory.loglog(*zip(*known, strict=True), **style)
-    for axes, label in ((of_time, "milliseconds"), (of_memory, "temporaries, MiB")):
+    for axes, label in ((of_time, "milliseconds"), (of_memory, "temporary memory, MiB")):
         axes.set_xlabel(name)
         axes.set_ylabel(label)
         axes.set_xticks(sorted({getattr(m.problem, name) for m in measurements}))

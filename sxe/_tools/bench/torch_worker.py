@@ -1,12 +1,12 @@
-"""PyTorch and what is built on it, in a process of its own.
+"""PyTorch and the libraries built on it, in a separate process.
 
-It answers requests of a line each, in JSON. Every request but the first names a contestant.
+Requests and answers are lines of JSON. Every request except the first names a contestant.
 
 {"problem": [...], "gradient": true, "peers": [...]}   {"contestants": ["torch", ...]}
 {"prepare": "torch"}                                   {"compile_seconds": 1.2,
                                                         "temporary_bytes": 0 or null}
-{"time": "torch", "repeats": 3}                        {"seconds": 0.01}, of one call
-{"outcome": "torch", "file": "file.npz"}               {"loss": 3.4}, the gradients in the file
+{"time": "torch", "repeats": 3}                        {"seconds": 0.01}, for one call
+{"outcome": "torch", "file": "file.npz"}               {"loss": 3.4}; file: gradients
 """
 
 import json
@@ -24,7 +24,7 @@ from sxe._tools.bench.problem import Problem
 
 
 def main() -> None:
-    # What libraries print must not come between the answers.
+    # Libraries may print. Their output goes to standard error, not between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     contestants: Contestants | None = None
@@ -43,7 +43,7 @@ def main() -> None:
                 answer = {"seconds": contestants.seconds(request["time"], request["repeats"])}
             else:
                 answer = {"loss": contestants.outcome(request["outcome"], request["file"])}
-        except Exception as error:  # whatever it is, the other process reports it
+        except Exception as error:  # the other process reports any error
             answer = {"error": f"{type(error).__name__}: {error}"}
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 class Contestants:
-    """All of one problem.
+    """All contestants of one problem.
 
     Attributes:
-      losses: the function of the inputs and the labels, by name.
+      losses: functions of the inputs and the labels, by name.
     """
 
     def __init__(self, problem: Problem, *, gradient: bool, peers: list[str]) -> None:
@@ -64,7 +64,7 @@ class Contestants:
         *inputs, labels = problem.data()
         self._at = problem.samples(labels)
         on_device = [torch.from_numpy(x).to(self._device, dtype) for x in inputs]
-        # PyTorch has the kernel as [K, D].
+        # PyTorch expects the kernel as [K, D].
         on_device = [x if i == 0 else x.T.contiguous() for i, x in enumerate(on_device)]
         self._inputs = [x.requires_grad_(gradient) for x in on_device]
         self._overwritten: list[Any] | None = None
@@ -80,7 +80,7 @@ class Contestants:
         seconds = time.perf_counter() - start
         if self._device == "cpu":
             return {"compile_seconds": None, "temporary_bytes": None}
-        # A second call, because the first one may have tried several kernels.
+        # Measure a second call, because the first one may have tried several kernels.
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -92,7 +92,7 @@ class Contestants:
         return {"compile_seconds": seconds, "temporary_bytes": max(0, peak)}
 
     def seconds(self, name: str, repeats: int) -> float:
-        """Of a call. A GPU takes them one after the other, and is kept busy."""
+        """The time of one call. A GPU runs repeated calls in order, and is kept busy."""
         self._wait()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -101,7 +101,7 @@ class Contestants:
         return (time.perf_counter() - start) / repeats
 
     def outcome(self, name: str, file: str) -> float:
-        """Writes the sampled gradients to a file, and returns the loss."""
+        """Write the sampled gradients to a file, and return the loss."""
         with torch.no_grad():
             for x, fresh in zip(self._inputs_of(name), self._inputs, strict=True):
                 x.copy_(fresh)
@@ -120,7 +120,7 @@ class Contestants:
         return loss.detach(), gradients
 
     def _inputs_of(self, name: str) -> list[Any]:
-        """A copy of the logits for Liger, which writes their gradient in their place."""
+        """The inputs. Liger overwrites its logits with their gradient, so it gets a copy."""
         if name != "Liger" or self._problem.hidden is not None:
             return self._inputs
         if self._overwritten is None:
@@ -134,7 +134,7 @@ class Contestants:
 
 
 def _losses(problem: Problem, device: str, peers: list[str]) -> dict[str, Callable[..., Any]]:
-    """What can be run here, by name. What a function imports is imported in its first call."""
+    """The functions that can run here, by name. Each imports its library in its first call."""
     found: dict[str, Callable[..., Any]] = {}
     if "torch" in peers:
         found["torch"] = F.cross_entropy if problem.hidden is None else _on_logits
@@ -182,7 +182,7 @@ def _cce(hidden: Any, kernel: Any, labels: Any) -> Any:
 
 
 def _cce_unfiltered(hidden: Any, kernel: Any, labels: Any) -> Any:
-    """CCE without leaving out what is small in the gradient."""
+    """CCE that also computes small gradient entries, which it skips by default."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, kernel, labels, filter_eps=None, impl="cce")

@@ -1,1 +1,1 @@
-"""``python -m sxe check``: the derivation, the rules and the precision of the loss, measured."""
+"""``python -m sxe check``: measure the derivation, the rules and the precision of the losses."""

@@ -1,4 +1,4 @@
-"""The lines of the derivation and the attached rules, against autodiff and central differences."""
+"""Compare the derivation and the gradient rules with autodiff and central differences."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -18,18 +18,20 @@ from sxe import (
 )
 from sxe._tools.check.problem import Problem, random_problem
 from sxe._tools.check.results import TOLERANCES, Comparison, Example, MeasuredLine
+from sxe._tools.progress import Show, silent
 from sxe.derivation import Line, softmax
 
 EXAMPLE = 3, 4  # rows and classes
 
 
 class OfValue(NamedTuple):
-    """What a line that is a value has to give, in float64.
+    """The reference of a line that is a value, in float64.
 
     Attributes:
-      value: the value, by sxe.
-      differences: its gradient by central differences, which is for the gradient of the line.
-      unit: of the gradient's error. The gradient of a mean over N rows has the size of 1 / N.
+      value: the value, computed by sxe.
+      differences: the gradient of the value by central differences. It is compared with autodiff
+        of the line.
+      unit: the unit of the gradient's error. The gradient of a mean over N rows is about 1 / N.
     """
 
     value: Array
@@ -38,27 +40,33 @@ class OfValue(NamedTuple):
 
 
 class OfDerivative(NamedTuple):
-    """What a line that is a derivative has to give, found in two ways in float64, and its unit."""
+    """The references of a line that is a derivative, in float64.
+
+    Attributes:
+      autodiff: the derivative by automatic differentiation.
+      differences: the derivative by central differences.
+      unit: the unit of the error, as in `OfValue`.
+    """
 
     autodiff: Array
     differences: Array
     unit: float
 
 
-References = dict[str, OfValue | OfDerivative]  # by what a Line is compared with
-Others = dict[str, Array | float]  # the arguments of a Line beside x, by name
+References = dict[str, OfValue | OfDerivative]  # the keys are values of Line.compared_with
+Others = dict[str, Array | float]  # the arguments of a Line except x, by name
 
 
 def central_differences(f: Callable[[Array], Array], x: Array) -> Array:
-    """(f(x + h e_jl) - f(x - h e_jl)) / 2h for all unit matrices e_jl; layout (f's ..., j, l)."""
-    h = 2.0**-17  # near the cube root of float64's eps, where h^2 and eps / h balance
+    """(f(x + h e_jl) - f(x - h e_jl)) / 2h for all unit matrices e_jl, axes (f's ..., j, l)."""
+    h = 2.0**-17  # near the cube root of float64's eps, which balances the errors h^2 and eps / h
     units = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
     slopes = jax.vmap(lambda e: (f(x + h * e) - f(x - h * e)) / (2 * h), out_axes=-1)(units)
     return slopes.reshape(*slopes.shape[:-1], *x.shape)
 
 
 def _error(value: Array, reference: Array, unit: float = 1, kept: Array | bool = True) -> Array:
-    """max |value - reference| / unit, over the largest |reference| / unit where that is above 1.
+    """max |value - reference| / max(unit, |reference|), where max takes the largest entry.
 
     Entries that are not kept do not count. The error is inf for a wrong shape or a NaN.
     """
@@ -66,18 +74,18 @@ def _error(value: Array, reference: Array, unit: float = 1, kept: Array | bool =
         return jnp.asarray(jnp.inf)
     v, r = value.astype(jnp.float64) / unit, reference.astype(jnp.float64) / unit
     error = jnp.max(jnp.where(kept, jnp.abs(v - r), 0)) / jnp.maximum(1, jnp.max(jnp.abs(r)))
-    return jnp.where(jnp.isnan(error), jnp.inf, error)  # a NaN would slip through Python's max
+    return jnp.where(jnp.isnan(error), jnp.inf, error)  # Python's max could drop a NaN
 
 
 def _gradient(value: Callable[[Array], Array], x: Array, unit: float) -> OfDerivative:
-    """Of a value, or of the sum of the rows' values."""
+    """References for the gradient of value(x), or of its sum over the rows."""
     differences = jnp.sum(central_differences(value, x).reshape(-1, *x.shape), axis=0)
     return OfDerivative(jax.grad(lambda x: jnp.sum(value(x)))(x), differences, unit)
 
 
 @partial(jax.jit, static_argnums=0)
 def _references(loss: Callable[..., Array], x: Array, y: Array) -> References:
-    """What D0 to D9 are compared with."""
+    """The references of D0 to D9."""
     gradient = _gradient(lambda x: derivation.d0(x, y), x, unit=1 / len(x))
     autodiff, differences, unit = gradient
     return {
@@ -97,10 +105,10 @@ def _row_references(
     *,
     beta: float,
 ) -> References:
-    """What E0 to K5 are compared with."""
+    """The references of E0 to K5."""
     entropy = log_prob_and_entropy(x, jnp.zeros(len(x), jnp.int32)).entropy
     divergence = partial(kl_divergence, x, z, reduction="none")
-    by_sxe = {  # beside the gradient of the line that it has to equal
+    by_sxe = {  # the value by sxe, and the line whose value it must equal
         "sxe's entropy": (entropy, "E0", derivation.e0),
         "sxe's KL(p || q)": (divergence(mode="forward"), "K0", lambda x: derivation.k0(x, z)),
         "sxe's KL(q || p)": (divergence(mode="reverse"), "K2", lambda x: derivation.k2(x, z)),
@@ -120,7 +128,7 @@ def _row_references(
 def _line_errors(
     line: Line, x: Array, others: Others, references: References
 ) -> tuple[Array, Array, Array]:
-    """Against autodiff, against central differences, and whether there were entries to compare."""
+    """The errors against autodiff and central differences; whether any entries were compared."""
 
     def of(x: Array) -> Array:
         arguments = {"x": x, **others}
@@ -140,7 +148,10 @@ def _line_errors(
     return autodiff, differences, jnp.any(kept)
 
 
-def _measured(line: Line, x: Array, others: Others, references: References) -> MeasuredLine:
+def _measured(
+    line: Line, x: Array, others: Others, references: References, show: Show
+) -> MeasuredLine:
+    show(f"Measuring {line.name}")
     tolerance = TOLERANCES[x.dtype.name]
     autodiff, differences, shown = map(float, _line_errors(line, x, others, references))
     return MeasuredLine(
@@ -152,34 +163,37 @@ def _measured(line: Line, x: Array, others: Others, references: References) -> M
     )
 
 
-def check_lines(lines: Iterable[Line], x: Array, y: Array) -> tuple[MeasuredLine, ...]:
-    """D0 to D9, in the dtype of x and y."""
+def check_lines(
+    lines: Iterable[Line], x: Array, y: Array, show: Show = silent
+) -> tuple[MeasuredLine, ...]:
+    """Measure D0 to D9, in the dtype of x and y."""
     references = _references(softmax_cross_entropy, x.astype(jnp.float64), y.astype(jnp.float64))
-    return tuple(_measured(line, x, {"y": y}, references) for line in lines)
+    return tuple(_measured(line, x, {"y": y}, references, show) for line in lines)
 
 
 def check_row_lines(
-    lines: Iterable[Line], x: Array, z: Array, beta: float
+    lines: Iterable[Line], x: Array, z: Array, beta: float, show: Show = silent
 ) -> tuple[MeasuredLine, ...]:
-    """E0 to K5, in the dtype of x and z."""
+    """Measure E0 to K5, in the dtype of x and z."""
     x64, z64 = x.astype(jnp.float64), z.astype(jnp.float64)
     references = _row_references(log_prob_and_entropy, kl_divergence, x64, z64, beta=beta)
-    return tuple(_measured(line, x, {"z": z, "beta": beta}, references) for line in lines)
+    others: Others = {"z": z, "beta": beta}
+    return tuple(_measured(line, x, others, references, show) for line in lines)
 
 
 def check_row_sums(x: Array, t: Array) -> tuple[Comparison, ...]:
-    """Where the targets' rows do not sum to one, D7 has to hold and D8 has to be far off."""
+    """Check that for targets whose rows do not sum to one, D7 holds and D8 is far off."""
     lines = [line for line in derivation.LINES if line.name in ("D7", "D8")]
     d7, d8 = (line.autodiff_error for line in check_lines(lines, x, t))
     bound, far = TOLERANCES["float64"].autodiff, 1e-4
     return (
-        Comparison("D7 where sum_k y_jk != 1", d7, f"<= {bound:.0e}, it holds", d7 <= bound),
-        Comparison("D8 where sum_k y_jk != 1", d8, f"> {far:.0e}, it fails as it must", d8 > far),
+        Comparison("D7 where sum_k y_jk != 1", d7, f"<= {bound:.0e}, must hold", d7 <= bound),
+        Comparison("D8 where sum_k y_jk != 1", d8, f"> {far:.0e}, must fail", d8 > far),
     )
 
 
 class RuleCase(NamedTuple):
-    """A function of rows with attached rules, called as function(x, second, rule=..., options)."""
+    """A loss with gradient rules, called as function(x, second, rule=..., **options)."""
 
     function: Callable[..., Any]
     second: Array
@@ -209,9 +223,9 @@ def _rule_errors(
     function: Callable[..., Any],
     options: tuple[tuple[str, str | float], ...],
 ) -> tuple[Array, ...]:
-    """The errors of "vjp" and "jvp": the largest of the rows' results and of all gradients.
+    """The errors of rules "vjp" and "jvp": the largest error of the results and all gradients.
 
-    Gradients are pulled back from the cotangents g, a row of them for each result of a row.
+    Gradients are pulled back from the cotangents g, [results per row, N].
     """
 
     def pulled_back(rule: str) -> list[Array]:
@@ -228,10 +242,11 @@ def _rule_errors(
     )
 
 
-def check_rules(problem: Problem) -> tuple[Comparison, ...]:
-    """Both rules against autodiff of the same function, in each dtype."""
+def check_rules(problem: Problem, show: Show = silent) -> tuple[Comparison, ...]:
+    """Compare both rules with autodiff of the same function, in each dtype."""
     results = []
     for (kind, case), dtype in itertools.product(rule_cases(problem).items(), TOLERANCES):
+        show(f"Measuring the rules for {kind} in {dtype}")
         function, second, options = case
         second = second.astype(dtype) if jnp.issubdtype(second.dtype, jnp.floating) else second
         x = problem.x.astype(dtype)
@@ -244,8 +259,9 @@ def check_rules(problem: Problem) -> tuple[Comparison, ...]:
 
 
 def example(seed: int) -> Example:
+    """A small problem with one-hot targets, and what autodiff gives for it."""
     problem = random_problem(*EXAMPLE, seed)
-    x = problem.x / 2  # closer together, so that few entries look like zero
+    x = problem.x / 2  # smaller logits, so that few entries are shown as zero
     arrays = _example(softmax_cross_entropy, x, problem.labels)
     return Example(*(_tuples(a.tolist()) for a in arrays))
 

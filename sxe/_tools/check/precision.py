@@ -1,4 +1,7 @@
-"""Loss, label gradient and KL divergence in float32, against 60 digits, where rounding destroys."""
+"""Compare float32 losses, label gradients and KL divergences with 60-digit arithmetic.
+
+The inputs are those for which rounding destroys the results of common formulas.
+"""
 
 import decimal
 import functools
@@ -20,7 +23,7 @@ from sxe._tools.check.results import PRECISION, Precision, Sweep
 
 
 class Row(NamedTuple):
-    """Logits, exact in float32, and a target for each class, or None: then the label is class 0."""
+    """Logits that are exact in float32, and targets. The label is class 0 if targets is None."""
 
     logits: Sequence[float]
     targets: Sequence[float] | None = None
@@ -35,19 +38,19 @@ ROUNDED_AWAY = {
     "20, 0, targets 1, 1e-9": Row((20.0, 0.0), targets=(1.0, 1e-9)),
     "40, 0, 0, smoothing 1e-6": Row((40.0, 0.0, 0.0), label_smoothing=1e-6),
 }
-SWEEPS = {  # by what grows: its magnitudes a, the logits as text and of a; the label is class 0
-    # To where exp(-a) is about to leave float32's normal numbers.
+SWEEPS = {  # name: magnitudes a, the logits as text, the logits as a function of a; the label is 0
+    # For a above 80, exp(-a) is no longer a normal number in float32.
     "lead": ([float(n) for n in range(81)], "a, 0, -1", lambda a: (a, 0, -1)),
     "offset": ([10 ** (n / 8) for n in range(65)], "a, a + 1, a - 2", lambda a: (a, a + 1, a - 2)),
 }
 
 
 class Truth(NamedTuple):
-    """A row's loss, and its gradient at class 0: s_0 (T - t_0) - t_0 (1 - s_0).
+    """The loss of a row, and its gradient at class 0: s_0 (T - t_0) - t_0 (1 - s_0).
 
-    An error of the loss is measured in units of the loss, one of the gradient in units of the sum
-    of its two terms. For a label that sum is the gradient's magnitude. For targets that a model has
-    learned the gradient is 0, and the sum is not.
+    An error of the loss is relative to the loss. An error of the gradient is relative to `terms`,
+    the sum of the two terms. For a label this sum is the magnitude of the gradient. For targets
+    that a model has learned exactly, the gradient is 0 but the sum is not.
     """
 
     loss: float
@@ -56,14 +59,14 @@ class Truth(NamedTuple):
 
 
 def sixty_digits(row: Row) -> Truth:
-    """L of one row (D0) and dL/dx_0 (D7), in 60-digit arithmetic, of what float32 holds."""
+    """L of one row (D0) and dL/dx_0 (D7) of the float32 inputs, in 60-digit arithmetic."""
     K, (a, *targets) = len(row.logits), _float32(row.label_smoothing or 0.0, *(row.targets or ()))
     with decimal.localcontext(prec=60, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
         exp_x = [Decimal(x_k).exp() for x_k in row.logits]
         s = [exp_x_k / sum(exp_x) for exp_x_k in exp_x]
         t = targets or [(1 - a) * (k == 0) + a / K for k in range(K)]
         loss = -sum(t_k * s_k.ln() for t_k, s_k in zip(t, s, strict=True) if t_k)
-        # s_0 T and t_0, each less s_0 t_0, which cancels in their difference
+        # s_0 T and t_0, each minus s_0 t_0, which cancels in their difference
         terms = s[0] * sum(t[1:]), t[0] * sum(s[1:])
         return Truth(float(loss), float(terms[0] - terms[1]), float(terms[0] + terms[1]))
 
@@ -73,7 +76,7 @@ def _float32(*values: float) -> list[Decimal]:
 
 
 def _error_in_units(value: float, truth: Truth, n: int) -> float:
-    """The error of the loss, n = 0, or of the gradient, n = 1; inf if the value is not finite."""
+    """The error of the loss (n = 0) or the gradient (n = 1); inf if the value is not finite."""
     return _error(value, truth[n], (truth.loss, truth.terms)[n])
 
 
@@ -106,7 +109,7 @@ def _losses_and_gradients(loss: Callable[..., Array], rows: list[Arguments]) -> 
 
 
 def check_precision() -> tuple[Precision, ...]:
-    """Loss and label gradient of the rows in ROUNDED_AWAY, by sxe and by optax."""
+    """Compare loss and label gradient of sxe and optax, for the rows in ROUNDED_AWAY."""
     rows = list(map(_arguments, ROUNDED_AWAY.values()))
     ours = _losses_and_gradients(softmax_cross_entropy, rows).tolist()
     theirs = _losses_and_gradients(_optax, rows).tolist()
@@ -122,25 +125,25 @@ def check_precision() -> tuple[Precision, ...]:
 
 
 def _textbook(x: Array, labels: Array) -> Array:
-    """D0 as it is written, for autodiff."""
+    """D0 exactly as written, which JAX differentiates."""
     return derivation.d0(x, jax.nn.one_hot(labels, x.shape[1], dtype=x.dtype))
 
 
 @partial(jax.jit, static_argnums=0)
 def _sweep(loss: Callable[..., Array], rows: Array) -> tuple[Array, Array]:
-    """The loss of each row, with label 0, and its gradient there."""
+    """The loss of each row for label 0, and its gradient at class 0."""
     label = jnp.zeros(1, jnp.int32)
     values, gradients = jax.vmap(lambda x: jax.value_and_grad(loss)(x[None], label))(rows)
     return values, gradients[:, 0, 0]
 
 
 def check_sweeps() -> tuple[Sweep, ...]:
-    """Loss and label gradient by sxe, optax and autodiff of D0, at each magnitude in SWEEPS."""
+    """Compare sxe, optax and autodiff of D0 at each magnitude in SWEEPS."""
     losses = {"sxe": softmax_cross_entropy, "optax": _optax, "autodiff of D0": _textbook}
     results = []
     for magnitude, (at, row, logits) in SWEEPS.items():
         rows = jnp.array([logits(a) for a in at], jnp.float32)
-        truths = [sixty_digits(Row(logits)) for logits in rows.tolist()]  # of what float32 holds
+        truths = [sixty_digits(Row(logits)) for logits in rows.tolist()]  # of the float32 logits
         found = {who: _sweep(loss, rows) for who, loss in losses.items()}
         for n, (quantity, most) in enumerate(PRECISION.items()):
             errors = {
@@ -159,7 +162,7 @@ DISTANCES = [10 ** (1 - n / PER_DECADE) for n in range(5 * PER_DECADE + 1)]  # 1
 
 
 def kl_in_sixty_digits(logits: Sequence[float], target_logits: Sequence[float]) -> float:
-    """KL(p || q) of one row, the first form of K0, of what float32 holds."""
+    """KL(p || q) of one row by the first form of K0, of the float32 logits."""
     with decimal.localcontext(prec=60):
         x, z = (list(map(Decimal, row)) for row in (logits, target_logits))
         exp_z = list(map(Decimal.exp, z))
@@ -176,7 +179,7 @@ def _divergences(kl_divergence: Callable[..., Array], x: Array, z: Array) -> Arr
 
 @jax.jit
 def _textbook_kl(x: Array, z: Array) -> Array:
-    """The first form of K0, without overflow."""
+    """The first form of K0, with a log-softmax that does not overflow."""
     log_q, log_p = jax.nn.log_softmax(x), jax.nn.log_softmax(z)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
 
@@ -189,7 +192,7 @@ class Pairs(NamedTuple):
     truths: list[float]
 
 
-@functools.cache  # the same in every check
+@functools.cache  # all checks use the same pairs
 def _pairs() -> Pairs:
     draw = random.Random(0)
     logits = [[draw.gauss(0, 2) for _ in range(CLASSES)] for _ in DISTANCES]
@@ -200,7 +203,7 @@ def _pairs() -> Pairs:
 
 
 def check_distances() -> Sweep:
-    """KL(p || q) by sxe and by its textbook form, for logits that are more and more alike."""
+    """Compare KL(p || q) of sxe and of the textbook form, for logits of shrinking distance."""
     logits, target_logits, truths = _pairs()
     x, z = (jnp.array(rows, jnp.float32) for rows in (logits, target_logits))
     found = {"sxe": _divergences(kl_divergence, x, z), "textbook form": _textbook_kl(x, z)}

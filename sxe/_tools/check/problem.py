@@ -1,4 +1,4 @@
-"""The random problem that is measured: its size, and its arrays."""
+"""The random problem of a check: its size and its arrays."""
 
 import random
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-MAX_ENTRIES = 2048  # of x; a Jacobian has the square of that, 32 MiB in float64
+MAX_ENTRIES = 2048  # of x; the Jacobian has the square of this number, 32 MiB in float64
 
 
 class Problem(NamedTuple):
@@ -15,11 +15,12 @@ class Problem(NamedTuple):
     Attributes:
       x: logits [N, K].
       y: targets [N, K] whose rows sum to one.
-      T: row sums [N, 1] far from one, for the targets T y.
+      T: row sums [N, 1], far from one. The targets T y have these row sums.
       labels: class indices [N].
-      g: cotangents [2, N] of the rows' results, of which there are at most two.
+      g: cotangents [2, N] of the results of each row, which are one or two.
       z: target logits [N, K].
-      beta: of the Jensen-Shannon divergence, exact in every dtype, and never the default 0.5.
+      beta: the weight in the Jensen-Shannon divergence. It is exact in every dtype and differs
+        from the default 0.5.
     """
 
     x: Array
@@ -32,10 +33,10 @@ class Problem(NamedTuple):
 
 
 def problem_size(rows: int | None, classes: int | None, seed: int) -> tuple[int, int]:
-    """N and K. Where they are None the seed decides: 2 to 7 rows, 2 to 11 classes.
+    """N and K. The seed draws those that are None: 2 to 7 rows, 2 to 11 classes.
 
     Raises:
-      ValueError: rows or classes below 1, or too many of both.
+      ValueError: rows or classes is below 1, or rows * classes is too large.
     """
     draw = random.Random(seed)
     drawn = draw.randint(2, 7), draw.randint(2, 11)
@@ -49,10 +50,10 @@ def problem_size(rows: int | None, classes: int | None, seed: int) -> tuple[int,
 
 
 def random_problem(N: int, K: int, seed: int) -> Problem:
-    """The same seed gives the same arrays, in JAX's widest float."""
+    """Arrays in JAX's widest float, drawn from the seed."""
     draw = random.Random(seed)
     x = [[draw.gauss(0, 2) for _ in range(K)] for _ in range(N)]
-    # Every line is linear in y, so targets that only sum to one show what one-hot ones would.
+    # Every line is linear in y. Targets that sum to one therefore cover one-hot targets.
     y = [[draw.expovariate(1) for _ in range(K)] for _ in range(N)]
     y = [[y_ik / sum(y_i) for y_ik in y_i] for y_i in y]
     T = [[draw.uniform(2, 4)] for _ in range(N)]

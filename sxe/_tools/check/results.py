@@ -1,4 +1,4 @@
-"""What a check finds, and the errors that it allows. The text and the page show these."""
+"""The results of a check, and the largest errors that pass. Text and page show them."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,11 @@ class Tolerance(NamedTuple):
     """The largest errors that pass.
 
     Attributes:
-      autodiff: of a line against autodiff.
-      differences: of a line against central differences. In float64 it is the differences that are
-        off, by about N eps / h.
-      rule: of a rule against autodiff of its function. In bfloat16 it is one rounding.
+      autodiff: of a line, compared with autodiff.
+      differences: of a line, compared with central differences. In float64 nearly all of the error
+        comes from the differences. It is about N eps / h.
+      rule: of a gradient rule, compared with autodiff of the function. In bfloat16 this is one
+        rounding.
     """
 
     autodiff: float
@@ -25,14 +26,17 @@ TOLERANCES = {
     "float32": Tolerance(autodiff=5e-6, differences=5e-6, rule=5e-6),
     "bfloat16": Tolerance(autodiff=4e-2, differences=4e-2, rule=8e-3),
 }
-PRECISION = {"loss": 1e-6, "label gradient": 2e-5}  # in float32, in the units of `precision.Truth`
+PRECISION = {
+    "loss": 1e-6,
+    "label gradient": 2e-5,
+}  # the limits in float32, in the units of `precision.Truth`
 
 
 class MeasuredLine(NamedTuple):
-    """A line of the derivation, and how far it is from autodiff and from central differences.
+    """A line of the derivation, with its errors against autodiff and central differences.
 
     Attributes:
-      shown: whether there were entries to compare: one row or one class leaves D1 or D3 none.
+      shown: whether any entries were compared. D1 has none for one row, D3 none for one class.
     """
 
     line: Line
@@ -47,7 +51,7 @@ class MeasuredLine(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """An error, and what it is expected to be."""
+    """An error, and the expected error as text."""
 
     name: str
     error: float
@@ -56,7 +60,7 @@ class Comparison(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """A number that float32 rounds away: the truth, two results and their errors."""
+    """A number that is lost to rounding in float32: the truth, two results and their errors."""
 
     name: str
     truth: float
@@ -68,15 +72,15 @@ class Precision(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Relative errors of a number in float32 as the logits grow, or come near to one another.
+    """Relative errors of a number in float32, for logits of growing size or shrinking distance.
 
     Attributes:
-      magnitude: what changes, "lead", "offset" or "distance".
-      row: the logits as text, with a for the magnitude.
-      quantity: the number, a key of PRECISION, or "KL divergence".
-      at: the magnitudes, from the easiest on.
-      limits: the largest error of sxe that passes, at each magnitude.
-      errors: at each magnitude, by who computed the number; inf where it is not finite.
+      magnitude: the quantity that changes: "lead", "offset" or "distance".
+      row: the logits as text, in which a is the magnitude.
+      quantity: the measured number: a key of PRECISION, or "KL divergence".
+      at: the magnitudes, the easiest first.
+      limits: the largest error with which sxe passes, at each magnitude.
+      errors: by implementation, the error at each magnitude; inf where the result is not finite.
     """
 
     name: str
@@ -93,16 +97,16 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 class Example(NamedTuple):
-    """What autodiff gives for a small problem with one-hot targets, for the page to show.
+    """The derivatives of a small problem with one-hot targets, which the page shows.
 
     Attributes:
-      jacobian: of softmax, [i][k][j][l].
+      jacobian: the Jacobian of softmax by autodiff, [i][k][j][l].
       q: softmax.
       y: the targets.
       difference: q - y.
-      gradient: of the loss, by the attached rule; [N, K], as all matrices here.
-      jacobian_error: of D4.
-      gradient_error: of D9.
+      gradient: the gradient of sxe's loss, [N, K] as all matrices here.
+      jacobian_error: the error of D4.
+      gradient_error: the error of D9.
     """
 
     jacobian: tuple[tuple[Matrix, ...], ...]
@@ -115,7 +119,7 @@ class Example(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `check` measured."""
+    """All results of `check`."""
 
     rows: int
     classes: int
@@ -133,7 +137,7 @@ class Report(NamedTuple):
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """The names of what did not pass. Only sxe's errors are judged."""
+        """The names of all results that did not pass. Only the errors of sxe are judged."""
         parts = (
             *(self.lines, self.row_sums, self.row_lines, self.rules),
             *(self.precision, self.sweeps, [self.distances]),

@@ -1,4 +1,4 @@
-"""``python -m sxe check --html``: the report as one page that needs nothing but itself."""
+"""``python -m sxe check --html``: the report as one self-contained page."""
 
 from importlib import resources
 from string import Template
@@ -13,10 +13,10 @@ from sxe._tools.check.results import Report
 
 
 def page(report: Report) -> str:
-    """HTML of the whole report. No script, and no request for anything else.
+    """The report as HTML, without scripts and without requests for other files.
 
     Raises:
-      LookupError: for a formula or an assumption that `formulas` does not typeset.
+      LookupError: `formulas` has no MathML for a formula or an assumption of the report.
     """
     template = Template(resources.files(__name__).joinpath("page.html").read_text("utf-8"))
     return template.substitute(

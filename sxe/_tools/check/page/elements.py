@@ -1,4 +1,4 @@
-"""Elements of the page. Text that goes into them is escaped by ElementTree, and by nothing else."""
+"""The elements of the page. ElementTree, and nothing else, escapes their text."""
 
 import math
 import re
@@ -10,7 +10,7 @@ MARKS = {"pass": "\N{CHECK MARK}", "FAIL": "\N{BALLOT X}", "n/a": "\N{EN DASH}"}
 
 
 def e(tag: str, *children: Element | str | None, **attributes: object) -> Element:
-    """An element: class_ is class, aria_label is aria-label, and None is left out."""
+    """An element. class_ sets class, aria_label sets aria-label, and None is ignored."""
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
     element = Element(tag, {names[k]: str(v) for k, v in attributes.items() if v is not None})
     for child in children:
@@ -28,7 +28,7 @@ def markup(element: Element) -> str:
 
 
 def scroll(label: str, *children: Element, class_: str = "") -> Element:
-    """A box that scrolls sideways by itself, with the keyboard too."""
+    """A box that scrolls horizontally, with the keyboard too."""
     attributes = {"role": "region", "aria_label": label, "tabindex": 0}
     return e("div", *children, class_=f"scroll {class_}".strip(), **attributes)
 
@@ -36,7 +36,7 @@ def scroll(label: str, *children: Element, class_: str = "") -> Element:
 def table(
     caption: str, head: list[Element], *bodies: list[Element], label: str = "", class_: str = ""
 ) -> Element:
-    """In a box that scrolls; the caption stays in sight."""
+    """A table in a box that scrolls. The caption stays visible."""
     return scroll(
         label or caption,
         e(
@@ -50,7 +50,7 @@ def table(
 
 
 def number(value: float, digits: int = 2) -> Element:
-    """A measured number, to few digits; the element's value has all of them."""
+    """A measured number. The text has few digits, the value of the element has all of them."""
     return e("data", *_typeset(value, digits), value=repr(value))
 
 
@@ -59,7 +59,7 @@ def bound(value: float) -> Element:
 
 
 def expectation(text: str) -> Element:
-    """What the report expects, "<= 1e-13, it holds", with its number typeset."""
+    """The expectation of the report, such as "<= 1e-13, must hold", with the number typeset."""
     before, limit, after = re.split(r"(\d+e[-+]\d+)", text)
     before = before.replace("<=", "\N{LESS-THAN OR EQUAL TO}")
     return e("span", before, *_typeset(float(limit), 1), after)
@@ -71,7 +71,7 @@ def prose(text: str) -> list[Element | str]:
 
 
 def plain(value: float, digits: int = 2) -> str:
-    """A number where there can be no elements."""
+    """A number as plain text, for places that cannot have elements."""
     mantissa, power = _scientific(value, digits)
     return mantissa if power is None else f"{mantissa}10{superscript(power)}"
 
@@ -81,7 +81,7 @@ def superscript(power: int) -> str:
 
 
 def _scientific(value: float, digits: int) -> tuple[str, int | None]:
-    """What stands before the power of ten, and the power, if there is to be one."""
+    """The text before the power of ten, and the power or None."""
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     mantissa, power = mantissa.replace("-", MINUS), int(exponent)
     if value == 0 or -2 < power < 3:
@@ -98,13 +98,13 @@ def _typeset(value: float, digits: int) -> list[Element | str]:
     if power is None:
         return [mantissa]
     raised = e("sup", str(power).replace("-", MINUS))
-    # A screen reader does not say that an exponent is raised.
+    # A screen reader does not say that an exponent is a superscript.
     spoken = e("span", f"{value:.{digits - 1}e}", class_="spoken")
     return [e("span", f"{mantissa}10", raised, aria_hidden="true"), spoken]
 
 
 def result(word: str, text: str | None = None) -> Element:
-    """pass, FAIL or n/a: by word, mark and colour."""
+    """pass, FAIL or n/a, shown by word, mark and color."""
     kind = {"pass": "pass", "FAIL": "fail", "n/a": "none"}[word]
     mark = e("span", MARKS[word], aria_hidden="true")
     return e("span", mark, f" {text or word}", class_=f"result {kind}")

@@ -1,7 +1,7 @@
-"""The formulas of `sxe.derivation` in MathML, each beside the text that it typesets.
+"""The formulas of `sxe.derivation` in MathML, by the text that each of them typesets.
 
-The text is the key: a line, or an assumption, that is added or changed has no MathML until somebody
-writes it here, and the page says so instead of showing another formula.
+A new or changed line or assumption has no MathML here until somebody adds it. The page then raises
+LookupError, instead of showing a wrong formula.
 """
 
 import copy
@@ -53,7 +53,7 @@ def negative() -> Element:
 
 
 def group(*parts: Part, fences: str = "()", stretchy: bool = False) -> Element:
-    """In fences, which are at the ends of a row of their own, or they are spaced as operators."""
+    """The parts in fences. The fences get a row of their own, to be spaced as fences."""
     left, right = (e("mo", fence, stretchy=str(stretchy).lower()) for fence in fences)
     return row(left, *parts, right)
 
@@ -188,7 +188,13 @@ FORMULAS = {
 
 
 class Step(NamedTuple):
-    """What happens in a line: in two words, left of its equals sign, and in a sentence."""
+    """The explanation of a line.
+
+    Attributes:
+      title: a short title.
+      left: the left side of the equation, if the formula has none.
+      told: a sentence or more.
+    """
 
     title: str
     left: Element | None
@@ -200,106 +206,109 @@ STEPS = {
     "D0": Step(
         "The loss",
         None,
-        "The mean, over the rows, of minus the logarithm of the probability that softmax gives "
-        "the target.",
+        "The mean over the rows of minus the logarithm of the probability that softmax gives the "
+        "target.",
     ),
     "D1": Step(
         "Another row",
         None,
-        "The softmax of row *i* reads the logits of row *i* only. Rows do not meet.",
+        "The softmax of row *i* depends only on the logits of row *i*.",
     ),
     "D2": Step(
         "The same logit",
         slope(softmax("k", "i"), "ik"),
-        "The logit stands above the fraction bar and inside *S* below it, and the quotient rule "
-        "gives one term for each.",
+        "The logit is in the numerator and in *S*, the denominator. The quotient rule gives one "
+        "term for each.",
     ),
     "D3": Step(
         "Another class",
         slope(softmax("k", "i"), "il"),
-        "Only *S* contains the other logit: what class *l* gains, class *k* pays in proportion.",
+        "Only *S* contains the other logit. When it grows, the probability of class *k* shrinks in "
+        "proportion.",
     ),
     "D4": Step(
         "The Jacobian",
         slope(softmax("k", "i"), "jl"),
-        "Two brackets, each 1 or 0, gather the three cases into one formula.",
+        "Two brackets, each 1 or 0, combine the three cases in one formula.",
     ),
     "D5": Step(
         "The chain rule",
         _DL,
-        "The derivative of the logarithm, one over the softmax, meets the Jacobian.",
+        "The derivative of the logarithm, one over the softmax, is multiplied by the Jacobian.",
     ),
     "D6": Step(
         "Cancel",
         _DL,
-        "The bracket *i* = *j* leaves one row of the double sum, and the softmax in front of the "
-        "Jacobian cancels the one below the 1. Nothing is divided by any more.",
+        "The bracket *i* = *j* leaves one row of the double sum. The softmax in front of the "
+        "Jacobian cancels the one in the denominator, so that no division is left.",
     ),
     "D7": Step(
         "Expand",
         _DL,
-        "The bracket *k* = *l* picks one target out of the sum. This line holds for any targets, "
-        "and it is the one that sxe computes.",
+        "The bracket *k* = *l* picks one target from the sum. This line holds for any targets, and "
+        "sxe computes this line.",
     ),
     "D8": Step(
         "Targets sum to one",
         _DL,
-        "The softmax does not depend on *k*, and what is summed beside it is 1. Here, and not "
-        "before, the targets have to be a distribution.",
+        "The softmax does not depend on *k*, and the targets sum to 1. This is the first line that "
+        "needs targets that sum to one.",
     ),
     "D9": Step(
         "All entries at once",
         None,
-        "With *q* for all values of softmax: prediction minus target, transposed, for the "
-        "derivative of a number by an *N* \N{MULTIPLICATION SIGN} *K* matrix is *K* "
-        "\N{MULTIPLICATION SIGN} *N*. jax.grad gives its transpose.",
+        "With *q* for all values of softmax, the gradient is prediction minus target. It is "
+        "transposed, because the derivative of a number by an "
+        "*N* \N{MULTIPLICATION SIGN} *K* matrix is "
+        "*K* \N{MULTIPLICATION SIGN} *N*. jax.grad gives its transpose.",
     ),
     "E0": Step(
         "The entropy",
         None,
-        "How undecided a row is: 0 where one class has all of the probability, log *K* where all "
-        "have the same.",
+        "The uncertainty of a row: 0 if one class has all of the probability, log *K* if all "
+        "classes have the same.",
     ),
     "E1": Step(
         "Its gradient",
         slope("H", "l"),
-        "A logit above the mean of the logits, as *q* weighs them, makes the row more decided "
-        "where it grows, and one below it less.",
+        "When a logit above the mean of the logits under *q* grows, the entropy falls. When a "
+        "logit below this mean grows, the entropy rises.",
     ),
     "K0": Step(
         "Forward divergence",
         row(divergence("p", "q")),
-        "What *q* costs a row that *p* describes. The two forms are equal, because "
-        "*p* (exp *u* \N{MINUS SIGN} 1) = *q* \N{MINUS SIGN} *p* sums to 0 over the classes. In "
-        "the second no term is negative: sxe computes that one.",
+        "The mean under *p* of log *p* \N{MINUS SIGN} log *q*. The two forms are equal, because "
+        "*p* (exp *u* \N{MINUS SIGN} 1) = *q* \N{MINUS SIGN} *p* sums to 0 over the classes. The "
+        "second form has no negative term; sxe computes this form.",
     ),
     "K1": Step(
         "Its gradient",
         slope(divergence("p", "q"), "l"),
-        "Prediction minus target, as in D8: the entropy of *p* is a constant, and the rest is "
-        "cross-entropy.",
+        "Prediction minus target, as in D8, because the divergence is the cross-entropy minus the "
+        "entropy of *p*, which is a constant.",
     ),
     "K2": Step(
         "Reverse divergence",
         row(divergence("q", "p")),
-        "What *p* costs a row that *q* describes: the first one with both distributions exchanged.",
+        "The forward divergence with *p* and *q* exchanged.",
     ),
     "K3": Step(
         "Its gradient",
         slope(divergence("q", "p"), "l"),
-        "The logarithm of the ratio, less its mean under *q*. It sums to zero over the classes.",
+        "*q* times the logarithm of the ratio minus its mean under *q*. It sums to zero over the "
+        "classes.",
     ),
     "K4": Step(
         "Jensen-Shannon divergence",
         row("JS"),
-        "Both distributions against their mixture *M*, in which no class is missing that one of "
-        "them has: it is always finite.",
+        "The divergences of both distributions from their mixture *M*. *M* is positive wherever "
+        "one of them is, so the result is always finite.",
     ),
     "K5": Step(
         "Its gradient",
         slope("JS", "l"),
-        "As the reverse divergence from *M*. That *M* moves with *q* costs nothing: those "
-        "derivatives sum to zero.",
+        "The gradient of the reverse divergence from *M*, times 1 \N{MINUS SIGN} "
+        "\N{GREEK SMALL LETTER BETA}. *M* depends on *q* too, but these derivatives sum to zero.",
     ),
 }
 
@@ -307,7 +316,7 @@ STEPS = {
 def math(
     text: str, left: Element | None = None, display: str = "inline", relation: str = "="
 ) -> Element:
-    """The MathML of a formula or assumption, and what stands to its left."""
+    """The MathML of a formula or assumption, with the left side of an equation if given."""
     if text not in FORMULAS:
         raise LookupError(
             f"no MathML for {text!r}: add it to FORMULAS in sxe/_tools/check/page/formulas.py"
@@ -321,6 +330,6 @@ def math(
 def step(name: str) -> Step:
     if name not in STEPS:
         raise LookupError(
-            f"nothing is told about {name}: add it to STEPS in sxe/_tools/check/page/formulas.py"
+            f"no explanation of {name}: add it to STEPS in sxe/_tools/check/page/formulas.py"
         )
     return STEPS[name]

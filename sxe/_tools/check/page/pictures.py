@@ -1,4 +1,4 @@
-"""The parts of the page that are to be looked at: coloured tables, and errors by magnitude."""
+"""The graphical parts of the page: colored tables, and plots of errors by magnitude."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from sxe._tools.check.results import Example, Matrix, Sweep
 
 
 def _entry(value: float, largest: float, kind: str, places: int) -> Element:
-    """A cell, tinted by magnitude. The square root keeps small entries in sight."""
+    """A cell, colored by magnitude. The square root keeps small entries visible."""
     strength = math.sqrt(min(abs(value) / largest, 1))
     text = f"{value:.{places}f}".replace("-", MINUS)
     if abs(value) < 1:
@@ -34,9 +34,9 @@ def _entry(value: float, largest: float, kind: str, places: int) -> Element:
 
 
 def jacobian(example: Example) -> Element:
-    """Of softmax: rows (i, k), columns (j, l), the cases apart in colour and border."""
+    """The Jacobian of softmax: rows (i, k), columns (j, l). Each case has a color."""
     N, K = len(example.q), len(example.q[0])
-    largest = 1 / 4  # of s_k (1 - s_k)
+    largest = 1 / 4  # the maximum of s_k (1 - s_k)
 
     def head(letter: str, n: int, **attributes: object) -> Element:
         return e("th", e("i", letter), f" = {n + 1}", **attributes)
@@ -78,20 +78,20 @@ def jacobian(example: Example) -> Element:
     return e(
         "figure",
         table(
-            f"The Jacobian of softmax for {N} rows and {K} classes, by autodiff. In row (i, k) and "
-            "column (j, l): the slope of the softmax of row i, class k, by the logit of row j, "
-            "class l.",
+            f"The Jacobian of softmax for {N} rows and {K} classes, by autodiff. Row (i, k) and "
+            "column (j, l) have the derivative of the softmax of row i, class k, with respect to "
+            "the logit of row j, class l.",
             columns,
             *bodies,
             label="The Jacobian of softmax",
             class_="heat jacobian",
         ),
-        e("p", "Largest distance from D4: ", number(example.jacobian_error), "."),
+        e("p", "Largest difference from D4: ", number(example.jacobian_error), "."),
     )
 
 
 def gradient(example: Example) -> Element:
-    """q - y = difference, and the gradient that the loss gives, in the layout of D9."""
+    """q - y = difference, and the gradient of the loss in the layout of D9."""
     transposed = tuple(zip(*example.gradient, strict=True))
     N = len(example.q)
     minus, equals, arrow = (
@@ -105,13 +105,13 @@ def gradient(example: Example) -> Element:
             *(_matrix("q, softmax", example.q, 1), minus),
             *(_matrix("y, one-hot targets", example.y, 1), equals),
             *(_matrix(f"q {MINUS} y", example.difference, 1), arrow),
-            _matrix("its transpose over N", transposed, 1 / N, names=("class", "row")),
+            _matrix("its transpose / N", transposed, 1 / N, names=("class", "row")),
             class_="equation",
         ),
         e(
             "p",
-            "The last is the gradient of sxe's loss by jax.grad, transposed. Its largest distance "
-            "from D9: ",
+            "The last matrix is the transposed gradient of sxe's loss by jax.grad. Its largest "
+            "difference from D9: ",
             number(example.gradient_error),
             ".",
         ),
@@ -137,7 +137,7 @@ def _matrix(
 
 
 class Series(NamedTuple):
-    """How the results of one contestant are drawn: shape and colour."""
+    """How the results of one implementation are drawn: color (by kind) and shape."""
 
     kind: str
     mark: Callable[[float, float], str]
@@ -161,14 +161,14 @@ SERIES = {
     "autodiff of D0": Series("cross", _cross),
     "textbook form": Series("cross", _cross),
 }
-AXES = {  # label, ticks, and how far along a magnitude is
+AXES = {  # label, ticks, scale
     "lead": ("lead of the label", (0, 20, 40, 60, 80), float),
     "offset": ("common offset", (1, 1e2, 1e4, 1e6, 1e8), math.log10),
     "distance": ("distance of the logits", (10, 1, 0.1, 1e-2, 1e-3, 1e-4), math.log10),
 }
 WIDTH, HEIGHT = 400, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 388, 34, 216
-LOWEST = 1e-9  # smaller errors, 0 among them, are drawn there
+LOWEST = 1e-9  # smaller errors, including 0, are drawn at this height
 
 
 def _tick(value: float) -> str:
@@ -178,7 +178,7 @@ def _tick(value: float) -> str:
 
 
 def _height(error: float) -> float:
-    """Of an error on the plot; what is not finite is above the wall."""
+    """The height of an error on the plot. Errors that are not finite are above the red line."""
     if math.isinf(error):
         return TOP - 9
     power = math.log10(min(max(error, LOWEST), 1))
@@ -186,7 +186,7 @@ def _height(error: float) -> float:
 
 
 def sweep(sweep: Sweep) -> Element:
-    """A figure: the plot, what it says in words, and its numbers."""
+    """A figure: the plot, its content in words, and its numbers."""
     label, ticks, scale = AXES[sweep.magnitude]
     low, high = scale(sweep.at[0]), scale(sweep.at[-1])
 
@@ -203,7 +203,7 @@ def sweep(sweep: Sweep) -> Element:
             f"a, of logits {sweep.row.replace('-', MINUS)}", ((across(t), _tick(t)) for t in ticks)
         ),
     ]
-    for who in reversed(sweep.errors):  # sxe above the others
+    for who in reversed(sweep.errors):  # draw sxe last, above the others
         marks = (
             SERIES[who].mark(across(a), _height(error))
             for a, error in zip(sweep.at, sweep.errors[who], strict=True)
@@ -214,7 +214,7 @@ def sweep(sweep: Sweep) -> Element:
         e("li", words, class_=f"key {SERIES[who].kind}")
         for who, words in zip(sweep.errors, words, strict=True)
     )
-    limit = ["sxe ", *_limits(sweep), ": "]
+    limit = ["limit for sxe: ", *_limits(sweep), ": "]
     return e(
         "figure",
         e("h3", f"{sweep.quantity[0].upper()}{sweep.quantity[1:]}, by the {label}"),
@@ -225,11 +225,11 @@ def sweep(sweep: Sweep) -> Element:
 
 
 def _limits(sweep: Sweep) -> list[Element | str]:
-    """The first limit, and each other one with the magnitude from where on it holds."""
+    """The first limit, and each further limit with the magnitude at which it starts."""
     parts: list[Element | str] = [bound(sweep.limits[0])]
     for before, limit, a in zip(sweep.limits, sweep.limits[1:], sweep.at[1:], strict=False):
         if limit != before:
-            parts += [", ", bound(limit), f" from {plain(a)} on"]
+            parts += [", ", bound(limit), f" from {plain(a)}"]
     return parts
 
 
@@ -253,12 +253,12 @@ def _grid(axis: str, ticks: Iterable[tuple[float, str]]) -> list[Element]:
 
 
 def _in_words(at: tuple[float, ...], errors: tuple[float, ...]) -> str:
-    """The largest error, and from where on there is no correct digit."""
+    """The largest error, and the magnitude from which no digit is correct."""
     largest = max(errors)
-    text = f"at most {plain(largest)}" if math.isfinite(largest) else "not finite in the end"
+    text = f"at most {plain(largest)}" if math.isfinite(largest) else "not finite at the end"
     kept = [n for n, error in enumerate(errors) if error < 1]
     first = kept[-1] + 1 if kept else 0
-    return f"{text}; no correct digit from {plain(at[first])} on" if first < len(at) else text
+    return f"{text}; no correct digit from {plain(at[first])}" if first < len(at) else text
 
 
 def _numbers(title: str, sweep: Sweep) -> Element:
@@ -271,4 +271,6 @@ def _numbers(title: str, sweep: Sweep) -> Element:
         )
         for a, *errors in zip(sweep.at, *sweep.errors.values(), strict=True)
     ]
-    return e("details", e("summary", "The numbers"), table(title, [head], rows, class_="numbers"))
+    return e(
+        "details", e("summary", "Show the numbers"), table(title, [head], rows, class_="numbers")
+    )

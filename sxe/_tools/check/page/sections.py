@@ -1,4 +1,4 @@
-"""The parts of the page that are text: the derivation, line by line, and the tables."""
+"""The parts of the page that are text: the lines of the derivation, and the tables."""
 
 import math
 from xml.etree.ElementTree import Element
@@ -39,7 +39,7 @@ def verdict(report: Report) -> Element:
 
 
 def hero(report: Report) -> Element:
-    """From the first line to the last."""
+    """The first and the last formula of the derivation."""
     first, last = (formula(report.lines[n].line.formula, display="block") for n in (0, -1))
     arrow = e("span", "\N{RIGHTWARDS DOUBLE ARROW}", class_="arrow", aria_hidden="true")
     return scroll("From the loss to its gradient", first, arrow, last, class_="hero")
@@ -50,19 +50,19 @@ def problem(report: Report) -> Element:
         "p",
         *prose(
             f"Measured for *N* = {report.rows} rows and *K* = {report.classes} classes, drawn from "
-            f"seed {str(report.seed).replace('-', MINUS)}; the lines in {report.dtype}."
+            f"seed {str(report.seed).replace('-', MINUS)}. The lines are in {report.dtype}."
         ),
     )
 
 
 def _position(value: float) -> str:
-    """Where a number is on a track from 1e-18 to 1, in percent."""
+    """The position of a number on the logarithmic scale from 1e-18 to 1, in percent."""
     exponent = math.log10(min(max(value, 1e-18), 1))
     return f"{100 * (1 + exponent / 18):.1f}%"
 
 
 def _measured(error: float, limit: float) -> list[Element]:
-    """The number, its limit, and where both are on a logarithmic track."""
+    """The number, a logarithmic scale that shows it with its limit, and the limit."""
     style = f"--error:{_position(error)};--limit:{_position(limit)}"
     kind = "track within" if error <= limit else "track beyond"
     track = e("span", e("i"), class_=kind, style=style, aria_hidden="true")
@@ -74,14 +74,15 @@ def derivation(lines: tuple[MeasuredLine, ...], dtype: str) -> Element:
 
 
 def row_notation(report: Report) -> Element:
-    """What the lines of a row's entropy and divergences are written in."""
+    """The notation of the lines for entropy and divergences."""
     return e(
         "p",
-        *prose("A second model gives the same row the target logits *z*. With "),
-        *(formula("q_k = s_k(x)"), " and ", formula("p_k = s_k(z)"), ", ratios and mixtures are "),
-        *(formula("u_k = log q_k - log p_k"), " and ", formula("M = beta p + (1 - beta) q"), ", "),
-        *("measured for ", formula("beta"), f" = {report.beta}. In place of a difference that "),
-        *("cancels stands ", formula("phi(u) = exp(u) - 1 - u"), ", which is never negative."),
+        *prose("*z* are the target logits of the same row, from a second model. With "),
+        *(formula("q_k = s_k(x)"), " and ", formula("p_k = s_k(z)"), ", the log-ratio is "),
+        *(formula("u_k = log q_k - log p_k"), " and the mixture is "),
+        *(formula("M = beta p + (1 - beta) q"), ", measured for ", formula("beta"), " = "),
+        *(f"{report.beta}. The function ", formula("phi(u) = exp(u) - 1 - u")),
+        *prose(" is never negative. It replaces differences that cancel."),
     )
 
 
@@ -102,7 +103,7 @@ def _line(measured: MeasuredLine, dtype: str) -> Element:
             ("differences", _measured(measured.differences_error, limits.differences)),
         ]
     else:
-        facts.append(("errors", [e("span", "none: one row or one class has no such entries")]))
+        facts.append(("errors", [e("span", "none: a single row or class has no such entries")]))
     heading = e("h3", e("span", line.name, class_="name"), " ", e("span", told.title))
     return e(
         "li",
@@ -120,7 +121,7 @@ def _line(measured: MeasuredLine, dtype: str) -> Element:
 
 
 def row_sums(report: Report) -> Element:
-    """The two lines for targets that are no distribution. The second is to fail."""
+    """D7 and D8 for targets that do not sum to one. D8 must fail."""
     formulas = {measured.name: measured.line.formula for measured in report.lines}
     limit = TOLERANCES["float64"].autodiff
     return e("div", *(_variant(c, formulas, limit) for c in report.row_sums), class_="variants")
@@ -140,7 +141,7 @@ def _variant(comparison: Comparison, formulas: dict[str, str], limit: float) -> 
         e(
             "p",
             e("strong", e("span", mark, aria_hidden="true"), "It holds" if holds else "It fails"),
-            ": off by ",
+            ": the error is ",
             number(comparison.error),
             ". Expected: ",
             expectation(comparison.expected),
@@ -168,25 +169,29 @@ def precision(report: Report) -> Element:
         errors = [_digits(error) for error in (row.sxe_error, row.optax_error)]
         rows.append(e("tr", *heads, *cells, *errors, e("td", result(_word(row)))))
     return table(
-        "The label is class 0; two rows have soft targets. Behind an error is a bar as long as the "
-        "result has correct digits. An error is relative to the loss, or to the sum of the "
-        f"gradient's two terms, s (T {MINUS} t) and t (1 {MINUS} s). sxe may err by "
-        f"{' and '.join(limits)}; optax is not judged.",
-        [_head("logits", "of", "truth", "sxe", "optax", "sxe error", "optax error", "result")],
+        "The label is class 0; two rows have dense targets. The bar behind an error shows the "
+        "number of correct digits. An error is relative to the loss, or to the sum of the two "
+        f"terms of the gradient, s (T {MINUS} t) and t (1 {MINUS} s). An error of sxe passes up to "
+        f"{' and '.join(limits)}. optax is not judged.",
+        [
+            _head(
+                "logits", "quantity", "truth", "sxe", "optax", "sxe error", "optax error", "result"
+            )
+        ],
         rows,
-        label="Rows that float32 rounds away",
+        label="Rows that are lost to rounding in float32",
         class_="numbers",
     )
 
 
 def _digits(error: float) -> Element:
-    """An error, over a bar as long as the result has correct digits, of the eight of float32."""
+    """An error, in front of a bar whose length is the number of correct digits, at most 8."""
     digits = min(max(-math.log10(max(error, 1e-8)), 0), 8) if math.isfinite(error) else 0
     return e("td", number(error), class_="digits", style=f"--digits:{digits / 8:.3f}")
 
 
 def rules(report: Report) -> Element:
-    """A row for each kind of target and dtype, with the error of each rule."""
+    """One row per kind of loss and dtype, with the error of each rule."""
     measured: dict[tuple[str, str], dict[str, Comparison]] = {}
     for comparison in report.rules:
         rule, targets, dtype = comparison.name.split(", ")
@@ -201,8 +206,8 @@ def rules(report: Report) -> Element:
         limit = e("td", expectation(by_rule[names[0]].expected))
         rows.append(e("tr", e("th", targets, scope="row"), e("td", dtype), *cells, limit))
     return table(
-        "The gradients of each rule against autodiff of its function, for random cotangents",
-        [_head("loss of, or function", "dtype", *names, "expected")],
+        "Errors of each rule compared with autodiff of the same function, for random cotangents",
+        [_head("loss or function", "dtype", *names, "expected")],
         rows,
         class_="numbers",
     )
