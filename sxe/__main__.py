@@ -83,7 +83,7 @@ def _version() -> str:
     try:
         return f"sxe {importlib.metadata.version('sxe')}"
     except importlib.metadata.PackageNotFoundError:  # the source is on the path, not installed
-        return "sxe, not installed"
+        return "sxe, run from its source"
 
 
 if __name__ == "__main__":

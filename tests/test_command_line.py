@@ -60,7 +60,7 @@ def test_version(capsys, monkeypatch):
     assert capsys.readouterr().out == "sxe 1.2.3\n"
     versions.clear()
     assert status_of_exit(["--version"]) == 0
-    assert capsys.readouterr().out == "sxe, not installed\n"
+    assert capsys.readouterr().out == "sxe, run from its source\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
