@@ -1,0 +1,132 @@
+"""How the pages of the site are made from README.md, sxe/docs, the docstrings and the derivation.
+
+MkDocs calls the functions named `on_...`. Griffe, which reads the docstrings, calls `Docstrings`.
+"""
+
+import posixpath
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+SITE = Path(__file__).parent
+ROOT = SITE.parents[2]
+DOCS = "sxe/docs"
+PUBLIC = re.findall(r'^    "(\w+)",$', (ROOT / "sxe/__init__.py").read_text("utf-8"), re.MULTILINE)
+
+FENCE = re.compile(r"^( *)```.*?^\1``` *$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+# Code that is a public name of sxe, or a call of one.
+NAME = re.compile(rf"(`+)sxe\.({'|'.join(PUBLIC)})(\([^`]*\))?\1")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        urls = tomllib.load(file)["project"]["urls"]
+    config.site_url = config.site_url or urls["Documentation"].rstrip("/") + "/"
+    config.repo_url = urls["Repository"]
+    config.repo_name = "Source"
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages that are not in sxe/docs, and drops what is not for readers."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    files.append(File.generated(config, "index.md", content=readme))
+    for page in sorted((SITE / "api").glob("*.md")):
+        files.append(File.generated(config, f"api/{page.name}", abs_src_path=str(page)))
+    style = SITE / "extra.css"
+    files.append(File.generated(config, "assets/extra.css", abs_src_path=str(style)))
+    files.append(File.generated(config, "check.html", abs_src_path=str(_measured_derivation())))
+    return files
+
+
+def _measured_derivation() -> Path:
+    """The page that `python -m sxe check --html` writes. It takes a minute, so it is kept."""
+    page = ROOT / "build/check.html"
+    newest = max(path.stat().st_mtime for path in (ROOT / "sxe").rglob("*.py"))
+    if not page.exists() or page.stat().st_mtime < newest:
+        page.parent.mkdir(exist_ok=True)
+        page.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "sxe", "check", "--html", str(page)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode != 0:
+            page.unlink(missing_ok=True)
+            raise PluginError(f"python -m sxe check failed:\n{done.stdout}{done.stderr}")
+    return page
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    name = page.file.src_uri
+    source = "README.md" if name == "index.md" else f"{DOCS}/{name}"
+    folder = posixpath.dirname(f"{DOCS}/{name}")
+    text = re.sub(r"^<!--.*?-->\n", "", markdown, flags=re.DOTALL | re.MULTILINE)
+
+    def prose(text: str) -> str:
+        def link(match: re.Match[str]) -> str:
+            return match[1] + _target(match[2], source, folder, config) + match[3]
+
+        return link_names(LINK.sub(link, text))
+
+    parts = []
+    end = 0
+    for fence in FENCE.finditer(text):
+        parts += [prose(text[end : fence.start()]), _code(fence[0])]
+        end = fence.end()
+    return "".join([*parts, prose(text[end:])])
+
+
+def _code(fence: str) -> str:
+    """A code block. One with prompts is highlighted as a session."""
+    return fence.replace("```python", "```pycon", 1) if ">>> " in fence else fence
+
+
+def _target(target: str, source: str, folder: str, config: MkDocsConfig) -> str:
+    """A link in the file `source` of the repository, as a link of a page in `folder`.
+
+    A file that is not in the site is linked in the repository's address.
+    """
+    path, hash_sign, anchor = target.partition("#")
+    if not path or ":" in path:
+        return target
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+    if path.startswith(f"{DOCS}/"):
+        return posixpath.relpath(path, folder) + hash_sign + anchor
+    if (ROOT / path).exists():
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"{config.repo_url}/{kind}/main/{path}{hash_sign}{anchor}"
+    return target  # which MkDocs reports
+
+
+def link_names(text: str) -> str:
+    """Links code that names something public to its entry in the API reference."""
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if not line.startswith(("#", "    ")):
+            lines[i] = NAME.sub(lambda name: _linked(name, line), line)
+    return "\n".join(lines)
+
+
+def _linked(name: re.Match[str], line: str) -> str:
+    inside_a_link = line[: name.start()].count("[") > line[: name.start()].count("]")
+    return name[0] if inside_a_link else f"[{name[0]}][sxe.{name[2]}]"
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings as Markdown."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        if obj.docstring is None:
+            return
+        text = obj.docstring.value
+        if obj.is_function and obj.path.startswith("sxe.derivation."):
+            text = f"```text\n{text}\n```"  # the docstring of a line is its formula
+        text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+        obj.docstring.value = text
