@@ -23,6 +23,7 @@ PUBLIC = re.findall(r'^    "(\w+)",$', (ROOT / "sxe/__init__.py").read_text("utf
 
 FENCE = re.compile(r"^( *)```.*?^\1``` *$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+SESSION = re.DOTALL | re.MULTILINE
 # Code that is a public name of sxe, or a call of one.
 NAME = re.compile(rf"(`+)sxe\.({'|'.join(PUBLIC)})(\([^`]*\))?\1")
 
@@ -73,9 +74,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         def link(match: re.Match[str]) -> str:
             return match[1] + _target(match[2], source, folder, config) + match[3]
 
-        return link_names(LINK.sub(link, text))
+        return link_names(LINK.sub(link, text), linked)
 
-    parts = []
+    linked: set[str] = set()
+    parts: list[str] = []
     end = 0
     for fence in FENCE.finditer(text):
         parts += [prose(text[end : fence.start()]), _code(fence[0])]
@@ -105,18 +107,21 @@ def _target(target: str, source: str, folder: str, config: MkDocsConfig) -> str:
     return target  # which MkDocs reports
 
 
-def link_names(text: str) -> str:
-    """Links code that names something public to its entry in the API reference."""
+def link_names(text: str, linked: set[str]) -> str:
+    """Links the first code that names something public to its entry in the API reference."""
     lines = text.split("\n")
     for i, line in enumerate(lines):
-        if not line.startswith(("#", "    ")):
-            lines[i] = NAME.sub(lambda name: _linked(name, line), line)
+
+        def link(name: re.Match[str], line: str = line) -> str:
+            before = line[: name.start()]
+            if name[2] in linked or before.count("[") > before.count("]"):  # in a link's text
+                return name[0]
+            linked.add(name[2])
+            return f"[{name[0]}][sxe.{name[2]}]"
+
+        if not line.startswith("#"):
+            lines[i] = NAME.sub(link, line)
     return "\n".join(lines)
-
-
-def _linked(name: re.Match[str], line: str) -> str:
-    inside_a_link = line[: name.start()].count("[") > line[: name.start()].count("]")
-    return name[0] if inside_a_link else f"[{name[0]}][sxe.{name[2]}]"
 
 
 class Docstrings(griffe.Extension):
@@ -128,5 +133,8 @@ class Docstrings(griffe.Extension):
         text = obj.docstring.value
         if obj.is_function and obj.path.startswith("sxe.derivation."):
             text = f"```text\n{text}\n```"  # the docstring of a line is its formula
-        text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-        obj.docstring.value = text
+        else:
+            text = re.sub(r"^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=SESSION)
+            text = link_names(text, set())
+        # The name of the section whose sessions Griffe recognizes.
+        obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
