@@ -3,6 +3,7 @@
 MkDocs calls the functions named `on_...`. Griffe, which reads the docstrings, calls `Docstrings`.
 """
 
+import os
 import posixpath
 import re
 import subprocess
@@ -19,12 +20,17 @@ from mkdocs.structure.pages import Page
 SITE = Path(__file__).parent
 ROOT = SITE.parents[2]
 DOCS = "sxe/docs"
-PUBLIC = re.findall(r'^    "(\w+)",$', (ROOT / "sxe/__init__.py").read_text("utf-8"), re.MULTILINE)
+REFERENCE = sorted((SITE / "api").glob("*.md"))
 
 FENCE = re.compile(r"^( *)```.*?^\1``` *$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 SESSION = re.DOTALL | re.MULTILINE
-# Code that is a public name of sxe, or a call of one.
+# Code that is a name with an entry in the API reference, or a call of one.
+PUBLIC = [
+    name
+    for page in REFERENCE
+    for name in re.findall(r"^::: sxe\.(\w+)$", page.read_text("utf-8"), re.MULTILINE)
+]
 NAME = re.compile(rf"(`+)sxe\.({'|'.join(PUBLIC)})(\([^`]*\))?\1")
 
 
@@ -41,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not in sxe/docs, and drops what is not for readers."""
     readme = (ROOT / "README.md").read_text("utf-8")
     files.append(File.generated(config, "index.md", content=readme))
-    for page in sorted((SITE / "api").glob("*.md")):
+    for page in REFERENCE:
         files.append(File.generated(config, f"api/{page.name}", abs_src_path=str(page)))
     style = SITE / "extra.css"
     files.append(File.generated(config, "assets/extra.css", abs_src_path=str(style)))
@@ -57,7 +63,8 @@ def _measured_derivation() -> Path:
         page.parent.mkdir(exist_ok=True)
         page.unlink(missing_ok=True)
         command = [sys.executable, "-m", "sxe", "check", "--html", str(page)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             page.unlink(missing_ok=True)
             raise PluginError(f"python -m sxe check failed:\n{done.stdout}{done.stderr}")
@@ -136,5 +143,7 @@ class Docstrings(griffe.Extension):
         else:
             text = re.sub(r"^>>> .*?(?=\n\n|\Z)", r"```pycon\n\g<0>\n```", text, flags=SESSION)
             text = link_names(text, set())
+        # The names of several arguments that share a description may take two lines.
+        text = re.sub(r"^( +(?:\w+,[ ]?)+)\n +(?=[\w, ]+: )", r"\1 ", text, flags=re.MULTILINE)
         # The name of the section whose sessions Griffe recognizes.
         obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
