@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,17 +29,23 @@ class Html(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.targets, self.anchors, self.text = [], set(), ""
+        self.targets, self.anchors, self.text, self.code = [], set(), "", 0
+        self.prose = ""
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.anchors.add(attributes.get("id"))
+        self.code += tag == "pre"
         self.targets += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+
+    def handle_endtag(self, tag):
+        self.code -= tag == "pre"
 
     def handle_data(self, data):
         self.text += data
+        self.prose += "" if self.code else data
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +91,13 @@ def test_every_page_is_in_the_navigation(pages):
     home = {urljoin(ADDRESS, target) for target in pages["index.html"].targets}
     for name in pages:
         assert urljoin(ADDRESS, name).removesuffix("index.html") in home, name
+
+
+def test_lists_and_code_are_not_left_as_text(pages):
+    """GitHub and MkDocs differ in what they take for a list."""
+    for name, page in pages.items():
+        left = re.findall(r"^ *(?:[-*] |\d+\. |```|>>> ).*", page.prose, re.MULTILINE)
+        assert left == [], name
 
 
 def words(text):

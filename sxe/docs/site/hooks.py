@@ -23,6 +23,7 @@ DOCS = "sxe/docs"
 REFERENCE = sorted((SITE / "api").glob("*.md"))
 
 FENCE = re.compile(r"^( *)```.*?^\1``` *$", re.DOTALL | re.MULTILINE)
+ITEM = re.compile(r"(-|\d+\.) ")
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 SESSION = re.DOTALL | re.MULTILINE
 # Code that is a name with an entry in the API reference, or a call of one.
@@ -76,6 +77,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = "README.md" if name == "index.md" else f"{DOCS}/{name}"
     folder = posixpath.dirname(f"{DOCS}/{name}")
     text = re.sub(r"^<!--.*?-->\n", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    text = _lists(text)
 
     def prose(text: str) -> str:
         def link(match: re.Match[str]) -> str:
@@ -90,6 +92,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         parts += [prose(text[end : fence.start()]), _code(fence[0])]
         end = fence.end()
     return "".join([*parts, prose(text[end:])])
+
+
+def _lists(text: str) -> str:
+    """Lists as Python-Markdown needs them: a blank line above, items indented by four spaces."""
+    lines: list[str] = []
+    width, fenced, parts = 0, False, False  # whether an item has several paragraphs
+    for line in text.split("\n"):
+        above = lines[-1] if lines else ""
+        fenced ^= line.startswith("```")
+        item = None if fenced else ITEM.match(line)
+        if item:
+            if above and (not width or parts):
+                lines.append("")
+            width, parts = len(item[0]), False
+        elif line and not line.startswith(" ") and (fenced or not above):
+            width = 0
+        elif width and line.startswith(" " * width):
+            line = "    " + line[width:]
+        parts |= width > 0 and (not line or line.endswith("```"))
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _code(fence: str) -> str:
