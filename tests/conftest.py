@@ -6,6 +6,7 @@ To run on an accelerator: JAX_PLATFORMS=cuda python -m pytest
 import gc
 import math
 import os
+import shutil
 
 import jax
 import pytest
@@ -35,6 +36,33 @@ def x64(request):
     """Run the test with 64-bit types off and on."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium. Without one the test is skipped, or fails where SXE_BROWSER=required."""
+
+    def unavailable(reason):
+        if os.environ.get("SXE_BROWSER") == "required":
+            pytest.fail(f"SXE_BROWSER=required, but {reason}")
+        pytest.skip(reason)
+
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        unavailable("playwright is not installed: pip install --group browser")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        unavailable(f"none of {', '.join(BROWSERS)} is on PATH: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

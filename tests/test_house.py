@@ -36,7 +36,8 @@ def floor_of(path):
 
 
 def modules():
-    return sorted(PACKAGE.rglob("*.py"))
+    documentation = PACKAGE / "docs"  # not a part of the package
+    return sorted(p for p in PACKAGE.rglob("*.py") if documentation not in p.parents)
 
 
 def imported(path):

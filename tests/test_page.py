@@ -2,9 +2,7 @@
 
 import itertools
 import math
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 
 import jax
@@ -19,7 +17,6 @@ from sxe._tools.check.page import formulas
 
 LINES = (*derivation.LINES, *derivation.ROW_LINES)
 NAMES = [line.name for line in LINES]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -261,30 +258,6 @@ def test_a_loss_that_rounds_away_fails_its_sweeps(monkeypatch):
 
 
 # The same page in a browser.
-
-
-def unavailable(reason):
-    """Skip the test, or fail if SXE_BROWSER=required."""
-    if os.environ.get("SXE_BROWSER") == "required":
-        pytest.fail(f"SXE_BROWSER=required, but {reason}")
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        unavailable("playwright is not installed: pip install 'sxe[browser]'")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        unavailable(f"none of {', '.join(BROWSERS)} is on PATH: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
