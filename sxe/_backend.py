@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, device_count, lax
+from jax.sharding import AbstractDevice
 from jax.typing import DTypeLike
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -249,13 +250,21 @@ def backend_of(*arrays: Array) -> Backend:
     around = jax.sharding.get_abstract_mesh()
     types = [jax.typeof(x).sharding for x in arrays]
     meshes = [around, *(of_type.mesh for of_type in types)]
-    platforms = [mesh.abstract_device.platform for mesh in meshes if mesh.abstract_device]
+    platforms = [_platform(mesh.abstract_device) for mesh in meshes if mesh.abstract_device]
     platform = platforms[0] if platforms else jax.default_backend()
     # Without a mesh, it is unknown whether an array is sharded over several devices.
     alone = device_count() == 1 and all(mesh.size <= 1 for mesh in meshes)
     alone = alone and not any(axes for of_type in types for axes in of_type.spec)
     manual = not around.empty and set(around.manual_axes) == set(around.axis_names)
     return Backend("gpu" if platform in ("cuda", "rocm") else platform, alone or manual)
+
+
+def _platform(device: AbstractDevice) -> str:
+    """The platform of a device, which JAX 0.10.0 does not name: a kind is "cpu" or "TPU v5e"."""
+    if hasattr(device, "platform"):
+        return device.platform
+    kind = device.device_kind.lower()
+    return next((name for name in ("cpu", "tpu") if kind.startswith(name)), "gpu")
 
 
 def apart(m: Array, after: Array, backend: Backend) -> Array:

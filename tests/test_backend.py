@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sxe
+from sxe import _backend
 from sxe._backend import MIB, Backend, ChunkLimits, apart, backend_of, bits_of
 
 VERSIONS = ((0, 10, 2), (0, 11, 0), (0, 12, 0))
@@ -94,7 +96,10 @@ def test_limits_of_chunks():
 
 
 def abstract_mesh(platform, *sizes):
-    device = AbstractDevice(device_kind="some", num_cores=None, platform=platform)
+    # JAX 0.10.0 has no platform of a device.
+    kind = {"cpu": "cpu", "tpu": "TPU v5e"}.get(platform, "NVIDIA H100 80GB HBM3")
+    named = {"platform": platform} if jax.__version_info__ >= (0, 10, 1) else {}
+    device = AbstractDevice(device_kind=kind, num_cores=None, **named)
     names = ("data", "model")[: len(sizes)]
     kinds = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(sizes, names, axis_types=kinds, abstract_device=device)
@@ -225,3 +230,11 @@ def test_bits_of_arrays_of_16_bits(backend, dtype):
         np.testing.assert_array_equal(bits, np.asarray(x).view(np.uint16))
     else:
         assert bits is x
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform"), [("cpu", "cpu"), ("TPU v5e", "tpu"), ("NVIDIA H100 80GB HBM3", "gpu")]
+)
+def test_the_platform_of_a_device_with_a_kind_only(kind, platform):
+    """JAX 0.10.0 does not name the platform of an abstract device."""
+    assert _backend._platform(types.SimpleNamespace(device_kind=kind)) == platform

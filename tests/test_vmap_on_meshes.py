@@ -23,6 +23,9 @@ HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
 LOSSES = {"head": HEAD, "logits": LOGITS}
 BOTH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 slow = pytest.mark.slow
+needs_jax_0_10_1 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 1), reason="JAX 0.10.0 itself fails in these programs"
+)
 EXPLICIT = functools.partial(make_mesh, kind=AxisType.Explicit)
 
 # Each example has its own of these arrays. The examples share all others.
@@ -152,6 +155,7 @@ def mesh_of(shape):
     return EXPLICIT(*shape, names=("data", "model")[: len(shape)])
 
 
+@needs_jax_0_10_1
 @each_value(loss=LOSSES, on=[LAYOUTS[0], LAYOUTS[3]])
 def test_examples_that_a_mesh_splits(loss, on):
     """The mesh has one device, or also shards the classes."""
@@ -475,10 +479,11 @@ def test_rows_of_a_named_vmap_on_an_explicit_mesh():
 
     for value in np.asarray(run()):
         assert_close(value, oracle.head_loss(**p))
-    with pytest.raises(ValueError, match=r"^batch_axis_name: .*'m', .*return_metrics"):
+    with pytest.raises(ValueError, match=r"^batch_axis_name: .*'m' .*return_metrics"):
         run(kernel=(None, "model"))
 
 
+@needs_jax_0_10_1
 def test_types_of_a_mesh_inside_shard_map_over_another_axis():
     """The shard along axis_name is itself sharded over the other axes that its types name."""
     mesh, p = EXPLICIT(2, 4), one(HEAD, "bias", "class_weights")
