@@ -185,10 +185,11 @@ def divergence_of_hidden(
     if given not in ((True, True, False), (False, False, True)):
         names = [f"target_{name}" for name in ("hidden", "kernel", "logits")]
         got = [name for name, is_given in zip(names, given, strict=True) if is_given]
+        advice = "; pass logits as target_logits=..." if got == names[:1] else ""
         raise ArgumentTypeError(
             "target_hidden",
             "expected target_hidden and target_kernel, or only target_logits, got "
-            f"{' and '.join(got) or 'none of them'}",
+            f"{' and '.join(got) or 'none of them'}{advice}",
         )
 
     def array(name: str, x: ArrayLike | None) -> Array | None:

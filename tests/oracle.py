@@ -280,7 +280,7 @@ def check_rows_metrics(metrics, x, counts, labels=None):
     q = e / e.sum(-1, keepdims=True)
     log_q = np.where(q > 0, x - lse[..., None], 0)  # 0 log 0 = 0
     assert_close(metrics.entropy, np.where(counts, -(q * log_q).sum(-1), 0))
-    np.testing.assert_array_equal(metrics.predictions, np.where(counts, x.argmax(-1), -1))
+    np.testing.assert_array_equal(metrics.predictions, np.where(counts, x.argmax(-1), -(2**31)))
     assert metrics.predictions.dtype == np.int32
     if labels is None:
         assert metrics.label_rank is None

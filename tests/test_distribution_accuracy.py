@@ -197,11 +197,17 @@ def pairs(classes, distance, seed=0, dtype="float32"):
     return (z + distance * rng.normal(size=z.shape)).astype(dtype), z
 
 
+def static_of(mode, beta):
+    """Only a Jensen-Shannon divergence has a beta."""
+    beta = {"beta": beta} if mode == "jensen_shannon" else {}
+    return {"mode": mode, "reduction": "none"} | beta
+
+
 def divergence(rule, mode, beta=0.5):
     """A function of logits and target logits to the divergence of each row and both gradients."""
 
     def call(x, z):
-        static = {"mode": mode, "beta": beta, "reduction": "none", "rule": rule}
+        static = static_of(mode, beta) | {"rule": rule}
         value, pull = jax.vjp(functools.partial(sxe.kl_divergence, **static), x, z)
         return value, *pull(jnp.ones_like(value))
 
@@ -305,7 +311,7 @@ def test_divergences_of_many_classes(mode, classes):
         z = np.concatenate([rng.normal(size=(2, classes)), np.zeros((1, classes))])
         x = (z + distance * rng.normal(size=z.shape)).astype(np.float32)
         p = {"logits": x, "target_logits": z.astype(np.float32)}
-        static = {"mode": mode, "beta": 0.3, "reduction": "none"}
+        static = static_of(mode, 0.3)
         value, *gradients = program_of_divergence("vjp", mode, 0.3)(*p.values())
         unit = max(1, CLOSE_LOGITS / distance)
         right = oracle.kl_divergence(**p, **static)
@@ -340,7 +346,7 @@ def test_divergences_of_any_rows(seed, classes, scale, lead, offset, distance, m
 
 @functools.cache
 def program_of_value(mode, beta):
-    static = {"mode": mode, "beta": beta, "reduction": "none"}
+    static = static_of(mode, beta)
     return jax.jit(functools.partial(sxe.kl_divergence, **static))
 
 

@@ -1103,7 +1103,7 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "axis_name",
             {"mesh": {"data": 2}, "memory_bytes": 1e9},
             ValueError,
-            "expected one axis of mesh, whose size memory_bytes determines, got None",
+            "expected one axis of mesh, because memory_bytes divides .* classes, got None",
         ),
         (
             "memory_bytes",
@@ -1211,6 +1211,7 @@ MESH = [*PLAN, "--mesh", "data=2,model=2"]
         ([*PLAN, "--mesh", "2x4"], "--mesh", "expected axes such as data=64,model=8, got '2x4'"),
         ([*PLAN, "--mesh", "data=2,data=4"], "--mesh", "expected axes such as data=64,model=8, .*"),
         ([*PLAN, "--mesh", "data=0"], "--mesh", "expected an int of at least 1 for 'data', got 0"),
+        ([*PLAN, "--mesh", "data=2,tensor=2"], "--mesh", "expected axes that .*, got 'tensor'; .*"),
         ([*PLAN, "--mesh", "data=3"], "--rows", r"expected a multiple of 3, .*\('data',\), got 8"),
         ([*MESH, "--axis-name", "a,a"], "--axis-name", r"expected .* once, got \('a', 'a'\)"),
         ([*PLAN, "--memory", "1e9"], "--axis-name", "expected one axis of mesh, .*, got None"),

@@ -408,6 +408,7 @@ ERRORS = [
     of("beta", ValueError, mode="jensen_shannon", beta=-0.1),
     of("beta", ValueError, mode="jensen_shannon", beta=1.5),
     of("beta", ValueError, mode="jensen_shannon", beta=NAN),
+    of("beta", ValueError, mode="reverse", beta=0.3),
     of("beta", TypeError, mode="jensen_shannon", beta="0.5"),
     of("beta", TypeError, mode="jensen_shannon", beta=None),
     of("beta", TypeError, mode="jensen_shannon", beta=True),

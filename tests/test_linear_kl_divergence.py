@@ -325,7 +325,7 @@ def test_a_side_that_is_not_differentiated_costs_its_logits():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"target_kernel": None}, TypeError, "^target_hidden: .*got target_hidden$"),
+        ({"target_kernel": None}, TypeError, "got target_hidden; pass logits as target_logits="),
         ({"target_hidden": None, "target_kernel": None}, TypeError, "none of them$"),
         ({"target_logits": np.zeros((N, K))}, TypeError, "target_kernel and target_logits$"),
         ({"target_hidden": np.zeros((N, 5))}, ValueError, "^target_kernel: .*D = 5"),
@@ -336,6 +336,7 @@ def test_a_side_that_is_not_differentiated_costs_its_logits():
         ({"target_softcap": -1.0}, ValueError, "^target_softcap: .*above 0"),
         ({"mode": "backward"}, ValueError, "^mode: .*'forward'"),
         ({"beta": 1.0}, ValueError, "^beta: .*below 1"),
+        ({"beta": 0.3}, ValueError, "^beta: expected no value with mode 'forward', got 0.3"),
         ({"where": np.ones((N, K), bool)}, ValueError, "^where: .*rows"),
     ],
 )

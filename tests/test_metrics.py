@@ -130,7 +130,8 @@ def test_rows_that_are_not_right(labels_dtype):
     rank = (logits[6] > logits[6, 2]).sum()
     for way, found in ways(logits, labels, **options):
         assert list(found.label_rank) == [0, 5, 5, 5, 5, 5, rank], way
-        assert list(found.predictions) == [0, -1, -1, -1, 0, 0, 0], way
+        none = -(2**31)
+        assert list(found.predictions) == [0, none, none, none, 0, 0, 0], way
         counts = np.array([1, 0, 0, 0, 1, 1, 1], bool)
         np.testing.assert_array_equal(found.max_probability == 0, ~counts, way)
         np.testing.assert_array_equal(found.lse == 0, ~counts, way)
@@ -167,7 +168,7 @@ def test_hidden_states_without_a_distribution(chunk_size, rule, reduction):
     _, found = quick_jit(run)(hidden, kernel, labels)
     assert list(np.flatnonzero(np.isnan(found.max_probability))) == [1, 5]
     assert list(np.flatnonzero(np.asarray(found.label_rank) == K)) == [1, 4, 5]
-    assert list(np.flatnonzero(np.asarray(found.predictions) == -1)) == [4]
+    assert list(np.flatnonzero(np.asarray(found.predictions) < 0)) == [4]
     some = np.array([0, 2, 3, 6])
     x = hidden.astype(np.float64)[some] @ kernel
     found = found._replace(**{name: getattr(found, name)[some] for name in found._fields[2:]})
@@ -288,3 +289,15 @@ def test_a_metric_that_is_not_used_costs_nothing(loss, reduction, rule):
     assert not argmax
     assert reductions_to_integers(run(("predictions",))) == (True, count)
     assert reductions_to_integers(run(("label_rank",))) == (False, True)
+
+
+@pytest.mark.parametrize("padding", [-1, -100])
+def test_padding_is_never_a_correct_prediction(padding):
+    """Whatever its label is. The rows that count are those with a prediction."""
+    logits = jnp.eye(4)
+    labels = jnp.array([0, 1, padding, padding])
+    _, metrics = sxe.softmax_cross_entropy(
+        logits, labels, ignore_index=padding, return_metrics=True
+    )
+    assert jnp.sum(metrics.predictions == labels) == 2
+    assert jnp.sum(metrics.predictions >= 0) == 2

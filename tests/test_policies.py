@@ -288,7 +288,8 @@ def test_checkify_names_ignore_index_where_it_is_off(ignore_index):
     label = -100 if ignore_index is None else -1
     message = f(normal(2, 5), np.array([1, label]))[0].get()
     assert f"got {label} at position [1]" in message
-    assert ("; pass ignore_index=-100 (" in message) == (ignore_index is None)
+    advice = "; if this label marks rows that do not count, pass it as ignore_index"
+    assert (advice in message) == (ignore_index is None)
 
 
 def test_checkify_in_gradients_and_for_one_row():

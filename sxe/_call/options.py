@@ -217,4 +217,10 @@ def parse(**given: Any) -> Options:
             "batch_axis_name",
             f"expected mesh axes that axis_name does not contain, got {sorted(both)} in both",
         )
+    if options.mode != "jensen_shannon" and options.beta != fields["beta"].default:
+        raise ArgumentValueError(
+            "beta",
+            f"expected no value with mode {options.mode!r}, got {options.beta!r}; it is the "
+            "target's share of the mixture in mode 'jensen_shannon'",
+        )
     return options

@@ -13,12 +13,17 @@ from sxe._rows.cross_entropy import Results
 from sxe._rows.predictions import Ranking, best_of_shards
 from sxe._rows.targets import Rows, Targets
 
+# The prediction in a row that does not count. Padding often has the label -1, so -1 would make it
+# look like a correct prediction.
+NO_CLASS = jnp.iinfo(jnp.int32).min
+
 
 class Metrics(NamedTuple):
     """What ``return_metrics=True`` returns in addition to the loss, without gradients.
 
-    A row counts unless it is masked out, ignored, or has weight 0. A row that does not count never
-    looks like a correct prediction. A jitted program computes only the metrics that it uses.
+    A row counts unless it is masked out, ignored, or has weight 0. A row that does not count is
+    never a correct prediction, whatever its label is, because -2**31 is no label. A jitted program
+    computes only the metrics that it uses.
 
     Attributes:
       loss_sum: the sum of the weighted row losses, a scalar; with ``batch_axis_name``, over the
@@ -26,8 +31,8 @@ class Metrics(NamedTuple):
       weight_sum: the denominator of the mean, a scalar, likewise. ``loss_sum / weight_sum`` is the
         mean. To average over shards or accumulation steps, sum both first, then divide.
       lse: log sum_k exp(logits_k) of each row, [...]; 0 where the row does not count.
-      predictions: the class of each row's largest logit, the first of equal ones, int32 [...]; -1
-        where the row does not count.
+      predictions: the class of each row's largest logit, the first of equal ones, int32 [...];
+        -2**31 where the row does not count. So ``sum(predictions >= 0)`` counts the rows.
       max_probability: the probability of that class, [...]; 0 where the row does not count, and NaN
         where its logits have no softmax: they contain NaN or +inf, or all are -inf.
       label_rank: the number of classes with a larger logit than the label's, int32 [...]. A rank of
@@ -152,7 +157,7 @@ def metrics(
     return Metrics(
         *lax.stop_gradient((sums.loss, sums.weight)),
         lse=jnp.where(counts, lse, 0),
-        predictions=jnp.where(counts, predictions, -1),
+        predictions=jnp.where(counts, predictions, NO_CLASS),
         max_probability=jnp.where(counts, p, 0),
         label_rank=label_rank,
         entropy=jnp.where(counts, entropy, 0),

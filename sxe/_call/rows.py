@@ -175,7 +175,7 @@ def _advice(options: Options) -> str:
         return "; give padding labels a weight of 0"
     if options.ignore_index is not None:
         return ""
-    return "; pass ignore_index=-100 (or the value that marks such rows) to ignore them"
+    return "; if this label marks rows that do not count, pass it as ignore_index"
 
 
 def _has_finite_sum(targets: Array, dtype: DTypeLike, axis_name: AxisName) -> Array:

@@ -373,8 +373,8 @@ def _smallest_class_split(
         if len(axis_names(axes[argument])) != 1:
             raise ArgumentValueError(
                 argument,
-                f"expected one axis of mesh, whose size memory_bytes determines, got "
-                f"{axes[argument]!r}",
+                "expected one axis of mesh, because memory_bytes divides the devices of the mesh "
+                f"between rows and classes, got {axes[argument]!r}",
             )
     (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
     devices = sizes[model] * sizes[data]

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 
 import sxe
+from sxe._arrays import axis_names
 from sxe._backend import PLATFORMS
 from sxe._call.options import IMPLEMENTATIONS, REDUCTIONS
 from sxe._errors import ArgumentError
@@ -210,6 +211,12 @@ def run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         )
     except ArgumentError as error:
         parser.error(f"{_option(error.argument)}: {error.message}")
+    named = [*axis_names(axes["batch_axis_name"]), *axis_names(axes["axis_name"])]
+    if unnamed := sorted(set(arguments.mesh or {}) - set(named)):
+        parser.error(
+            f"--mesh: expected axes that shard rows or classes, got {unnamed[0]!r}; name it with "
+            "--batch-axis-name or --axis-name"
+        )
     lines = list(_lines(plan, arguments.backend, rates))
     width = max(30, *(len(name) + 1 for name, _ in lines))
     for name, text in lines:
