@@ -114,7 +114,7 @@ def measure(loss_fn, params, train_set, test_set):
 
 
 def exact_loss(logits, labels):
-    """The mean of log(1 + sum of exp(gap)) in float64, with gaps from the label's logit to others."""
+    """The mean of log(1 + sum of exp(gap)) in float64; a gap is a logit minus the label's logit."""
     x = np.asarray(logits, np.float64)
     rows = np.arange(len(x))
     gaps = x - x[rows, labels][:, None]

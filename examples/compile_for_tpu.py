@@ -85,7 +85,7 @@ def parse(argv):
     )
     parser.add_argument("--topology", default="v5e:4x4", help="default: %(default)s")
     parser.add_argument("--mesh", default="data=4,model=4", help="default: %(default)s")
-    parser.add_argument("--fsdp", action="store_true", help="shard the kernel's hidden axis over data")
+    parser.add_argument("--fsdp", action="store_true", help="shard the hidden axis over data")
     parser.add_argument("--rows", type=int, default=65536, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--classes", type=int, default=128256, help="default: %(default)s")
