@@ -1,17 +1,17 @@
 """Train one network twice on addition modulo a prime, with optax's loss and with sxe's.
 
-Once a network has learned its training rows, its logits grow unless weight decay limits them. In
-float32 the loss of a row whose label's logit leads by far then rounds to 0. The gradient at the
-label rounds to 0 as well, while the rest of the gradient stays. This is the softmax collapse of
+Once a network has learned its training rows, its logits grow unless weight decay limits them. If
+the label's logit leads by far, the loss of the row rounds to 0 in float32. The gradient at the
+label rounds to 0 as well, but the rest of the gradient does not. This is the softmax collapse of
 Prieto et al., 2025 (arXiv 2501.04697).
 
-Task, perceptron and share of the training pairs are from that paper. Two networks start from the
-same parameters and take steps of Adam on all training rows, in one jitted program. At regular steps
-the script measures, and in the end prints and draws:
+The task, the perceptron and the share of training pairs are from that paper. Two networks start
+from the same parameters and take steps of Adam on all training rows, in one jitted program. At
+regular steps the script measures these values, which it prints and draws at the end:
 
 - the loss as computed, and the exact loss of the same logits in float64;
-- the shares of training rows whose loss, and whose gradient at the label, is exactly 0;
-- the sum of a row of the gradient, relative to the sum of its magnitudes;
+- the share of training rows whose loss is exactly 0, and the share whose gradient at the label is;
+- the sum of a row of the gradient, relative to the sum of the magnitudes of its entries;
 - the accuracy on training pairs and on held-out pairs, and the largest logit.
 
 To run it:
@@ -24,12 +24,12 @@ the held-out accuracy rises to 41 % by the end (19 % and 41 % with --seed 1). Wi
 --steps 3600 both losses reach 22.6 %. In float32, the same steps reach 15.4 % with optax's loss and
 22.7 % with sxe's.
 
-Two other settings do not generalize. With --modulus 47 --steps 10000 optax's loss collapses too,
-but the held-out accuracy ends below 1 % with both losses. With --eps 1e-8, optax's default, Adam's
-steps shrink as soon as gradients are smaller than eps. Then an exact loss alone does not help much:
-13 % with optax's loss, 17 % with sxe's. The authors' code has 1e-25 there. The default here is
-1e-18, because float32 cannot hold the square of a gradient below 1e-19, and Adam would divide such
-a gradient by eps alone.
+With two other settings, the network does not generalize. With --modulus 47 --steps 10000 optax's
+loss collapses too, but the held-out accuracy ends below 1 % with both losses. With --eps 1e-8,
+optax's default, Adam's steps shrink as soon as gradients are smaller than eps. An exact loss alone
+does not help much then: the accuracy is 13 % with optax's loss and 17 % with sxe's. The authors'
+code has an eps of 1e-25. The default of this script is 1e-18, because float32 cannot hold the
+square of a gradient below 1e-19, and Adam would divide such a gradient by eps alone.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import sxe
 
-# From logits [N, K] and labels [N] to the losses of the rows [N].
+# Each function maps logits [N, K] and labels [N] to the losses of the rows [N].
 LOSSES = {
     "optax": optax.softmax_cross_entropy_with_integer_labels,
     "sxe": functools.partial(sxe.softmax_cross_entropy, reduction="none"),
@@ -65,7 +65,7 @@ ROW = (
 
 
 def make_data(modulus, train_share, seed):
-    """Pairs (a, b) as two one-hot vectors, with labels a + b mod p; a training and a test set."""
+    """A training and a test set: pairs (a, b) as two one-hot vectors, and labels a + b mod p."""
     a, b = np.divmod(np.random.default_rng(seed).permutation(modulus**2), modulus)
     one_hot = np.eye(modulus)
     x = np.concatenate([one_hot[a], one_hot[b]], axis=1)
@@ -105,7 +105,7 @@ def measure(loss_fn, params, train_set, test_set):
         "computed": losses.mean(),
         "no_loss": jnp.mean(losses == 0),
         "no_gradient": jnp.mean(jnp.take_along_axis(gradient, labels[:, None], axis=1) == 0),
-        # Relative to the sum of magnitudes: 0 for q - y, 1 if the label's entry is missing.
+        # 0 for the exact gradient, softmax - one_hot; 1 if the label's entry is 0 instead.
         "row_sum": jnp.mean(jnp.abs(gradient.sum(axis=1)) / jnp.where(size == 0, 1, size)),
         "train": jnp.mean(logits.argmax(axis=1) == labels),
         "test": jnp.mean(apply(params, test_x).argmax(axis=1) == test_labels),
@@ -114,7 +114,7 @@ def measure(loss_fn, params, train_set, test_set):
 
 
 def exact_loss(logits, labels):
-    """The mean loss in float64, as log(1 + sum of the other classes), accurate for small sums."""
+    """The mean of log(1 + sum of exp(gap)) in float64; a gap is a logit minus the label's logit."""
     x = np.asarray(logits, np.float64)
     rows = np.arange(len(x))
     gaps = x - x[rows, labels][:, None]

@@ -1,15 +1,15 @@
-"""Compile the loss of a language model for a TPU pod, without a TPU, and print its memory.
+"""Compile the loss of a language model for a TPU pod, without a TPU, and print the memory it needs.
 
     pip install libtpu tabulate
     python examples/compile_for_tpu.py --topology v5e:4x4 --mesh data=4,model=4
 
 JAX compiles for any topology that its TPU compiler knows, such as v4:2x2x4, v5e:8x16, v5p:2x2x2 or
 v6e:4x4. The script compiles the value and gradients of one loss twice. One program uses sxe's head,
-which takes hidden states and the kernel of the last layer; the other uses optax's loss on their
-logits. The table shows the memory that the compiled programs allocate, in MiB per device, and the
-memory that `sxe.plan` predicts. Nothing runs, so this takes seconds. If a loss does not fit, the
-compiler raises an error that says so. XLA does not count arrays in a TPU's vector memory as
-temporaries, so for small arrays the plan predicts more than is allocated.
+which takes hidden states and the kernel of the last layer. The other computes the logits and uses
+optax's loss. The table shows the memory that the compiled programs allocate, in MiB per device, and
+the memory that `sxe.plan` predicts. No program is run, so the script takes seconds. If a program
+needs more memory than a device has, the compiler raises an error. XLA does not count arrays in a
+TPU's vector memory as temporaries, so for small arrays the plan predicts more than is allocated.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def devices_of(topology):
 
 
 def make_mesh(devices, axes):
-    """A mesh of all devices, from data=4,model=4."""
+    """A mesh of all devices, from axes such as "data=4,model=4"."""
     sizes = {name: int(size) for name, _, size in (each.partition("=") for each in axes.split(","))}
     if sizes.keys() != {"data", "model"} or math.prod(sizes.values()) != devices.size:
         raise SystemExit(
@@ -55,7 +55,7 @@ def optax_loss(hidden, kernel, labels):
 
 
 def compile_loss(loss, mesh, args):
-    """Compile value and gradients, with the shardings that the arrays of a step have."""
+    """Compile value and gradients, with the shardings that the arrays of a training step have."""
     fsdp = "data" if args.fsdp else None
     shapes = [
         ((args.rows, args.hidden), args.dtype, P("data")),
@@ -85,7 +85,7 @@ def parse(argv):
     )
     parser.add_argument("--topology", default="v5e:4x4", help="default: %(default)s")
     parser.add_argument("--mesh", default="data=4,model=4", help="default: %(default)s")
-    parser.add_argument("--fsdp", action="store_true", help="shard the kernel's rows over data")
+    parser.add_argument("--fsdp", action="store_true", help="shard the hidden axis over data")
     parser.add_argument("--rows", type=int, default=65536, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--classes", type=int, default=128256, help="default: %(default)s")

@@ -1,21 +1,21 @@
 """Train a small transformer on the Python standard library's sources, with optax's loss and sxe's.
 
-The vocabulary has 16,384 byte pairs, so the logits are large: optax's loss takes 128 MiB of logits
-for the 2,048 tokens of a step, and their gradient is as large. sxe's head takes the hidden states
-and the kernel of the last layer instead, and never holds all logits. Both losses train the same
-model on the same batches, each in its own process. At the end the script prints the loss, speed and
-peak memory of both, generates some code with the model, and draws the loss curves:
+The vocabulary has 16,384 byte pairs, so the logits are large. optax's loss needs 128 MiB of logits
+for the 2,048 tokens of a step, and as much for their gradient. sxe's head takes the hidden states
+and the kernel of the last layer instead, and never stores the full logits. Both losses train the
+same model on the same batches, each in its own process. At the end the script prints the loss,
+speed and peak memory of both, generates some code with the model, and draws the loss curves:
 
     python examples/language_model.py --loss both --figure language_model.png
 
-On an accelerator, in bfloat16, with a last layer as large as in usual language models:
+This command trains on an accelerator, in bfloat16, with a last layer of a usual size:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16
 
-Two options measure such a model without training it on text. `--measure speed` takes steps on one
-batch of random tokens, and prints tokens per second, peak memory, and the losses of the first and
-the last step. `--measure largest-batch` takes no steps. It compiles the step for a few batch sizes
-to get their memory, and finds approximately the largest batch that fits on the device. For example:
+Two options measure a training step instead of training on text. `--measure speed` takes steps on
+one batch of random tokens, and prints tokens per second, peak memory, and the losses of the first
+and the last step. `--measure largest-batch` compiles the step for a few batch sizes, but does not
+run it. It finds approximately the largest batch whose step fits on the device. For example:
 
     python examples/language_model.py --dtype bfloat16 --classes 131072 --dim 1024 --heads 16 \
         --batch-size 64 --steps 40 --measure speed
@@ -45,8 +45,8 @@ from tqdm import tqdm
 
 import sxe
 
-# Installed packages are not the standard library, and tests are most of its code. encodings and
-# pydoc_data are tables and text.
+# Directories that are not read: installed packages are not part of the standard library, tests are
+# most of its code, and encodings and pydoc_data are tables and text.
 SKIPPED = {
     "site-packages",
     "dist-packages",
@@ -60,8 +60,8 @@ SKIPPED = {
 MIB = 2**20
 
 DIM = 128
-# For models no wider than DIM. At this rate, a much wider model amplifies rounding differences,
-# until the curves of two correct losses are tenths of a nat apart.
+# For models with a hidden size up to DIM. With this rate, a much wider model amplifies rounding
+# differences, until the curves of two correct losses differ by tenths of a nat.
 LEARNING_RATE = 4e-3
 
 WARM_UP_STEPS = 3  # not included in the speed of --measure speed
@@ -88,7 +88,7 @@ def read_sources(text_bytes, held_out_files):
     library = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path.relative_to(library) for path in library.rglob("*.py"))
     files = [file for file in files if not SKIPPED.intersection(file.parts)]
-    random.Random(0).shuffle(files)  # so that text_bytes does not cut off the end of the alphabet
+    random.Random(0).shuffle(files)  # text_bytes would cut off the end of the sorted list
     texts = []
     for file in files:
         if text_bytes <= 0:
@@ -100,7 +100,7 @@ def read_sources(text_bytes, held_out_files):
 
 
 def train_tokenizer(texts, vocabulary):
-    """Byte pairs, as in GPT-2. Their alphabet is all bytes, so no text is out of vocabulary."""
+    """Byte pairs, as in GPT-2. The alphabet is all bytes, so every text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -153,7 +153,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """From tokens [B, T] to the hidden states [B, T, D] before the last layer.
 
-    Weights are float32, and are multiplied in `dtype`.
+    The weights are float32. The matrix products are computed in `dtype`.
     """
 
     def __init__(self, args, *, classes=None, dtype=None, rngs):
@@ -202,7 +202,7 @@ class Run(NamedTuple):
 
 
 def peak_memory():
-    """("device" or "process", the largest amount of its memory in use so far, in bytes)."""
+    """What is measured, "device" or "process", and its peak memory so far, in bytes."""
     stats = jax.devices()[0].memory_stats() or {}  # None on a CPU
     if "peak_bytes_in_use" in stats:
         return "device", stats["peak_bytes_in_use"]
@@ -270,7 +270,7 @@ def train(name, args, tokens, held_out, prompt):
 
     @jax.jit
     def generate(params, tokens, length, key):
-        """Fill tokens [1, T] after the first `length`; the causal mask hides those to be filled."""
+        """Sample the tokens [1, T] after the first `length`; the causal mask hides later tokens."""
         model = nnx.merge(graph, params)
 
         def add_one(i, tokens):
@@ -355,7 +355,7 @@ def measure_speed(name, args):
 
 
 def memory_limit(args):
-    """The bytes of --memory, or those that JAX may use on the device."""
+    """The memory limit in bytes: --memory, or the memory that JAX may use on the device."""
     if args.memory is not None:
         return args.memory * 2**30
     stats = jax.devices()[0].memory_stats() or {}  # None on a CPU
@@ -367,8 +367,8 @@ def memory_limit(args):
 def try_batch(name, args, batch_size):
     """Compile the step for this batch size. Print and return its bytes, or inf if that fails.
 
-    On a GPU, XLA autotunes the matrix products by running them, and even this may take more memory
-    than there is.
+    On a GPU, XLA autotunes the matrix products by running them. This may already need more memory
+    than the device has.
     """
     _, init, _, step = make_functions(name, args)
     began = time.perf_counter()
@@ -390,7 +390,7 @@ def next_batch(needed, limit):
         candidates = [2 * fits]
     elif math.inf in needed.values():
         candidates = [(fits + too_large) // 2]
-    else:  # memory grows about linearly; aim a little below the limit first, for safety
+    else:  # memory grows about linearly; first aim a little below the limit, to be safe
         bytes_of_one = (needed[last] - needed[first]) / (last - first)
         targets = ((1 + CLOSE_TO_LIMIT) / 2 * limit, limit)
         candidates = [int(last + (target - needed[last]) / bytes_of_one) for target in targets]

@@ -4,8 +4,8 @@
 
 The script runs both sides on the same arrays. It prints both losses and the largest differences of
 the loss and of its gradients, and fails if a difference is larger than rounding errors. If PyTorch
-is not installed, it compares with PyTorch's stored results at the end of this file, which --store
-prints. sxe/docs/migration.md lists all arguments of PyTorch's functions and of other libraries'.
+is not installed, it compares with stored results of PyTorch at the end of this file; --store prints
+them. sxe/docs/migration.md lists all arguments of the functions of PyTorch and of other libraries.
 """
 
 import argparse
@@ -45,7 +45,7 @@ hidden, weight, bias = waves(N, D), waves(K, D) / 4, waves(K)  # of a torch.nn.L
 
 
 def pairs():
-    """By title: the arrays to differentiate with respect to, PyTorch's call, and sxe's call."""
+    """For each title: the arrays that get gradients, PyTorch's call, and sxe's call."""
     t = None if torch is None else torch.from_numpy
     return {
         "labels, some of them -100": (

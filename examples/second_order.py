@@ -1,10 +1,11 @@
 """Train softmax regression on scikit-learn's handwritten digits by Newton's method, with sxe.
 
-A step solves H d = -g by conjugate gradients. JAX computes the Hessian-vector products by
-differentiating sxe's closed-form gradient. Adam and L-BFGS get the same number of passes over the
-data; a gradient, a product and a slope each count as one pass. Each method has the best setting of
-a small grid. At the end the script compares the Hessian with its closed form. It draws the loss
-curves and the digits with the largest gradients:
+With the gradient g and the Hessian H, a step solves H d = -g for the direction d by conjugate
+gradients. JAX computes the Hessian-vector products by differentiating sxe's closed-form gradient. A
+line search compares slopes, the derivatives of the loss along d. Adam and L-BFGS get the same
+number of passes over the data; a gradient, a product and a slope each count as one pass. For each
+method, the script takes the best setting of a small grid. At the end it compares the Hessian with
+its closed form, and draws the loss curves and the digits with the largest gradients:
 
     python examples/second_order.py --figure second_order.png
 """
@@ -41,28 +42,28 @@ def loss_fn(params, images, labels, l2, rule="vjp"):
 
 
 def newton(args, images, labels, tolerance):
-    """Newton-CG. The residual of H d = -g may have up to `tolerance` times the norm of g."""
+    """Newton-CG. The norm of the residual of H d = -g is at most `tolerance` times that of g."""
     products = []
 
     @jax.jit
     def step(params, images, labels):
         loss = functools.partial(loss_fn, images=images, labels=labels, l2=args.l2)
-        # The default rule supports all that begins with reverse mode, such as forward over reverse.
-        # By linearize, a product costs as much as one gradient; by jvp, 1.5 times as much.
+        # The default rule supports derivatives whose first one is in reverse mode, as here. With
+        # jax.linearize, a product costs as much as a gradient; with jax.jvp, 1.5 times as much.
         g, product = jax.linearize(jax.grad(loss), params)
 
         def counted(v):
-            jax.debug.callback(lambda: products.append(1))  # cg does not return how many
+            jax.debug.callback(lambda: products.append(1))  # cg does not return a count
             return product(v)
 
         d, _ = cg(counted, optax.tree.scale(-1, g), tol=tolerance)
 
-        def slope(t):  # of the loss along d; forward mode alone needs rule="jvp"
+        def slope(t):  # d loss(params + t d) / dt; forward mode alone needs rule="jvp"
             at = optax.tree.add_scale(params, t, d)
             return jax.jvp(functools.partial(loss, rule="jvp"), (at,), (d,))[1]
 
-        # Halve the step while the loss at its end rises more than half as steeply as it falls at
-        # its start. Near the optimum, slopes still differ in float32, but losses are all equal.
+        # Halve the step while the slope at its end is larger than half of -slope at its start. Do
+        # not compare losses: near the optimum they are all equal in float32, but slopes differ.
         steep, one = -optax.tree.vdot(g, d) / 2, jnp.ones((), images.dtype)
         t, _, trials = jax.lax.while_loop(
             lambda search: (search[1] > steep) & (search[2] < 10),
@@ -132,7 +133,7 @@ def adam(args, images, labels, batch_size, learning_rate):
 
 
 def run(steps, params, passes):
-    """The steps within the budget, and the seconds of two runs; the first one compiles."""
+    """The steps within the budget, and the seconds of two runs. Only the first run compiles."""
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -271,7 +272,7 @@ def main():
     norms = np.asarray(jax.vmap(optax.tree.norm)(grads))
     largest = np.argsort(-norms)
     half = 1 + np.searchsorted(np.cumsum(norms[largest]), norms.sum() / 2)
-    print(f"{half} of the digits hold half of the sum of the norms of all digits' gradients")
+    print(f"half of the sum of all digits' gradient norms comes from {half} digits")
     check_hessian(args, params, *data, row=largest[0])
     q = np.asarray(jax.nn.softmax(apply(params, images)))
     draw(curves, images, labels, q, norms, args.figure)

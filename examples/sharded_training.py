@@ -1,22 +1,23 @@
 """Train the transformer of language_model.py on a mesh of devices, then on one, and compare.
 
 The batch is sharded over the mesh axis "data", and the 16,384 classes of the last layer over the
-axis "model". The kernel of the last layer is the transposed embedding, and its other axis is
-sharded over "data", as in FSDP. So each device has a shard of the embedding and of Adam's moments
-for it, and a copy of all other parameters. `sxe.over_mesh` wraps sxe's loss so that it takes global
+axis "model". The kernel of the last layer is the transposed embedding. Its hidden axis is sharded
+over "data", as in FSDP. So each device has a shard of the embedding and of its Adam moments, and a
+copy of all other parameters. `sxe.over_mesh` wraps sxe's loss so that it takes global
 arrays with these shardings. The default is eight virtual CPU devices; `--devices 0` uses the
 devices of the machine:
 
     python examples/sharded_training.py --mesh data=2,model=4
 
-Several processes can run the same code, each with some of the devices; here two on one machine:
+Several processes can run the same code, each with some of the devices. These commands start two
+processes on one machine:
 
     python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 0 &
     python examples/sharded_training.py --coordinator 127.0.0.1:9876 --processes 2 --process-id 1
 
 With `--checkpoint-dir`, a stopped run continues from its last checkpoint when it is started again
 with the same options. At the end the script takes the same steps on one device, without
-`sxe.over_mesh`, and exits with 1 if the loss curves differ.
+`sxe.over_mesh`, and exits with status 1 if the loss curves differ.
 """
 
 import argparse
@@ -37,11 +38,12 @@ from tqdm import tqdm
 
 import sxe
 
-# In nats. A mesh adds in another order, which changes a loss by one or two units in the last place.
-# If training is unstable, from a learning rate of 4e-3 on, the difference grows with the steps.
+# In nats. On a mesh, sums are computed in another order, which changes a loss by one or two units
+# in the last place. With a learning rate of 4e-3 or more, training is unstable, and the difference
+# grows with the steps.
 TOLERANCE = 1e-5
 
-# Takes seconds instead of minutes. A run that is started again has two steps left.
+# Takes seconds instead of minutes. A run that continues from the checkpoint has two steps left.
 SMOKE = {
     "steps": 6,
     "checkpoint_every": 4,
@@ -64,7 +66,7 @@ def start_jax(args):
             args.coordinator,
             args.processes,
             args.process_id,
-            shutdown_timeout_seconds=3600,  # all wait while process 0 trains on one device
+            shutdown_timeout_seconds=3600,  # others wait while process 0 trains on one device
         )
 
 
@@ -161,13 +163,14 @@ def train(title, step, state, batches, first=0, after_step=lambda done, state: N
 
 
 def train_on_mesh(args, mesh, batches):
-    """Train from the last checkpoint, if any. Returns its step, and the results of `train`."""
+    """Train from the last checkpoint, or from step 0. Returns that step and `train`'s results."""
     loss = sxe.over_mesh(
         sxe.linear_softmax_cross_entropy, mesh, batch="data", classes="model", fsdp="data"
     )
 
     def table(embedding):
-        # Whole rows, not sharded over "data": the tokens are. The loss gathers its kernel itself.
+        # The tokens are sharded over "data", so each device needs whole rows of the embedding. The
+        # loss gathers its kernel itself.
         return jax.lax.with_sharding_constraint(embedding, NamedSharding(mesh, P("model")))
 
     init, step = make_functions(args, loss, table)

@@ -2,12 +2,13 @@
 
     loss = a T^2 CE(softmax(teacher / T), student / T) + (1 - a) CE(labels, student)
 
+CE(targets, logits) is the cross-entropy, T the temperature, and a the weight of the teacher's term.
 The gradient of the first term falls as 1 / T^2, and the factor T^2 compensates for that (arXiv
-1503.02531). The head is the final linear layer and the loss in one call. Its `logit_scale` divides
-the student's logits by T, and the teacher's probabilities are its labels, with a float dtype. They
-are constant, so this cross-entropy has the gradient of the Kullback-Leibler divergence. Its value
-is larger by the teacher's entropy. If the teacher runs in the same program, its probabilities are
-not needed: see distillation_without_logits.py. To run this script:
+1503.02531). The head is the final linear layer and the loss in one call. `logit_scale` divides the
+student's logits by T. The teacher's probabilities are passed as labels of a float dtype. They are
+constant, so this cross-entropy has the gradient of the Kullback-Leibler divergence. Its value is
+larger by the teacher's entropy. If the teacher runs in the same program, its probabilities are not
+needed: see distillation_without_logits.py. To run this script:
 
     python examples/recipes/distillation.py
 """

@@ -7,8 +7,8 @@ The plain implementation computes the logits of the teacher and of the student f
 arrays [N, K]. `linear_kl_divergence` computes both for one chunk of rows at a time. Teacher and
 student have the same classes, but may have different hidden sizes. For a teacher that is not
 trained, the only matrix product is the one that computes its logits. If only the largest logits of
-the teacher are stored, see top_k_distillation.py; if its probabilities are, see distillation.py. To
-run this script:
+the teacher are stored, see top_k_distillation.py. If the teacher's probabilities are stored, see
+distillation.py. To run this script:
 
     python examples/recipes/distillation_without_logits.py
 """

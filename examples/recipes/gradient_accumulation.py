@@ -1,9 +1,10 @@
 """Gradient accumulation over micro-batches with different numbers of tokens.
 
-A mean of the micro-batches' means gives the tokens of a small micro-batch more weight than others.
-The gradient of the big batch is the sum over all tokens, divided by the number of tokens. So each
-micro-batch computes its "sum", and the division comes last. With `optax.MultiSteps`, count the
-tokens first, and divide the gradient of each micro-batch by their number. To run this script:
+A mean of the micro-batches' means gives the tokens of a small micro-batch more weight than other
+tokens. The gradient of the big batch is the sum over all tokens, divided by the number of tokens.
+So compute the "sum" of each micro-batch, add the results, and divide once at the end. With
+`optax.MultiSteps`, count the tokens of all micro-batches first, and divide the gradient of each
+micro-batch by this number. To run this script:
 
     python examples/recipes/gradient_accumulation.py
 """
@@ -42,7 +43,7 @@ def accumulate(params, xs, labels):
 
 
 def multi_steps(optimizer, params, xs, labels):
-    """The same loss, and the update. With `use_grad_mean=False`, MultiSteps adds the gradients."""
+    """The same loss, and the optimizer's update. `use_grad_mean=False` adds the gradients."""
     optimizer = optax.MultiSteps(optimizer, every_k_schedule=M, use_grad_mean=False)
     opt_state = optimizer.init(params)
     tokens, loss_sum = jnp.sum(labels != PAD), 0.0

@@ -1,18 +1,19 @@
 """Group relative policy optimization (GRPO, DeepSeekMath, arXiv 2402.03300) without logits.
 
 A policy samples a group of answers to each prompt, and each answer gets a reward. The advantage A
-of an answer is its reward minus the mean reward of its group, in standard deviations of the group.
-For each token, log p is its log-probability, and log p_old its log-probability when it was sampled.
-H is the entropy of the policy. The loss is
+of an answer is its reward minus the mean reward of its group, divided by the standard deviation of
+the group. The log-probability of a token is log p under the policy, log p_old under the policy that
+sampled it, and log p_ref under a frozen reference. H is the entropy of the policy, and e, beta and
+c are constants. The loss is
 
     ratio     = p / p_old
     objective = min(ratio A, clip(ratio, 1 - e, 1 + e) A) - beta k3(log p_ref - log p) + c H
     loss      = -mean over answers of the mean over their tokens of the objective
 
-k3(d) = exp(d) - 1 - d estimates the divergence KL(p || p_ref) from a frozen reference, using only
+k3(d) = exp(d) - 1 - d estimates the divergence KL(p || p_ref), using only the log-probability of
 the sampled token. The entropy bonus c H is not in the paper. One call of
-`linear_log_prob_and_entropy` computes log p and H of all tokens, both differentiable. `where`
-leaves out prompts and padding. To run this script:
+`linear_log_prob_and_entropy` computes log p and H of all tokens, and both are differentiable.
+`where` excludes prompts and padding. To run this script:
 
     python examples/recipes/grpo.py
 """
@@ -35,7 +36,7 @@ LENGTH = 4  # tokens of a prompt
 END = 0  # the token that ends an answer
 TEMPERATURE = 0.8  # at which tokens are sampled
 CLIP, BETA, ENTROPY = 0.2, 0.04, 1e-3  # e, beta and c
-ROLLOUTS, STEPS = 15, 4  # steps on the answers of each rollout
+ROLLOUTS, STEPS = 15, 4  # rollouts, and training steps on the answers of each
 
 
 class Batch(NamedTuple):
@@ -80,8 +81,8 @@ def k3(d):
 
     If the policy is close to its reference, k3 is about d^2 / 2. Then exp(d) and 1 + d agree in
     nearly all digits, and expm1(d) and d in half of them, so the differences cancel. The series has
-    no cancellation. Its error is that of d, the rounding error of two log-probabilities: 5e-7 in
-    float32.
+    no cancellation. Its error comes from d, which has the rounding errors of two log-probabilities:
+    5e-7 in float32.
     """
     near = abs(d) < 0.5
     small = jnp.where(near, d, 0)  # keeps the branch that is not taken finite
@@ -128,7 +129,7 @@ def rollout(params, reference, prompts, key):
     """A batch of sampled answers to the prompts [PROMPTS, LENGTH], and their rewards [B]."""
     tokens = jnp.zeros((B, T + 1), int).at[:, :LENGTH].set(jnp.repeat(prompts, GROUP, axis=0))
 
-    def add_token(t, tokens):  # plain logits: those of one position are small
+    def add_token(t, tokens):  # from logits: the array for one position is small
         logits = hidden_fn(params, tokens)[:, t - 1] @ params["embedding"].T
         sampled = jax.random.categorical(jax.random.fold_in(key, t), logits / TEMPERATURE)
         return tokens.at[:, t].set(sampled)
@@ -157,7 +158,7 @@ def as_float64(tree):
 
 
 def compare_with_logits(params, batch):
-    """Compare loss and gradients with those of logits in float64, where k3 needs no series."""
+    """Compare loss and gradients with a loss of float64 logits, where k3 needs no series."""
     with jax.enable_x64(True):
         plain = functools.partial(loss_fn, policy=policy_from_logits, k3=k3_as_written)
         expected = jax.jit(jax.value_and_grad(plain))(*as_float64((params, batch)))
@@ -193,7 +194,7 @@ def compare_estimates(params, reference, batch):
         target_logit_scale=1 / TEMPERATURE,
         where=batch.where,
     )
-    print(f"mean of k3: {estimate / divergence:.2f} of the divergence, {divergence:.1e}")
+    print(f"mean of k3: {estimate / divergence:.2f} times the divergence of {divergence:.1e}")
 
 
 def main():
@@ -220,8 +221,9 @@ def main():
     print(f"tokens that count: {jnp.mean(batch.where):.0%} of {B * T}")
     compare_with_logits(params, batch)
 
-    # Compare the estimates one small step from the reference, where the divergence is smallest. The
-    # answers are new: measured on those of the step, the policy seems farther away than it is.
+    # Take one small step from the reference, where the divergence is smallest, and compare the
+    # estimates there. Sample new answers for this: on the answers of the step, the policy seems
+    # farther from the reference than it is.
     batch, _ = rollout(reference, reference, prompts, keys[4])
     grads = jax.grad(loss_fn)(reference, batch)
     nearby = jax.tree.map(lambda x, g: x - 0.05 * g, reference, grads)

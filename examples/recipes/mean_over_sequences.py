@@ -1,9 +1,9 @@
 """The mean over sequences of each sequence's mean over tokens, in one call.
 
 All sequences have the same weight, however many tokens they have; EasyLM trains this way. If n
-tokens of a sequence count (are not masked out), each of them has the weight 1 / n. The weights of a
-sequence sum to 1, and all weights to the number of sequences B, by which `reduction="mean"`
-divides:
+tokens of a sequence count (are not masked out), each of them has the weight 1 / n. The weights of
+each sequence sum to 1, so all weights sum to the number of sequences, B. `reduction="mean"` divides
+by this sum:
 
     loss = sum_b (1 / n_b) sum_t loss_bt / B
 
@@ -32,13 +32,13 @@ def hidden_fn(params, x):
 
 
 def loss_fn(params, x, labels, where):
-    """The mean over all sequences in which at least one token counts: others have no weight."""
+    """The mean over the sequences in which at least one token counts. Others have no weight."""
     hidden, options = hidden_fn(params, x), {"where": where, "weights": sequence_weights(where)}
     return sxe.linear_softmax_cross_entropy(hidden, params["kernel"], labels, **options)
 
 
 def loss_over_all_fn(params, x, labels, where):
-    """The mean over all sequences: one in which no token counts has a loss of 0."""
+    """The mean over all sequences. A sequence in which no token counts has a loss of 0."""
     hidden, options = hidden_fn(params, x), {"where": where, "weights": sequence_weights(where)}
     options["reduction"] = "sum"
     loss = sxe.linear_softmax_cross_entropy(hidden, params["kernel"], labels, **options)

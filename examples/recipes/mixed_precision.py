@@ -3,9 +3,9 @@
 The optimizer's weights are float32, and the model computes with float16 copies of them. float16
 rounds small gradients to 0. So the loss is multiplied by a scale, and the gradients are divided by
 the scale once they are float32. `flax.training.dynamic_scale` does both. If the gradients of a step
-are not finite, it halves the scale, and the step must not change weights or optimizer. After a
-number of finite steps it doubles the scale. sxe's loss is float32 for float16 inputs, so it does
-not overflow when it is multiplied by the scale. To run this script:
+are not finite, it halves the scale. Such a step must not change the weights or the optimizer state.
+After a number of finite steps, `dynamic_scale` doubles the scale. sxe's loss is float32 for float16
+inputs, so the loss times the scale does not overflow. To run this script:
 
     python examples/recipes/mixed_precision.py
 """
@@ -52,7 +52,7 @@ def main():
     params = {"layer": layer / D**0.5, "kernel": kernel / D**0.5}
     opt_state = optimizer.init(params)
 
-    # The first scale is too large and the interval short, so that the scale falls and rises.
+    # Start with a scale that is too large, and a short interval, so that the scale falls and rises.
     scale = DynamicScale(scale=2.0**32, growth_interval=50)
     before, skipped = (params, opt_state), 0
     exact = loss_fn(params, x, labels, jnp.float32)

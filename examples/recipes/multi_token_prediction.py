@@ -1,7 +1,7 @@
 """Multi-token prediction: the next n tokens at each position, in one call.
 
 The model has n hidden states per position, [n, B, T, D], and one kernel for all of them (arXiv
-2404.19737; DeepSeek-V3, arXiv 2412.19437). The label of hidden state d is the d-th token ahead:
+2404.19737; DeepSeek-V3, arXiv 2412.19437). The label at depth d is the d-th token ahead:
 
     loss = sum_d c_d mean_bt loss_dbt           c_1 = 1, and a smaller c for tokens further ahead
 
@@ -28,7 +28,7 @@ IGNORE = -100
 
 
 def labels_ahead(tokens, lengths):
-    """The tokens 1 to n ahead, [n, B, T]; IGNORE where the sequence ends before that token."""
+    """The tokens 1 to n ahead, [n, B, T]; IGNORE if the sequence ends before the token."""
     labels = []
     for ahead in range(1, len(C) + 1):
         is_there = jnp.arange(tokens.shape[1]) + ahead < lengths[:, None]

@@ -1,8 +1,9 @@
-"""Documents of different lengths, packed into rows of one length.
+"""Documents of different lengths, packed into sequences of equal length.
 
 Attention stays within a document, and positions start again at each document. The label of a
-position is the next token of the same document. The last token of a document and padding have no
-such token, so their label is -100. Value and gradient are then the same as for separate documents.
+position is the next token of the same document. The last token of a document has no next token, so
+its label is -100, and so is the label of padding. Value and gradient are then the same as for
+separate documents.
 To run this script:
 
     python examples/recipes/packed_sequences.py
@@ -18,7 +19,7 @@ import sxe
 
 D, K = 32, 300  # hidden size, classes
 LENGTHS = (30, 23, 17, 9, 2, 1)  # of the documents; a document of one token has no label
-ROW = 42  # tokens per row
+ROW = 42  # tokens per packed sequence
 IGNORE = -100
 
 
@@ -87,7 +88,7 @@ def main():
     tokens, numbers, positions = pack(documents)
     labels = next_token_labels(tokens, numbers)
     packed = mean(grad_fn(params, tokens, numbers, positions, labels))
-    print(f"{len(documents)} documents, {sum(LENGTHS)} tokens, in {len(tokens)} rows of {ROW}")
+    print(f"{len(documents)} documents, {sum(LENGTHS)} tokens, in {len(tokens)} sequences of {ROW}")
     error = difference(packed, expected)
     print(f"loss and gradients: largest difference from documents one by one {error:.1e}")
 

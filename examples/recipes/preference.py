@@ -1,7 +1,8 @@
 """Direct preference optimization (DPO, arXiv 2305.18290) from each token's loss, without logits.
 
 Each pair has a preferred answer y and another answer z. log p(y) is the sum of the
-log-probabilities of the tokens of y. The loss is
+log-probabilities of the tokens of y under the policy, and log p_ref(y) the sum under a frozen
+reference. beta is a constant. The loss is
 
     loss = -log sigmoid(beta ((log p(y) - log p_ref(y)) - (log p(z) - log p_ref(z))))
 
@@ -24,7 +25,7 @@ import sxe
 
 B, T, D, K = 16, 24, 32, 300  # pairs, tokens, hidden size, classes
 BETA = 0.1
-IGNORE = -100  # the label of a position whose next token belongs to the prompt
+IGNORE = -100  # the label if the next token belongs to the prompt
 
 
 def hidden_fn(params, tokens):
@@ -48,7 +49,7 @@ def log_prob_from_logits(params, tokens, labels):
 
 
 def loss_fn(params, reference, chosen, rejected, log_prob=log_prob):
-    """The mean loss, and the share of pairs in which the chosen answer gained on the rejected."""
+    """The mean loss, and the share of pairs with a positive margin of the chosen answer."""
     margin = log_prob(params, *chosen) - log_prob(params, *rejected)
     margin -= log_prob(reference, *chosen) - log_prob(reference, *rejected)
     return -jnp.mean(jax.nn.log_sigmoid(BETA * margin)), jnp.mean(margin > 0)
@@ -76,7 +77,7 @@ def main():
     }
     prompts = jax.random.randint(keys[2], (B, T + 1), 0, K)
     pairs = [make_answer(key, prompts) for key in keys[3:]]
-    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))  # the gradient of the policy only
+    grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))  # gradient for params only
     params, optimizer = reference, optax.adam(1e-3)
     opt_state = optimizer.init(params)
 

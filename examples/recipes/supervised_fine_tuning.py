@@ -3,7 +3,7 @@
 The model learns the answer and its end, not the prompt. A position counts if the next token belongs
 to the answer: the last token of the prompt counts, and the end of the answer does not. `where` is
 the mask of the positions that count. The head (the final linear layer and the loss in one call)
-processes these positions first, and skips the chunks of rows that hold none. So a step takes less
+sorts these positions to the front, and skips the chunks of rows after them. So a step takes less
 time if fewer positions count. To run this script:
 
     python examples/recipes/supervised_fine_tuning.py
@@ -60,7 +60,7 @@ def difference(tree, expected):
 
 
 def median_seconds(f, *calls, rounds=9):
-    """The median time of f for each call. Calls take turns, so that other load slows all alike."""
+    """The median time of f for each call. Calls take turns, so other processes slow all equally."""
     seconds = np.zeros((rounds, len(calls)))
     for of_round in seconds:
         for i, arguments in enumerate(calls):

@@ -1,9 +1,9 @@
 """Tied embeddings in Equinox: one matrix is the embedding table and the kernel of the head.
 
 The head is the final linear layer and the loss in one call. It takes hidden states and the
-transpose of the embedding, so the logits [..., K] never exist. The embedding is one leaf of the
-model that is used twice, so its gradient is the sum of both uses, and `eqx.nn.Shared` is not
-needed. To run this script:
+transpose of the embedding, and never stores the full logits [..., K]. The embedding is one leaf of
+the model that is used twice. Its gradient is the sum of the gradients of both uses, so
+`eqx.nn.Shared` is not needed. To run this script:
 
     python examples/recipes/tied_embedding_equinox.py
 """
@@ -15,7 +15,7 @@ import optax
 
 import sxe
 
-K, D = 512, 32  # classes, features
+K, D = 512, 32  # classes, hidden size
 
 
 class Model(eqx.Module):
@@ -28,7 +28,7 @@ class Model(eqx.Module):
         self.layer = eqx.nn.Linear(D, D, key=layer_key)
 
     def hidden(self, tokens):
-        """[N] to [N, D]."""
+        """Hidden states [N, D] of tokens [N]."""
         x = jax.vmap(self.embedding)(tokens)
         return jax.vmap(self.layer)(x)
 

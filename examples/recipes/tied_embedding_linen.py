@@ -1,8 +1,8 @@
 """Tied embeddings in Flax Linen: one matrix is the embedding table and the kernel of the head.
 
 The head is the final linear layer and the loss in one call. It takes hidden states and the
-transpose of the embedding, so the logits [..., K] never exist. The loss is a method of the module;
-`__call__` returns logits for sampling. To run this script:
+transpose of the embedding, and never stores the full logits [..., K]. The loss is a method of the
+module; `__call__` returns logits for sampling. To run this script:
 
     python examples/recipes/tied_embedding_linen.py
 """
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 import sxe
 
-K, D = 512, 32  # classes, features
+K, D = 512, 32  # classes, hidden size
 
 
 class Model(nn.Module):
@@ -23,7 +23,7 @@ class Model(nn.Module):
         self.layer = nn.Dense(D)
 
     def hidden(self, tokens):
-        """[...] to [..., D]."""
+        """Hidden states [..., D] of tokens [...]."""
         return self.layer(self.embed(tokens))
 
     def __call__(self, tokens):

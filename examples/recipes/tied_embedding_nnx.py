@@ -1,7 +1,7 @@
 """Tied embeddings in Flax NNX: one matrix is the embedding table and the kernel of the head.
 
 The head is the final linear layer and the loss in one call. It takes hidden states and the
-transpose of the embedding, so the logits [..., K] never exist. To run this script:
+transpose of the embedding, and never stores the full logits [..., K]. To run this script:
 
     python examples/recipes/tied_embedding_nnx.py
 """
@@ -13,7 +13,7 @@ from flax import nnx
 
 import sxe
 
-K, D = 512, 32  # classes, features
+K, D = 512, 32  # classes, hidden size
 
 
 class Model(nnx.Module):
@@ -22,7 +22,7 @@ class Model(nnx.Module):
         self.layer = nnx.Linear(D, D, rngs=rngs)
 
     def hidden(self, tokens):
-        """[...] to [..., D]."""
+        """Hidden states [..., D] of tokens [...]."""
         return self.layer(self.embed(tokens))
 
     def __call__(self, tokens):

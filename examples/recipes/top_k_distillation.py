@@ -1,12 +1,13 @@
-"""Distillation from the k largest logits of a teacher, when no others are stored.
+"""Distillation from the k largest logits of a teacher, if only these are stored.
 
     loss = T^2 CE(p, student / T)      p = softmax(k largest logits / T), 0 for other classes
 
-All K logits of a teacher are too many to store for each token of a data set. The k largest logits
-and their classes are two arrays [N, k], and hold most of the probability. The head (the final
-linear layer and the loss in one call) takes the classes as integer labels [N, k] and the
-probabilities as `label_weights` [N, k]. No array [N, K] of targets or of the student's logits is
-made. To run this script:
+CE(targets, logits) is the cross-entropy, and T the temperature. All K logits of a teacher are too
+many to store for each token of a data set. The k largest logits and their classes are two arrays
+[N, k], and these classes have most of the probability. The head (the final linear layer and the
+loss in one call) takes the classes as integer labels [N, k] and the probabilities as
+`label_weights` [N, k]. No array [N, K] of targets or of the student's logits is created. To run
+this script:
 
     python examples/recipes/top_k_distillation.py
 """
@@ -61,7 +62,7 @@ def main():
     layer, kernel = jax.random.normal(keys[2], (2, D, K)) / D**0.5
     params = {"layer": layer[:, :D], "kernel": kernel}
 
-    largest, classes = jax.lax.top_k(teacher_logits, LARGEST)  # what the teacher's run would store
+    largest, classes = jax.lax.top_k(teacher_logits, LARGEST)  # what a data set would store
     where = jnp.arange(N) % 8 != 7  # False for padding
     batch = x, classes, largest, where
     kept = jnp.sum(jnp.exp(largest - jax.nn.logsumexp(teacher_logits, axis=-1, keepdims=True)), -1)
