@@ -276,7 +276,7 @@ def linear_kl_divergence(
     ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The divergence, float32 (float64 if an input is), a scalar or, for "none", [...].
+      The divergence, float32 (float64 if an input is float64), a scalar or, for "none", [...].
 
     Gradients exist for hidden states, kernels, target logits, biases, scales, softcaps and weights.
     A gradient that is not requested is not computed.

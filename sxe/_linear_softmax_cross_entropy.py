@@ -279,7 +279,7 @@ def linear_softmax_cross_entropy(
     and ``implementation`` are static under ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The loss, float32 (float64 if hidden or kernel is), a scalar or, for "none", [...].
+      The loss, float32 (float64 if hidden or kernel is float64), a scalar or, for "none", [...].
         With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
 
     Gradients exist for hidden, kernel, bias, logit_scale, softcap, and everything that
@@ -289,8 +289,8 @@ def linear_softmax_cross_entropy(
     Precision:
       Logits are accumulated in float32 for operands of any dtype. The gradient of hidden (within
       its chunk) and the gradient of kernel (over all chunks) are accumulated in float32 too. The
-      gradient of the logits is multiplied with hidden and kernel in float32. Only on an
-      accelerator, it is first rounded to bfloat16 if the operands are bfloat16.
+      gradient of the logits is multiplied with hidden and kernel in float32, or in bfloat16 on an
+      accelerator if the operands are bfloat16.
 
       float32 operands are multiplied as float32, even where JAX's default for matmuls is TF32 (GPU)
       or bfloat16 (TPU). TF32 and bfloat16 are several times as fast. To use them, set

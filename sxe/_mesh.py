@@ -137,8 +137,8 @@ def over_mesh(
       loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient``,
         ``sxe.log_prob_and_entropy``, ``sxe.kl_divergence``, or one of the functions of hidden
         states and kernels, whose names begin with ``linear_``.
-      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. If ``batch`` and ``classes`` do not name a
-        mesh axis, all devices along it compute the same.
+      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. All devices along a mesh axis that neither
+        ``batch`` nor ``classes`` names compute the same.
       batch: the mesh axis, or tuple of mesh axes, over which the first axis of the rows is sharded.
         For rows [B, T] it may also be a ``PartitionSpec`` with an entry for each axis of the rows:
         ``P("data", "sequence")``.

@@ -386,9 +386,10 @@ def softmax_cross_entropy(
       class_weights: float [K], one weight per class.
       class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
         masked classes, such as the padding of a vocabulary. The result is that of logits and class
-        weights without the masked classes. Their entries may hold any value, including NaN, and
-        have a gradient of 0. A target for a masked class makes the loss +inf. If all classes are
-        masked, no row counts. ``class_mask`` can be combined with a ``where`` of classes.
+        weights without the masked classes. The entries of masked classes may hold any value,
+        including NaN, and have a gradient of 0. A target for a masked class makes the loss +inf. If
+        all classes are masked, no row counts. ``class_mask`` can be combined with a ``where`` of
+        classes.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes, or over
         the classes of ``class_mask``. A class that a ``where`` or a logit of -inf excludes
         still has its share, which makes the loss +inf.
@@ -424,17 +425,17 @@ def softmax_cross_entropy(
         ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form; JAX differentiates the
         loss itself. ``jax.experimental.jet`` needs this rule.
       implementation: how the computations on rows are compiled. "xla": by XLA. "mosaic_gpu": by two
-        kernels for NVIDIA GPUs of the Hopper generation. For a "mean" or "sum" with rule "vjp", the
-        gradient kernel reads the logits once and writes the gradient once, in the forward pass. The
-        backward pass multiplies this gradient by the cotangent, so a cotangent other than 1 rounds
-        a bfloat16 gradient a second time. The gradient kernel needs rows of logits and of dense
-        targets whose size is a multiple of 16 bytes. It does not support sharded classes, masks of
-        classes, ``label_weights``, or ``jax.grad`` of float16 logits, which a loss scale may
-        multiply later. In all other calls, the state kernel reads the logits once for the maximum
-        and the sum of exponentials of each row, and XLA computes the gradient. float64, other
-        platforms, and JAX before 0.11.2 raise ValueError. Calls on several devices raise it too,
-        unless ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh shards the rows. None:
-        currently "xla".
+        kernels for NVIDIA GPUs of the Hopper generation, a gradient kernel and a state kernel. For
+        a "mean" or "sum" with rule "vjp", the gradient kernel reads the logits once and writes the
+        gradient once, in the forward pass. The backward pass multiplies this gradient by the
+        cotangent, so a cotangent other than 1 rounds a bfloat16 gradient a second time. The
+        gradient kernel needs rows of logits and of dense targets whose size is a multiple of 16
+        bytes. It does not support sharded classes, masks of classes, ``label_weights``, or
+        ``jax.grad`` of float16 logits, which a loss scale may multiply later. In all other calls,
+        the state kernel reads the logits once for the maximum and the sum of exponentials of each
+        row, and XLA computes the gradient. float64, other platforms, and JAX before 0.11.2 raise
+        ValueError. Calls on several devices raise it too, unless ``jax.shard_map``,
+        ``sxe.over_mesh`` or an Explicit mesh shards the rows. None is currently "xla".
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are static under ``jax.jit``: bind them with ``functools.partial``, or name
@@ -446,23 +447,25 @@ def softmax_cross_entropy(
         With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
 
     Gradients exist for logits, dense targets, label weights, row weights, class weights and traced
-    options. Each has the dtype of its input and is rounded once. The gradient for dense targets is
-    -log q; for the weights of a "sum" it is the loss of each row, also at a weight of 0.
+    options. Each gradient has the dtype of its input and is rounded once. The gradient for dense
+    targets is -log q. The gradient for the weights of a "sum" is the loss of each row, also at a
+    weight of 0.
 
     Rows that do not count:
       These rows contribute nothing to the value or the gradient, whatever they contain: NaN,
       infinities, labels out of range.
 
     Infinite logits:
-      A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and the
-      gradient there is -1. 0 log 0 is 0, in the value and in all derivatives. If a row is -inf in
+      A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and its
+      gradient is -1. 0 log 0 is 0, in the value and in all derivatives. If a row is -inf in
       all classes, or contains +inf or NaN, its loss and gradient are NaN, and those of no other
       row.
 
     Invalid labels:
       If a class index is outside of [0, K), the loss and gradient of its row are NaN, and those of
-      no other row. Under ``checkify`` it raises an error that gives the label, its position and K.
-      An index whose label weight is 0 is padding: it causes neither NaN nor an error.
+      no other row. Under ``checkify``, such an index raises an error that gives the label, its
+      position and K. An index whose label weight is 0 is padding: it causes neither NaN nor an
+      error.
 
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.

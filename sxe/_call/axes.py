@@ -204,7 +204,7 @@ def shard_of(x: Array, axis_name: AxisName, axis: int) -> Array:
 
 
 def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:
-    """Raises unless each axis is a mesh axis that shards x, or is of an enclosing ``jax.vmap``."""
+    """Raises unless each axis is a mesh axis that shards x, or belongs to an enclosing vmap."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in axis_names(axis_name):
         try:

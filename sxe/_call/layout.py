@@ -86,7 +86,7 @@ class Layout(NamedTuple):
             "label_weights": self.of_rows(),
             "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
             "target_logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
-            # Class indices may have ndim axes too: one for several labels per row.
+            # Several labels per row have ndim axes too, but are sharded like the rows.
             "labels": of_logits if x.ndim == ndim and is_dense(x) else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),
         }

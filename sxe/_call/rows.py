@@ -83,8 +83,8 @@ def make_rows(
     If a mesh axis shards the classes, dense targets, class weights and class mask are the shards of
     this device. ``where`` has the shape of the rows: a ``where`` of classes has been applied to the
     logits before. Targets and weights are returned in float32, or in float64 for float64 logits.
-    ``finite`` [...] says which rows have a loss if their label is valid. None assumes that all rows
-    do. With ``as_given``, dense targets that no option changes keep their dtype and are not masked.
+    ``finite`` [...] says which rows have a loss if their label is valid; None means all rows. With
+    ``as_given``, dense targets that no option changes keep their dtype and are not masked.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options, dtype, backend)

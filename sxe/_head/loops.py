@@ -53,9 +53,9 @@ def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend)
     """The default of ``chunk_size``.
 
     A fixed number of bytes for a chunk's logits makes the memory independent of the number of rows.
-    With many classes, so few rows may fit that a matmul is not efficient. A chunk then has as many
-    rows as the matmul needs, but at most a fixed share of all rows. On a CPU, a chunk then takes a
-    tenth of the memory of all logits.
+    With many classes, the rows that fit may be too few for an efficient matmul. A chunk then has as
+    many rows as the matmul needs, but at most a fixed share of all rows. On a CPU, a chunk then
+    takes a tenth of the memory of all logits.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
     limits = backend.chunk_limits(dtype)

@@ -50,7 +50,7 @@ class RowFunction(Protocol):
         """The backend that the function runs on."""
 
     def tile(self, x: Array, targets: Any, /) -> Any:
-        """What the classes of a tile contribute to each row: a part, which ``merge`` takes."""
+        """The part: what the classes of a tile contribute to each row. ``merge`` takes it."""
 
     def merge(self, part: Any, targets: Any, /) -> tuple[Any, Any]:
         """The results, and the state for the gradient, from the parts of this and other shards."""
