@@ -21,10 +21,10 @@ class ChunkLimits(NamedTuple):
     """The limits that determine the default number of rows in a chunk of the head.
 
     Attributes:
-      logits_bytes: a chunk has as many rows as have logits of this size.
+      logits_bytes: the size of a chunk's logits, which determines its number of rows.
       wanted_rows: the least number of rows for an efficient matmul, which reads the whole kernel.
-      most_chunks: if ``wanted_rows`` is the larger number, rows are still divided into at least
-        this many chunks.
+        A chunk has at least this many rows, unless ``most_chunks`` prevents it.
+      most_chunks: ``wanted_rows`` never makes the number of chunks smaller than this.
     """
 
     logits_bytes: int
@@ -66,7 +66,7 @@ class Backend:
 
     @property
     def row_group_bytes(self) -> int:
-        """The size in float32 of a group of rows that are gathered from anywhere."""
+        """The size in float32 of a group of rows that are not adjacent and are gathered at once."""
         return MIB
 
     @property
@@ -95,8 +95,8 @@ class Backend:
         The comparisons put gradients at the labels. XLA fuses them into the gradient, where each
         costs arithmetic for every class. With more labels, the gradient is written out in float32
         and the values at the labels are scattered into it. On a CPU both ways take the same time at
-        8 labels for float32 logits, and at 16 for bfloat16. From the arithmetic and the bandwidth
-        of an H100, the same is expected there at about 16.
+        8 labels for float32 logits, and at 16 for bfloat16. On an H100, both are expected to take
+        the same time at about 16 labels, from its arithmetic and its bandwidth.
         """
         return 16
 
@@ -144,9 +144,9 @@ class Backend:
 
     @property
     def copies_scaled_gradients(self) -> bool:
-        """Whether XLA stores a scaled gradient in another array than the unscaled one.
+        """Whether XLA needs a second array to scale a gradient, instead of scaling it in place.
 
-        Its TPU backend does.
+        XLA's TPU backend does.
         """
         return self.platform == "tpu"
 
@@ -162,8 +162,8 @@ class Backend:
     def reads_of_state(self) -> int:
         """How often XLA reads logits from memory to compute the state of their rows.
 
-        A GPU reads them for the maximum and again for the sums. A CPU has them in a cache the
-        second time. For a TPU the least possible number is assumed.
+        A GPU reads them for the maximum and again for the sums. A CPU has them in a cache when it
+        needs them again. For a TPU, the least possible number, 1, is assumed.
         """
         return 2 if self.platform == "gpu" else 1
 
@@ -209,7 +209,7 @@ class Backend:
     def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
         """The dtype in which hidden states and kernel are multiplied for the logits, without loss.
 
-        It is their own dtype, except for float16 on a CPU. XLA would convert that to float32
+        It is their own dtype, except for float16 on a CPU, which XLA would convert to float32
         anyway.
         """
         widened = dtype == jnp.float16 and self.platform == "cpu"
@@ -288,9 +288,9 @@ def bits_of(x: Array, backend: Backend) -> Array:
 def rounded(z: Array) -> Array:
     """The product z, rounded in the same way wherever it is used.
 
-    XLA computes logits again for each use, and may fuse a product and a sum into one operation that
-    rounds once. If it did so in only one of the uses, x - m would not be 0 for the largest logit,
-    and the loss of a confident row would be that difference. The select changes no value, but keeps
-    the product and a sum apart.
+    XLA may compute logits again for each use, and may fuse a product and a sum into one operation
+    that rounds once. If it fused them in only some uses, x - m would not be 0 for the largest
+    logit. In a row whose largest logit leads by far, this difference could exceed the loss. The
+    select changes no value, and prevents the fusion of the product with a sum.
     """
     return jnp.where(jnp.isnan(z), -z, z)

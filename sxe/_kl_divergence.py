@@ -40,7 +40,7 @@ def _scaled(x: Array, scale: Array | float | None) -> Array:
 
 
 def _alike(x: Array, z: Array) -> tuple[Array, Array]:
-    """Cast both to vary over the same mesh axes and to be sharded in the same way."""
+    """Cast x and z to vary over the same mesh axes and to be sharded in the same way."""
     every = varying(x) | varying(z)
     spec = [next(filter(None, at), None) for at in itertools.zip_longest(sharding(x), sharding(z))]
     x, z = (vary(reshard(a, spec), every) for a in (x, z))
@@ -48,7 +48,10 @@ def _alike(x: Array, z: Array) -> tuple[Array, Array]:
 
 
 def _is_infinite(x: Array, z: Array, options: Options) -> Array:
-    """Rows [...] with divergence +inf: p has a class that q lacks (or q one that p lacks)."""
+    """Whether the divergence of each row is +inf, [...].
+
+    KL(p || q) is +inf if a class is possible in p but not in q.
+    """
     if options.mode == "jensen_shannon":
         return jnp.zeros(x.shape[:-1], bool)
     first, second = (z, x) if options.mode == "forward" else (x, z)
@@ -141,15 +144,16 @@ def kl_divergence(
         "jensen_shannon"    beta KL(p_i || M_i) + (1 - beta) KL(q_i || M_i)
                             with M_i = beta p_i + (1 - beta) q_i
 
-    The result keeps full relative precision when p and q nearly agree, such as a policy and its
-    reference, where the textbook formula gives rounding noise of either sign. It is never negative.
-    It is exactly 0 for equal logits and for logits that differ by a constant.
+    The result keeps full relative precision even if p and q nearly agree, such as a policy and its
+    reference. There, the textbook formula gives rounding noise of either sign. The result is never
+    negative. It is exactly 0 for equal logits and for logits that differ by a constant.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64, of the model.
       target_logits: [..., K], of the same dtypes, of a teacher or a reference policy.
-      mode: "forward" is what distillation minimizes: q covers all of p. "reverse" keeps a policy
-        close to a reference: q stays where p is. "jensen_shannon" lies between them.
+      mode: distillation minimizes "forward", which makes q cover all classes that are likely in p.
+        "reverse" keeps a policy close to a reference: it makes q avoid classes that are unlikely in
+        p. "jensen_shannon" lies between them.
       beta: above 0 and below 1, for "jensen_shannon".
       logit_scale: a factor for the logits, such as 1 / temperature: a number, a scalar array, or
         float [...], one per row.
@@ -160,9 +164,9 @@ def kl_divergence(
       class_mask: bool [K], True for the classes that can occur, in all rows and on both sides.
       axis: the class axis of both arrays of logits, or a tuple of axes.
       reduction: "mean" is sum_i w_i KL_i / sum_i w_i over the rows that count, with the row weights
-        w_i. It is 0 if no row counts, and NaN, with its gradient, if rows count and their weights
-        sum to 0. "sum" is sum_i w_i KL_i. "none" is w_i KL_i, [...], and 0 in rows that do not
-        count.
+        w_i. The mean is 0 if no row counts. The mean and its gradient are NaN if rows count but
+        their weights sum to 0. "sum" is sum_i w_i KL_i. "none" is w_i KL_i, [...], and 0 in rows
+        that do not count.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes of both
         sides are sharded, as for ``softmax_cross_entropy``.
       batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded.
@@ -172,7 +176,7 @@ def kl_divergence(
     ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The divergence, float32 (float64 if a side is), a scalar or, for "none", [...].
+      The divergence, float32 (float64 if one side is float64), a scalar or, for "none", [...].
 
     Gradients exist for the logits of both sides, their scales, and the weights. A gradient that is
     not requested is not computed, so a teacher that is not trained needs no ``stop_gradient``.
@@ -181,10 +185,11 @@ def kl_divergence(
       Rows that are masked out or have weight 0 contribute nothing, whatever they contain.
 
     Infinite logits:
-      A class whose logit is -inf on both sides adds nothing. A class that p has and q lacks makes a
-      "forward" divergence +inf; a class that q has and p lacks makes a "reverse" divergence +inf. A
-      "jensen_shannon" divergence is always finite. A row that is -inf in all classes, or contains
-      +inf or NaN, on either side, gives NaN in that row, value and gradient, and in no other row.
+      A class whose logit is -inf on both sides adds nothing. If it is -inf only in the logits, a
+      "forward" divergence is +inf. If it is -inf only in the target logits, a "reverse" divergence
+      is +inf. A "jensen_shannon" divergence is always finite. If a row is -inf in all classes, or
+      contains +inf or NaN, on either side, its value and gradient are NaN, and those of no other
+      row.
 
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.

@@ -1,8 +1,9 @@
 """The divergence between the softmax of a model and that of a target, from hidden states.
 
 Each side consists of hidden states and a kernel; the target's side may also be logits. The logits
-of both sides exist for one chunk of rows at a time. The row function is that of ``_kl_divergence``.
-The chain rule from its gradients is that of ``_linear_softmax_cross_entropy``, once per side.
+of both sides exist for one chunk of rows at a time. The divergence of these logits and its gradient
+are those of ``_kl_divergence``. The chain rule of ``_linear_softmax_cross_entropy`` is then applied
+to each side.
 """
 
 from __future__ import annotations  # so that help() names types shortly
@@ -126,8 +127,8 @@ def _check_target(inputs: _Inputs, shape: tuple[int, ...]) -> None:
     if target_hidden.shape[:-1] != shape[:-1]:
         raise ArgumentValueError(
             "target_hidden",
-            f"expected the rows of hidden, {shape[:-1]}, and one more axis of any size, got shape "
-            f"{target_hidden.shape}",
+            f"expected the row axes of hidden, {shape[:-1]}, and one last axis of any size, got "
+            f"shape {target_hidden.shape}",
         )
     if target_kernel.ndim == 2 and target_kernel.shape[1] != shape[-1]:
         raise ArgumentValueError(
@@ -233,17 +234,16 @@ def linear_kl_divergence(
 ) -> Array:
     """``kl_divergence`` of hidden states and kernels, without the [N, K] logits of either side.
 
-    The result is that of the following logits, which exist for one chunk of rows at a time, on both
-    sides:
+    The result is that of the following logits, which exist for one chunk of rows at a time:
 
         z = logit_scale hidden @ kernel + bias
         logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
-    The target's logits follow in the same way from target_hidden and the other arguments named
-    target. Value and gradients are those of ``kl_divergence`` for these logits, with its precision.
-    When a "mean" or "sum" is differentiated, it computes the gradients in the forward pass: 6 N D K
-    FLOPs for a side whose hidden states and kernel are differentiated, and 2 N D K for a side that
-    is not. "none" computes the logits of both sides again in the backward pass.
+    The target's logits are computed in the same way from the arguments whose names begin with
+    ``target_``. Value and gradients are those of ``kl_divergence`` for these logits, with its
+    precision. If a "mean" or "sum" is differentiated, the forward pass computes the gradients. This
+    takes 6 N D K FLOPs for a side whose hidden states and kernel are differentiated, and 2 N D K
+    for a side that is not. For "none", the backward pass computes the logits of both sides again.
 
     Args:
       hidden: [..., D], bfloat16, float16, float32 or float64, of the model.
@@ -251,8 +251,8 @@ def linear_kl_divergence(
       target_hidden: [..., D'], of the same dtypes, of a teacher or a reference policy. D' may
         differ from D.
       target_kernel: [D', K], of the same dtypes.
-      target_logits: [..., K], in place of target_hidden and target_kernel, for a target whose
-        logits exist.
+      target_logits: [..., K], the target's logits if they exist already. Pass them in place of
+        target_hidden and target_kernel.
       mode: "forward", "reverse" or "jensen_shannon", as for ``kl_divergence``.
       beta: above 0 and below 1, for "jensen_shannon".
       bias: float [K].
@@ -277,7 +277,7 @@ def linear_kl_divergence(
     ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The divergence, float32 (float64 if an input is), a scalar or, for "none", [...].
+      The divergence, float32 (float64 if an input is float64), a scalar or, for "none", [...].
 
     Gradients exist for hidden states, kernels, target logits, biases, scales, softcaps and weights.
     A gradient that is not requested is not computed.
@@ -285,8 +285,8 @@ def linear_kl_divergence(
     Rows that do not count and infinite logits are handled as in ``kl_divergence``.
 
     Raises:
-      TypeError: if a dtype is none of the above, or an option has a wrong type; and unless either
-        target_hidden and target_kernel or target_logits alone are given.
+      TypeError: if a dtype is none of the above, or an option has a wrong type; or if the target is
+        given neither by target_hidden and target_kernel nor by target_logits alone.
       ValueError: if shapes do not fit, and as for ``kl_divergence``.
 
     Source:

@@ -2,7 +2,8 @@
 
     u = hidden @ kernel      z = logit_scale u + bias      x = softcap tanh(z / softcap)
 
-The loss and the gradient of the logits x are those of ``_softmax_cross_entropy``. Then
+This fused final linear layer and loss is called the head. The loss and the gradient of the logits x
+are those of ``_softmax_cross_entropy``. The chain rule gives
 
     d u = logit_scale (1 - (x / softcap)^2) d x
     d hidden = d u kernel^T                         d kernel = hidden^T d u
@@ -45,7 +46,7 @@ class _Inputs(NamedTuple):
 
 
 def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
-    """The inputs of the head, with flat rows; and the rows of the call, in their own shape."""
+    """The inputs of the head, with rows [N, ...], and the rows of the call, [...]."""
     hidden, kernel, labels, options = inputs
     rows_shape, classes = hidden.shape[:-1], kernel.shape[1]
     side = Linear(hidden, kernel, options.bias, options.logit_scale, options.softcap)
@@ -85,8 +86,8 @@ def _result(inputs: _Inputs) -> Any:
     loss = outcome.value
     if loss is None:
         loss = head.f.weigh(outcome.results, flat.weight, shared.z_loss).value
-    # Divide after the sum. Divided before it, a confident row's loss or gradient would be below
-    # float32's normal numbers, and be flushed to 0.
+    # Divide after the sum. If each row were divided first, the small loss or gradient of a row
+    # could fall below float32's normal numbers and be flushed to 0.
     sums = reduction.sum_rows(jnp.sum(loss), rows, options)
     value = sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
     if options.reduction == "none":
@@ -119,7 +120,7 @@ def _call(inputs: _Inputs) -> Any:
 def _laid_out(inputs: _Inputs, class_axes: tuple[int, ...]) -> _Inputs:
     """Add the layout that the types of arrays on an Explicit mesh describe.
 
-    These types tell how the inputs are sharded. They cannot describe chunks of sharded rows.
+    The head has to run in ``jax.shard_map``: types cannot describe chunks of sharded rows.
     """
     hidden, kernel, labels, options = inputs
     if not axes.is_explicit(hidden, kernel):
@@ -156,8 +157,8 @@ def loss_of_hidden(
             raise
         raise ArgumentValueError(
             "hidden",
-            "expected rows that fit into one chunk in a call that jax.experimental.jet "
-            f"differentiates, because jet cannot differentiate a loop, got {inputs.hidden.shape}; "
+            "expected rows that fit into one chunk, because jax.experimental.jet cannot "
+            f"differentiate a loop over chunks, got shape {inputs.hidden.shape}; "
             "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy",
         ) from error
 
@@ -220,9 +221,9 @@ def linear_softmax_cross_entropy(
         logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
     Value and gradients are those of ``softmax_cross_entropy`` for these logits, with its options
-    and its precision. When a "mean" or "sum" is differentiated, it computes the gradients in the
-    forward pass: 6 N D K FLOPs for hidden and kernel, 4 N D K for one of them. "none" computes the
-    logits again in the backward pass, 8 N D K FLOPs. ``sxe.plan`` tells what a call does.
+    and its precision. If a "mean" or "sum" is differentiated, the forward pass computes the
+    gradients: 6 N D K FLOPs for hidden and kernel, 4 N D K for one of them. For "none", the
+    backward pass computes the logits again: 8 N D K FLOPs. ``sxe.plan`` reports FLOPs and memory.
 
     Args:
       hidden: [..., D], bfloat16, float16, float32 or float64.
@@ -238,9 +239,9 @@ def linear_softmax_cross_entropy(
         included. None is off.
       chunk_size: the largest number of rows in a chunk. By default, a chunk has at most 48 MiB of
         logits on a CPU (24 MiB before JAX 0.11) and 32 MiB elsewhere, so that memory does not grow
-        with the number of rows. If this is less than 128 rows on a CPU, a chunk may have more: up
-        to 128 rows, but at most a sixteenth of all rows. On an accelerator, it may have up to 2048
-        rows (512 in float32), but at most an eighth of all rows.
+        with the number of rows. If fewer than 128 rows fit on a CPU, a chunk has more: up to 128
+        rows, but at most a sixteenth of all rows. If fewer than 2048 rows (512 in float32) fit on
+        an accelerator, a chunk has up to this number, but at most an eighth of all rows.
       label_weights: float [..., M], one weight per label. The targets are sum_m w_m [k = y_m], and
         no [N, K] array of them is made.
       where: bool [...], True for the rows that count. To exclude classes, use ``class_mask``, which
@@ -249,11 +250,12 @@ def linear_softmax_cross_entropy(
       class_weights: float [K], one weight per class.
       class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
         masked classes, such as the padding of a vocabulary. The result is that of a kernel, bias
-        and class weights without the masked classes, with a softcap too. Their entries may hold any
-        value, including NaN, and have a gradient of 0. The only exception is the kernel, if a row
-        that counts has hidden states that are not finite. To keep NaN out of the gradient of
-        hidden, an accelerator makes one masked copy of the kernel, unless hidden is not
-        differentiated. Rules other than "vjp" make this copy on every platform.
+        and class weights without the masked classes, also under a softcap. The entries of masked
+        classes may hold any value, including NaN, and have a gradient of 0. There is one exception:
+        if a row that counts has hidden states that are not finite, the gradient of the kernel is
+        NaN at masked classes too. If hidden is differentiated, an accelerator makes one masked copy
+        of the kernel, to keep NaN out of the gradient of hidden. Rules other than "vjp" make this
+        copy on every platform.
       label_smoothing: in [0, 1], as for ``softmax_cross_entropy``.
       z_loss: finite and at least 0, as for ``softmax_cross_entropy``.
       ignore_index: rows whose integer label has this value do not count.
@@ -269,14 +271,15 @@ def linear_softmax_cross_entropy(
         ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form. With "jvp" and
         "autodiff", JAX differentiates one chunk after the other, and matmuls are in float32.
         ``jax.experimental.jet`` needs "autodiff", no softcap, and a single chunk.
-      implementation: as for ``softmax_cross_entropy``, for the logits of a chunk, with rule "vjp"
-        only. XLA computes the matrix products. ``sxe.plan`` tells which kernel a call uses.
+      implementation: as for ``softmax_cross_entropy``, applied to the logits of each chunk.
+        "mosaic_gpu" needs rule "vjp". XLA computes the matrix products in any case. ``sxe.plan``
+        reports which kernel a call uses.
 
     ``chunk_size``, ``ignore_index``, ``reduction``, ``return_metrics``, the axis names, ``rule``
     and ``implementation`` are static under ``jax.jit``: see ``softmax_cross_entropy``.
 
     Returns:
-      The loss, float32 (float64 if hidden or kernel is), a scalar or, for "none", [...].
+      The loss, float32 (float64 if hidden or kernel is float64), a scalar or, for "none", [...].
         With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
 
     Gradients exist for hidden, kernel, bias, logit_scale, softcap, and everything that
@@ -284,10 +287,10 @@ def linear_softmax_cross_entropy(
     once. A gradient that is not requested is not computed.
 
     Precision:
-      Logits are accumulated in float32 for operands of any dtype. So are the gradient of hidden
-      within its chunk, and the gradient of kernel over all chunks. For its matrix products, the
-      gradient of the logits stays float32 on a CPU. On an accelerator it is rounded to bfloat16 if
-      the operands are bfloat16.
+      Logits are accumulated in float32 for operands of any dtype. The gradient of hidden (within
+      its chunk) and the gradient of kernel (over all chunks) are accumulated in float32 too. The
+      gradient of the logits is multiplied with hidden and kernel in float32, or in bfloat16 on an
+      accelerator if the operands are bfloat16.
 
       float32 operands are multiplied as float32, even where JAX's default for matmuls is TF32 (GPU)
       or bfloat16 (TPU). TF32 and bfloat16 are several times as fast. To use them, set
@@ -295,9 +298,9 @@ def linear_softmax_cross_entropy(
       option ``jax_default_matmul_precision``. This applies to all products of the forward and the
       backward pass.
 
-      On a CPU, within one compiled program, the bits of a row's results depend on that row only.
-      Another number of rows or another ``chunk_size`` may change the last bits. head.md tells where
-      else this holds.
+      On a CPU, within one compiled program, the bits of a row's results do not depend on the other
+      rows. head.md names an exception. A program for another number of rows or another
+      ``chunk_size`` may give other last bits.
 
     Rows that do not count:
       Rows that are masked out, ignored, or have weight 0 do not count. They contribute nothing to
@@ -308,10 +311,11 @@ def linear_softmax_cross_entropy(
     Infinite logits and invalid labels are handled as in ``softmax_cross_entropy``.
 
     Transformations:
-      ``jax.vmap`` over hidden states and labels turns the examples into rows of one call. A
-      gradient of the vmap then has one gradient of the kernel, and computes the logits twice,
-      8 N D K FLOPs. In a ``jax.lax.scan`` whose gradient is taken outside of the scan, a "mean" or
-      "sum" keeps one gradient of the kernel per step; "none" does not.
+      ``jax.vmap`` over hidden states and labels turns the examples into rows of one call. The
+      gradient of the vmapped function then needs memory for only one gradient of the kernel. It
+      computes the logits twice: 8 N D K FLOPs. If the gradient of a ``jax.lax.scan`` is taken
+      outside of the scan, a "mean" or "sum" keeps one gradient of the kernel for each step; "none"
+      does not.
 
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.

@@ -62,12 +62,12 @@ def log_prob_and_entropy(
 
     Infinite logits:
       A logit of -inf has q = 0 and adds 0 to the entropy. If it is the label's logit, the
-      log-probability is -inf. A row that is -inf in all classes, or contains +inf or NaN, gives NaN
-      in that row, in both results and their gradients, and in no other row.
+      log-probability is -inf. If a row is -inf in all classes, or contains +inf or NaN, both of its
+      results and their gradients are NaN, and those of no other row.
 
     Invalid labels:
-      A label outside of [0, K) gives NaN in its row, in both results and their gradients, and in no
-      other row. Under ``checkify`` it raises an error.
+      If a label is outside of [0, K), both results of its row and their gradients are NaN, and
+      those of no other row. Under ``checkify`` the label raises an error.
 
     Raises:
       TypeError: if labels have a float dtype, another dtype is none of the above, or an option has
@@ -120,8 +120,8 @@ def linear_log_prob_and_entropy(
         z = logit_scale hidden @ kernel + bias
         logits = softcap tanh(z / softcap)         or z, without softcap; -inf for masked classes
 
-    One pass over the rows computes both results, with 2 N D K FLOPs. With gradients it takes
-    8 N D K FLOPs, as a loss with ``reduction="none"`` does. An entropy that is not used under
+    One pass over the rows computes both results, with 2 N D K FLOPs. Results and gradients together
+    take 8 N D K FLOPs, like a loss with ``reduction="none"``. An entropy that is not used under
     ``jax.jit`` is not computed.
 
     Args:

@@ -48,7 +48,7 @@ class _OverMesh:
             if option in options:
                 raise ArgumentTypeError(
                     option,
-                    f"expected to be left out with over_mesh, whose batch and classes name the "
+                    f"expected to be left out, because batch and classes of over_mesh name the "
                     f"mesh axes, got {options[option]!r}",
                 )
         around = jax.sharding.get_abstract_mesh()
@@ -130,43 +130,43 @@ def over_mesh(
 
     Each device computes its own rows and classes. If the classes are sharded, devices exchange a
     few numbers per row and, once per call, the gradient of the hidden states. If the rows are
-    sharded, devices exchange the gradient of the kernel once per call. Logits are never moved, nor
-    is a kernel whose classes are sharded.
+    sharded, devices exchange the gradient of the kernel once per call. Logits are never moved. A
+    kernel is only moved along the mesh axes of ``fsdp``.
 
     Args:
       loss: ``sxe.softmax_cross_entropy``, ``sxe.softmax_cross_entropy_with_gradient``,
         ``sxe.log_prob_and_entropy``, ``sxe.kl_divergence``, or one of the functions of hidden
         states and kernels, whose names begin with ``linear_``.
-      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. All devices along a mesh axis that is not
-        named below compute the same.
+      mesh: ``jax.sharding.Mesh`` or ``AbstractMesh``. All devices along a mesh axis that neither
+        ``batch`` nor ``classes`` names compute the same.
       batch: the mesh axis, or tuple of mesh axes, over which the first axis of the rows is sharded.
         For rows [B, T] it may also be a ``PartitionSpec`` with an entry for each axis of the rows:
         ``P("data", "sequence")``.
-      classes: the mesh axis or axes over which the classes are sharded. This is the (first) class
-        axis of logits, dense targets and a ``where`` of classes, and the last axis of a kernel,
-        bias, class weights and class mask. Arguments whose names begin with ``target_`` are sharded
-        like those of the model.
+      classes: the mesh axis or axes over which the classes are sharded: the (first) class axis of
+        logits, dense targets and a ``where`` of classes, and the last axis of a kernel, bias, class
+        weights and class mask. Arguments whose names begin with ``target_`` are sharded like the
+        arguments of the model.
       fsdp: for functions that take a kernel: the mesh axes, among those of ``batch``, over which
-        the first axis of each kernel [D, K] is sharded in addition. The kernel is gathered once per
-        call, and its gradient is reduced and scattered.
+        the first axis of each kernel [D, K] is sharded. The kernel is gathered once per call, and
+        its gradient is reduced and scattered.
 
     The returned function can be compared, copied and pickled. If the mesh has devices, the process
     that unpickles the function must have devices with the same platform and ids. All processes of
     one program do.
 
     Arguments with another sharding are moved, as by ``jax.jit(..., in_shardings=...)``. Gradients
-    have the sharding described above. The loss and the sums are on every device, and results with
-    one number per row are sharded like the rows.
+    are sharded like their arguments, as described above. The loss and the sums in the metrics are
+    replicated. Results with one number per row are sharded like the rows.
 
     On an Explicit mesh, arguments that have this sharding already need no ``over_mesh``: the losses
     read the sharding from the types of the arguments.
 
     Raises:
       TypeError: if ``loss`` is none of these functions, or an argument has a wrong type.
-      ValueError: if a mesh axis is named that the mesh does not have, or is named twice. Also if
-        the number of devices along a mesh axis does not divide the size that is sharded over it.
-        That size has to be padded: rows with a ``where`` of False, classes with a ``class_mask`` of
-        False.
+      ValueError: if the mesh does not have a named axis, or an axis is named twice. Also if the
+        number of devices along a mesh axis does not divide the size that is sharded over it. Pad
+        the rows and mask them with ``where``, or pad the classes and mask them with
+        ``class_mask``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sxe

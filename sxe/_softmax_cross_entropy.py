@@ -75,10 +75,10 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
 def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
     """The logits [..., K] and the rows of a call.
 
-    The gradient kernel finds by itself which rows of weight 0 have a loss. Here only the
-    derivatives of the weights need this, so XLA drops the read of the logits if the weights are not
-    differentiated. The kernel takes dense targets unmasked and in their own dtype, because XLA
-    would write a copy of them otherwise.
+    With ``by_kernel``, one GPU kernel computes the results and the gradient of the logits. It finds
+    by itself which rows of weight 0 have a loss. ``finite`` then serves only the derivatives of the
+    weights: if they are not needed, XLA drops its read of the logits. The kernel takes dense
+    targets unmasked and in their own dtype, because XLA would write a copy of them otherwise.
     """
     logits, labels, options = inputs
     finite = None
@@ -105,11 +105,11 @@ def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Arr
 def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
     """Logits, targets, and a mask of the rows that count.
 
-    If the mask is None, the logits of the other rows are 0. Otherwise the logits are unchanged, and
-    results and gradients have to be masked: to mask the logits for the kernel, XLA would write a
-    copy of them.
+    If the returned mask is None, the logits of rows that do not count are set to 0. Otherwise the
+    logits are unchanged, and the caller has to mask results and gradients. This is done for a GPU
+    kernel, because XLA would write a masked copy of the logits for it.
     """
-    # A gradient for dense targets may be a sum over all rows.
+    # All rows may share dense targets. Their gradient is then a sum over rows: mask the logits.
     if rows.mask is None or not backend.uses_row_kernels or rows.targets.dense is not None:
         return keep(rows.mask, x), rows.targets, None
     x, targets = jax.tree.map(functools.partial(keep_tangent, rows.mask), (x, rows.targets))
@@ -117,10 +117,10 @@ def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Ar
 
 
 def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array, Targets]:
-    """Cast both to vary over the same mesh axes and to be sharded in the same way.
+    """Cast logits and targets to vary over the same mesh axes and to be sharded in the same way.
 
-    shard_map and explicit meshes need a cotangent of the same type as its input. The rule's
-    cotangents have the joint type of all inputs, so each input is cast to that type.
+    shard_map and Explicit meshes need a cotangent of the same type as its input. The cotangents of
+    a differentiation rule have the joint type of all inputs, so each input is cast to that type.
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((x, targets))))
     of_rows = every - set(axis_names(axis_name))
@@ -144,7 +144,7 @@ def _typed_alike(x: Array, targets: Targets, axis_name: AxisName) -> tuple[Array
 
 
 def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
-    """The loss, with metrics if the options say so, and with its gradient if requested."""
+    """The loss, with metrics and its gradient if requested; or log-probabilities and entropy."""
     given, options = inputs.logits, inputs.options
     inputs, class_mask = _masked(inputs)
     shape = inputs.logits.shape
@@ -195,7 +195,7 @@ def _has_gradient_kernel(f: CrossEntropy, inputs: _Inputs, *, with_gradient: boo
     logits, options = inputs.logits, inputs.options
     if not f.backend.uses_row_kernels:
         return False
-    # A loss scale would multiply a gradient that has already been rounded to float16.
+    # The kernel would round the gradient to float16 before a loss scale could multiply it.
     rounds_early = logits.dtype == jnp.float16 and not with_gradient
     if options.rule != "vjp" or options.reduction == "none" or rounds_early:
         return False
@@ -218,7 +218,7 @@ def _dense_dtype(inputs: _Inputs) -> DTypeLike | None:
 def _result_of_kernel(
     f: CrossEntropy, inputs: _Inputs, x: Array, rows: Rows, *, like: Array | None
 ) -> Any:
-    """``_result`` by the gradient kernel. ``like``, the given logits, requests the gradient."""
+    """``_result`` by the gradient kernel. If the logits are passed as ``like``, with gradient."""
     from sxe._rows import gpu_mean  # Pallas takes a while to import
 
     options = inputs.options
@@ -355,8 +355,8 @@ def softmax_cross_entropy(
         d loss_i/d x_l = T_i q_il - t_il + 2 z_loss lse(logits_i) q_il
 
     Here x is the row of logits, and lse is log sum exp. The loss keeps full relative precision at
-    every magnitude of the logits. So do both terms of the gradient, q (T - t) and t (1 - q),
-    whichever class holds most of T.
+    every magnitude of the logits. T q - t is computed as q (T - t) - t (1 - q). Both terms keep
+    full relative precision too, whichever class holds most of T.
 
     The targets follow from the labels, the label smoothing a and the class weights c:
 
@@ -381,59 +381,61 @@ def softmax_cross_entropy(
       where: bool [...], True for the rows that count. Or bool [..., K], True for the classes that
         can occur in each row: the other classes are treated as logits of -inf, and a row without
         any class does not count.
-      weights: float [...], one weight per row. Negative weights, such as advantages, are for "sum"
-        and "none", and for a "mean" whose weights do not sum to 0.
+      weights: float [...], one weight per row. Weights may be negative, such as advantages. In a
+        "mean", negative weights must not make the sum of the weights 0.
       class_weights: float [K], one weight per class.
       class_mask: bool [K], True for the classes that can occur, the same for all rows; False for
         masked classes, such as the padding of a vocabulary. The result is that of logits and class
-        weights without the masked classes. Their entries may hold any value, including NaN, and
-        have a gradient of 0. A target for a masked class makes the loss +inf. If all classes are
-        masked, no row counts. A ``where`` of classes can be passed as well.
+        weights without the masked classes. The entries of masked classes may hold any value,
+        including NaN, and have a gradient of 0. A target for a masked class makes the loss +inf. If
+        all classes are masked, no row counts. ``class_mask`` can be combined with a ``where`` of
+        classes.
       label_smoothing: in [0, 1], the share of the target that is spread over all classes, or over
         the classes of ``class_mask``. A class that a ``where`` or a logit of -inf excludes
         still has its share, which makes the loss +inf.
       z_loss: finite and at least 0, the weight of lse^2, which keeps logits from drifting.
-      ignore_index: rows whose integer label has this value do not count. Off by default: PyTorch's
-        -100 is then out of range, and its row is NaN.
+      ignore_index: rows whose integer label has this value do not count. By default, no label is
+        ignored: a label of -100, as in PyTorch, is out of range and makes its row NaN.
       axis: the class axis of the logits, or a tuple of axes. With a tuple, a label is a flat index
         over these axes in the given order, and ``class_weights`` and ``class_mask`` are flat too.
       reduction: "sum" is sum_i w_i loss_i over the rows that count, with row weights w_i. "mean"
-        is this sum divided by sum_i v_i. Here v_i is w_i, times the class weight of the row's label
-        if each row has one integer label. The mean is 0 if no row counts. The mean and its gradient
-        are NaN if rows count but sum_i v_i is 0. In a mean, a row whose label has class weight 0
-        counts only if label smoothing or z_loss gives it a loss. "none" is w_i loss_i, [...], and 0
-        in rows that do not count.
+        is this sum divided by sum_i v_i. If each row has one integer label, v_i is w_i times the
+        class weight of this label. Otherwise v_i is w_i. The mean is 0 if no row counts. The mean
+        and its gradient are NaN if rows count but sum_i v_i is 0. In a mean, a row whose label has
+        class weight 0 counts only if label smoothing or z_loss gives it a loss. "none" is
+        w_i loss_i, [...], and 0 in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, computed in the same pass and without gradient.
         Pass ``has_aux=True`` to ``jax.value_and_grad``.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are
         sharded. Logits, dense targets, class weights and masks of classes are then the shards of
         this device; labels are indices into all classes. An axis that does not shard the logits
-        raises ValueError; with ``check_vma=False`` it is not detected, and the value is wrong.
-        ``axis_name`` may also be an axis of ``jax.pmap`` or ``jax.vmap``, where such an axis is not
-        detected either. A gradient taken outside of the mapped function is correct. Inside of
-        ``jax.pmap``, ``jax.vmap``, or ``jax.shard_map`` with ``check_vma=False``, a gradient is
-        that of the sum of all shards' losses, as with ``jax.lax.psum`` itself: with n shards it is
-        n times the correct one. For an argument that every shard holds whole, such as the
-        weights, each shard then gets a part of this gradient.
+        raises ValueError. With ``check_vma=False``, this mistake is not detected, and the value is
+        wrong. ``axis_name`` may also be an axis of ``jax.pmap`` or ``jax.vmap``, where the mistake
+        is not detected either. A gradient taken outside of the mapped function is correct. A
+        gradient taken inside of ``jax.pmap``, ``jax.vmap``, or ``jax.shard_map`` with
+        ``check_vma=False`` is the gradient of the sum of all shards' losses, as with
+        ``jax.lax.psum``: with n shards, it is n times the correct one. If an argument is replicated
+        over the shards, such as the weights, each shard then gets a part of this gradient.
       batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded. "mean",
-        "sum" and the sums in the metrics are then over the global batch. What ``axis_name`` says
-        about gradients taken inside holds here too.
+        "sum" and the sums in the metrics are then over the global batch. A gradient taken inside of
+        the mapped function is affected in the same way as by ``axis_name``.
       rule: how the gradient is defined for JAX. "vjp": the closed form, by ``jax.custom_vjp``, for
         reverse mode, with the least memory; forward mode raises JAX's error "can't apply
         forward-mode autodiff (jvp) to a custom_vjp function". "jvp": the closed form, by
         ``jax.custom_jvp``, for forward mode too. "autodiff": no closed form; JAX differentiates the
-        loss itself, as ``jax.experimental.jet`` needs.
+        loss itself. ``jax.experimental.jet`` needs this rule.
       implementation: how the computations on rows are compiled. "xla": by XLA. "mosaic_gpu": by two
-        kernels for NVIDIA GPUs of the Hopper generation. For a "mean" or "sum" with rule "vjp", the
-        gradient kernel reads the logits once and writes the gradient once, in the forward pass. A
-        cotangent other than 1 therefore rounds a bfloat16 gradient a second time. This kernel
-        needs rows of logits and of dense targets whose size is a multiple of 16 bytes. It does not
-        support sharded classes, masks of classes, ``label_weights``, or ``jax.grad`` of float16
-        logits, which a loss scale may multiply later. For these and all other calls the state
-        kernel reads the logits once for the normalizer state of each row, and XLA computes the
-        gradient. float64, other platforms, and JAX before 0.11.2 raise ValueError. So do several
-        devices, unless ``jax.shard_map``, ``sxe.over_mesh`` or an Explicit mesh shards the rows.
-        None: currently "xla".
+        kernels for NVIDIA GPUs of the Hopper generation, a gradient kernel and a state kernel. For
+        a "mean" or "sum" with rule "vjp", the gradient kernel reads the logits once and writes the
+        gradient once, in the forward pass. The backward pass multiplies this gradient by the
+        cotangent, so a cotangent other than 1 rounds a bfloat16 gradient a second time. The
+        gradient kernel needs rows of logits and of dense targets whose size is a multiple of 16
+        bytes. It does not support sharded classes, masks of classes, ``label_weights``, or
+        ``jax.grad`` of float16 logits, which a loss scale may multiply later. In all other calls,
+        the state kernel reads the logits once for the maximum and the sum of exponentials of each
+        row, and XLA computes the gradient. float64, other platforms, and JAX before 0.11.2 raise
+        ValueError. Calls on several devices raise it too, unless ``jax.shard_map``,
+        ``sxe.over_mesh`` or an Explicit mesh shards the rows. None is currently "xla".
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are static under ``jax.jit``: bind them with ``functools.partial``, or name
@@ -445,32 +447,34 @@ def softmax_cross_entropy(
         With ``return_metrics``, the tuple ``(loss, sxe.Metrics)``.
 
     Gradients exist for logits, dense targets, label weights, row weights, class weights and traced
-    options. Each has the dtype of its input and is rounded once. The gradient for dense targets is
-    -log q; for the weights of a "sum" it is the loss of each row, also at a weight of 0.
+    options. Each gradient has the dtype of its input and is rounded once. The gradient for dense
+    targets is -log q. The gradient for the weights of a "sum" is the loss of each row, also at a
+    weight of 0.
 
     Rows that do not count:
       These rows contribute nothing to the value or the gradient, whatever they contain: NaN,
       infinities, labels out of range.
 
     Infinite logits:
-      A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and the
-      gradient there is -1. 0 log 0 is 0, in the value and in all derivatives. A row that is -inf in
-      all classes, or contains +inf or NaN, gives NaN in that row, value and gradient, and in no
-      other row.
+      A logit of -inf has q = 0 and gradient 0. If it is the label's logit, the loss is +inf and its
+      gradient is -1. 0 log 0 is 0, in the value and in all derivatives. If a row is -inf in
+      all classes, or contains +inf or NaN, its loss and gradient are NaN, and those of no other
+      row.
 
     Invalid labels:
-      A class index outside of [0, K) gives NaN in its row, value and gradient, and in no other row.
-      Under ``checkify`` it raises an error with its position, the label and K. An index whose label
-      weight is 0 is padding and does neither.
+      If a class index is outside of [0, K), the loss and gradient of its row are NaN, and those of
+      no other row. Under ``checkify``, such an index raises an error that gives the label, its
+      position and K. An index whose label weight is 0 is padding: it causes neither NaN nor an
+      error.
 
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.
       ValueError: if a shape or an axis does not fit, K is 0, a reduction or rule is unknown, or an
         option is out of range (the value of a ``jax.Array`` is not checked); if two of
         ``ignore_index``, ``label_weights`` and dense targets are combined; if a mesh axis does not
-        shard the logits, or an array is sharded over an Explicit mesh in another way than the
-        logits; if ``jax.experimental.jet`` is used with another rule than "autodiff"; or if
-        "mosaic_gpu" cannot run, see ``implementation``.
+        shard the logits, or an array is sharded over an Explicit mesh differently from the logits;
+        if ``jax.experimental.jet`` is used with a rule other than "autodiff"; or if "mosaic_gpu"
+        cannot run, see ``implementation``.
 
     Source:
       Lines D0 and D7 of ``sxe.derivation``. ``sxe._rows.normalizer`` explains the arithmetic.
@@ -547,9 +551,8 @@ def softmax_cross_entropy_with_gradient(
         d loss/d logits = (1/N) (T q - t)          with t, T and q as in ``softmax_cross_entropy``
 
     This is what ``jax.grad`` of ``softmax_cross_entropy`` gives, computed without autodiff. It has
-    the shape and dtype of the logits. ``sxe.derivation`` has the same line with the layout [K, N].
-    The arguments are those of ``softmax_cross_entropy``, which describes them, without ``rule``.
-    The arguments are those of ``softmax_cross_entropy``, which describes them, without ``rule``.
+    the shape and dtype of the logits. Line D9 is its transpose, [K, N], for targets that sum to 1.
+    The arguments are those of ``softmax_cross_entropy`` without ``rule``. They are described there.
 
     Args:
       logits: [..., K], bfloat16, float16, float32 or float64.

@@ -18,7 +18,7 @@ not: `jax.grad(sxe.softmax_cross_entropy)(x, y).T` is D9 for logits of any magni
 
 `LINES` and `ROW_LINES` list what each line is compared with and what it assumes.
 `python -m sxe check` measures all of them. A line raises ValueError if its arrays are not all
-[N, K], because NumPy would broadcast labels [N].
+[N, K], because labels [N] would broadcast silently.
 
 >>> import jax
 >>> x, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([[0.0, 1.0, 0.0]])
@@ -39,7 +39,7 @@ ClosedForm = Callable[..., Array]
 
 def softmax(x: Array) -> Array:
     """s_k(x_i) = exp(x_ik) / sum_h exp(x_ih)"""
-    # jax.nn.softmax has a custom derivative rule, so that its autodiff would already be D4.
+    # The derivative rule of jax.nn.softmax is D4 itself, so it could not check D4 independently.
     return jnp.exp(x) / jnp.sum(jnp.exp(x), axis=1, keepdims=True)
 
 

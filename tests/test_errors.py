@@ -924,7 +924,7 @@ MULTIPLE = "expected a size along axis {} that is a multiple of {}, .*, got shap
             "axis_name",
             {"axis_name": "model"},
             TypeError,
-            "expected to be left out with over_mesh, whose batch and classes name .*, got 'model'",
+            "expected to be left out, because batch and classes of over_mesh name .*, got 'model'",
         ),
         # The shapes are global:
         ("labels", {"labels": zeros(4, dtype=int)}, ValueError, r"expected .*\(8,\).*\(4,\) .*"),
@@ -1129,7 +1129,8 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "differentiate",
             {"differentiate": ("target_kernel",)},
             ValueError,
-            "expected 'target_kernel' only for a divergence; pass target_hidden, its D', as well",
+            "expected 'target_kernel' only for a divergence; pass target_hidden, the target's "
+            "hidden size, as well",
         ),
         (
             "options",

@@ -123,7 +123,7 @@ def test_jet_under_a_softcap_says_what_to_do():
 def test_jet_of_a_loop_and_of_the_value_with_gradient_says_what_to_do():
     x = jnp.ones((N, D))
     f = functools.partial(sxe.linear_softmax_cross_entropy, rule="autodiff", chunk_size=1)
-    with pytest.raises(ValueError, match=r"hidden: expected rows that fit into one chunk .*jet"):
+    with pytest.raises(ValueError, match=r"hidden: expected rows that fit into one chunk, .*jet"):
         jet.jet(lambda x: f(x, jnp.ones((D, K)), LABELS), (x,), ((x,),))
     x = jnp.ones((N, K))
     with pytest.raises(ValueError, match=r"rule: expected 'autodiff' .*jet.*softmax_cross_entropy"):

@@ -1215,7 +1215,7 @@ def test_rows_and_classes_that_an_explicit_mesh_splits(split, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
         if split[0] is not None:
             mapped = jax.vmap(functools.partial(kernel_loss, reduction="none"))
-            with pytest.raises(ValueError, match=r"needs a call outside of jax\.vmap over an axis"):
+            with pytest.raises(ValueError, match=r"needs an axis mapped by jax\.vmap that an"):
                 mapped(logits[:, None], labels[:, None])
             otherwise = jax.reshard(labels, P("model"))
             with pytest.raises(ValueError, match="labels: expected to be sharded as logits"):

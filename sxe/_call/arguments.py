@@ -40,10 +40,10 @@ def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
 
 
 def _held(x: Any, ignore_index: int | None) -> Any:
-    """Convert x to this machine's byte order, without integers that JAX cannot hold.
+    """Convert x to this machine's byte order, and replace integers that JAX cannot hold.
 
-    With x64 off, JAX would wrap a label that does not fit into 32 bits. It could then be the index
-    of another class.
+    With x64 off, JAX would wrap a label that does not fit into 32 bits. The wrapped label could be
+    the index of another class.
     """
     leaves, nesting = jax.tree.flatten(x, is_leaf=lambda a: not isinstance(a, list | tuple))
     leaves = [_native(a) for a in leaves]
@@ -57,7 +57,7 @@ def _native(x: Any) -> Any:
         return x
     if hasattr(x, "__jax_array__"):
         return _native(x.__jax_array__())
-    if hasattr(x, "__cuda_array_interface__"):  # on a GPU, which NumPy cannot read
+    if hasattr(x, "__cuda_array_interface__"):  # an array on a GPU, which NumPy cannot read
         return x
     x = x if isinstance(x, np.ndarray) else np.asarray(x)
     return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))

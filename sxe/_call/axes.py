@@ -50,7 +50,7 @@ def classes_back(x: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Arr
 
 
 def vmap_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """The names among these that belong to a ``jax.vmap``, not to a mesh."""
+    """The names in ``axis_name`` that belong to a ``jax.vmap``, not to a mesh."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(name for name in axis_names(axis_name) if name not in manual)
 
@@ -92,7 +92,8 @@ def free_axes(mesh: Any) -> frozenset[str]:
 def spmd_axes(mesh: Any) -> frozenset[str]:
     """The mesh axes that an enclosing ``jax.vmap`` names in spmd_axis_name.
 
-    An array that vmap has to repeat varies over the axes that any vmap around it names.
+    An array that does not depend on the mapped arguments has to be repeated by vmap. The repeated
+    array varies over the axes that any enclosing vmap names. So make such an array here.
     """
     return _in_shard_map(mesh, lambda: varying(jax.vmap(lambda: jnp.zeros(()), axis_size=1)()))
 
@@ -106,7 +107,7 @@ def is_mapped_split(x: Array) -> bool:
 def mapped_as(x: Array, label: Array | None) -> Array:
     """x [..., F], mapped by each ``jax.vmap`` that maps a sharded axis of the labels [..., M].
 
-    JAX has no rule for gathering from an unmapped x by labels that a vmap maps.
+    JAX has no rule to gather from an x that is not mapped, with labels that are mapped.
     """
     if label is None or not is_mapped_split(label):
         return x
@@ -136,10 +137,10 @@ def check_splits(
 ) -> None:
     """Raises if an Explicit mesh shards these arrays differently from x, or from one another.
 
-    ``split`` is the sharding of the axes of the logits. Class weights and a class mask have the
-    first class axis. An array with as many axes as the logits has all axes, any other array has
-    those of the rows. If there are several labels per row, they and their weights have one more
-    axis, which must not be sharded.
+    ``split`` is the sharding of the axes of the logits. Class weights and a class mask are sharded
+    like the first class axis. An array with as many axes as the logits is sharded like the logits,
+    and any other array like the rows. Several labels per row and their weights have one more axis,
+    which must not be sharded.
     """
     every = range(len(split))
     rows = [i for i in every if i not in class_axes]
@@ -175,7 +176,7 @@ def check_splits(
 
 
 def mapped_axes(axis_name: AxisName) -> tuple[str, ...]:
-    """These axes if all belong to a ``jax.vmap``, or none if all belong to a mesh."""
+    """The axes in ``axis_name`` if all belong to a ``jax.vmap``; () if all belong to a mesh."""
     mapped = vmap_axes(axis_name)
     if mapped and mapped != axis_names(axis_name):
         raise ArgumentValueError(
@@ -203,7 +204,7 @@ def shard_of(x: Array, axis_name: AxisName, axis: int) -> Array:
 
 
 def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array) -> None:
-    """Raises unless these are mesh axes that shard x, or axes of an enclosing ``jax.vmap``."""
+    """Raises unless each axis is a mesh axis that shards x, or belongs to an enclosing vmap."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in axis_names(axis_name):
         try:
@@ -218,8 +219,8 @@ def check_axis_name(argument: str, axis_name: AxisName, name_of_x: str, x: Array
             raise ArgumentValueError(
                 argument,
                 f"expected a mesh axis of the enclosing jax.shard_map, got {name!r} of "
-                "a jax.vmap, over which JAX cannot compute lax.psum there; pass check_vma=False to "
-                "jax.shard_map",
+                "a jax.vmap: JAX cannot compute lax.psum over it inside of jax.shard_map with "
+                "check_vma=True; pass check_vma=False to jax.shard_map",
             )
         if is_tracked(name) and name not in varying(x):
             raise ArgumentValueError(

@@ -1,4 +1,4 @@
-"""Check that the arguments of a call fit together. Errors tell what would fit."""
+"""Check that the arguments of a call fit together. The errors say what would fit."""
 
 import math
 from typing import Any
@@ -32,7 +32,10 @@ def _check_float(name: str, x: Array, shape: tuple[int, ...], *, each: str, advi
 def _broadcasts(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], along: tuple[int, ...] = ()
 ) -> list[str]:
-    """The ways to broadcast an array of this shape so that it has elements along axes ``along``."""
+    """The ways to broadcast an array to the shape ``expected``, as code.
+
+    Only ways in which the array's own axes include the axes ``along``.
+    """
     ways = []
     for behind in range(len(expected) - len(shape) + 1):
         full = (1,) * (len(expected) - len(shape) - behind) + shape + (1,) * behind
@@ -367,7 +370,7 @@ def _check_where(
 def check_jet(inputs: Any, options: Options) -> bool:
     """Whether ``jax.experimental.jet`` differentiates a call with these inputs.
 
-    Raises for calls in which jet would fail with an error that does not tell the reason.
+    Raises an error with the reason for calls in which jet would fail without giving the reason.
     """
     if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
         return False

@@ -20,7 +20,7 @@ def choose(
 ) -> Backend:
     """The backend with the chosen implementation, for logits of this shape [..., K] and dtype.
 
-    None chooses XLA, until more of the kernels has been measured.
+    None chooses XLA. This may change when the kernels have been measured in more cases.
     """
     if implementation != "mosaic_gpu":
         return backend

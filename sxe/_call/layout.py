@@ -33,8 +33,9 @@ class Layout(NamedTuple):
       mesh: the mesh of devices.
       rows: for each axis of the rows, from the first on, the mesh axes that shard it.
       classes: the mesh axes that shard the classes.
-      fsdp: those of the rows' mesh axes that also shard the head's kernel [D, K] along D.
-      kinds: the kinds of mesh axes that are made manual here. The compiler handles the others.
+      fsdp: the mesh axes, among those of the rows, that also shard the head's kernel [D, K] along
+        D.
+      kinds: the kinds of mesh axes that ``run`` makes Manual. The compiler handles other kinds.
     """
 
     mesh: Any
@@ -85,7 +86,7 @@ class Layout(NamedTuple):
             "label_weights": self.of_rows(),
             "logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
             "target_logit_scale": self.of_rows() if x.ndim else PartitionSpec(),
-            # Sharded as the logits or the rows. Class indices with ndim axes are several per row.
+            # Several labels per row have ndim axes too, but are sharded like the rows.
             "labels": of_logits if x.ndim == ndim and is_dense(x) else self.of_rows(),
             "where": of_logits if x.ndim == ndim else self.of_rows(),
         }
@@ -134,9 +135,9 @@ class Layout(NamedTuple):
         ndim: int,
         out: Any,
     ) -> Any:
-        """result(inputs) for the shards of global inputs on each device, in ``jax.shard_map``."""
-        # Inside a jax.shard_map over other mesh axes, the options name those axes. The axes of this
-        # layout then shard the arrays that each device of that shard_map has.
+        """Call result(inputs) in ``jax.shard_map``, with the shards of global inputs per device."""
+        # If the call is inside a jax.shard_map over other mesh axes, the options already name these
+        # other axes. The axes of this layout then shard the per-device arrays of that shard_map.
         options = inputs.options
         batch_axis_name = axis_names(options.batch_axis_name)
         options = options.replace(
@@ -154,8 +155,8 @@ class Layout(NamedTuple):
             mapped = {name for name in names - free if kinds[name] == AxisType.Explicit}
             if by_kernel and mapped:
                 raise unserved(
-                    "a call outside of jax.vmap over an axis that an Explicit mesh shards, got one "
-                    f"sharded over {sorted(mapped)} (it can be an axis of rows instead)"
+                    "an axis mapped by jax.vmap that an Explicit mesh does not shard, got one "
+                    f"sharded over {sorted(mapped)} (pass it as an axis of the rows instead)"
                 )
             names &= free
             if taken := self._used - names:
@@ -166,8 +167,8 @@ class Layout(NamedTuple):
                 )
             # The sharding in the types of the inputs must be the one that shard_map is given.
             inputs = jax.tree.map(functools.partial(self._reshard, kinds), inputs, specs)
-        # No mesh axis is left to shard anything, or by their types no input is sharded. A kernel
-        # for GPUs needs a shard_map even if no input is sharded.
+        # shard_map is not needed if no mesh axis is left for it, or if the types say that no input
+        # is sharded. A GPU kernel needs shard_map even if no input is sharded.
         is_whole = self.kinds == (AxisType.Explicit,) and not self._used
         if not names or (is_whole and not by_kernel):
             return result(inputs)
@@ -175,7 +176,7 @@ class Layout(NamedTuple):
             raise ArgumentValueError(
                 "batch_axis_name",
                 f"expected no axis of a jax.vmap, got {of_vmap[0]!r} with an Explicit mesh that "
-                "shards other axes: JAX cannot compute lax.psum over it there; use "
+                "shards other axes: JAX cannot compute lax.psum over a vmapped axis there; use "
                 "return_metrics=True, and sum loss_sum and weight_sum",
             )
         spmd = spmd_axes(self.mesh) if explicit else None
@@ -246,9 +247,9 @@ def layout_of(hidden: Array, kernel: Array, *, of: str = "") -> Layout:
 def join_shards(inputs: CallInputs, class_axes: tuple[int, ...], *, ndim: int) -> CallInputs:
     """The inputs with all classes, if each example of a ``jax.vmap`` holds a shard of them.
 
-    In the backward pass of a ``jax.custom_vjp``, JAX no longer knows the name of this axis, and
-    cotangents are shares of the sum in some calls but not in others. So no rule may compute a
-    lax.psum over it.
+    In the backward pass of a ``jax.custom_vjp``, JAX no longer knows the name of a vmapped axis,
+    and cotangents are shares of the sum in some calls but not in others. So no differentiation rule
+    may compute a lax.psum over such an axis.
     """
     names = mapped_axes(inputs.options.axis_name)
     if not names:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Linear(NamedTuple):
-    """The arrays that give logits, as a caller passes them. A part that is None is off.
+    """The arrays from which logits are computed, as a caller passes them. None means off.
 
     Attributes:
       hidden: [..., D], or the logits themselves, [..., K].
@@ -131,10 +131,11 @@ def flat_rows(x: T, shape: tuple[int, ...]) -> T:
 def typed_alike(
     shared: Shared, hidden: HiddenRows, rows: Rows, axis_name: AxisName
 ) -> tuple[Shared, HiddenRows, Rows]:
-    """Cast the inputs to vary over the same mesh axes, or, without classes, over those of the rows.
+    """Cast the inputs of the head to vary over the same mesh axes.
 
-    shard_map needs a cotangent of the same type as its input. The transpose of this cast sums the
-    gradients over devices: those of hidden states once per call, and that of the kernel.
+    Rows and targets without a class axis vary only over the mesh axes of the rows. shard_map needs
+    a cotangent of the same type as its input. The transpose of this cast sums the gradients of
+    hidden states and kernel over devices, once per call.
     """
     every = frozenset().union(*(varying(a) for a in jax.tree.leaves((shared, hidden, rows))))
 

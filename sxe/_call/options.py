@@ -61,7 +61,7 @@ class HeadOptions(_CommonOptions, total=False):
 
 
 def _option(parse: Callable[[str, Any], Any], default: Any = None, *, static: bool = False) -> Any:
-    """A field with the function that checks its argument. A static field selects a program."""
+    """A field with the function that parses its argument. ``static`` is as for ``jax.jit``."""
     return dataclasses.field(default=default, metadata={"parse": parse, "static": static})
 
 
@@ -139,10 +139,10 @@ def of_each_row(scale: Array | float | None) -> Array | None:
 class Options:
     """The options that a caller passed. An option of None is off.
 
-    Arrays, and numbers that may be traced, come first. The others are static: they select a
-    program. Fields are named like their arguments, except for two. ``layout`` tells how a mesh
-    shards global arrays. ``returns_log_prob`` requests the log-probability of the label and the
-    entropy instead of the loss.
+    Arrays, and numbers that may be traced, come first. The other options are static. Fields are
+    named like their arguments, except for two fields without an argument. ``layout`` describes how
+    a mesh shards global arrays. ``returns_log_prob`` requests the log-probability of the label and
+    the entropy instead of the loss.
     """
 
     label_weights: Array | None = _option(_array)
@@ -193,7 +193,7 @@ class Options:
         return self.returns_log_prob or self.return_metrics
 
     def of_rows(self) -> dict[str, Array | None]:
-        """By name, the arrays that are sharded along the axes of the logits."""
+        """The arrays that have axes of the logits, by name. They are sharded like these axes."""
         names = ("label_weights", "where", "weights", "class_weights", "class_mask")
         scales = {"logit_scale": self.row_scale, "target_logit_scale": self.target_row_scale}
         return {name: getattr(self, name) for name in names} | scales
@@ -203,7 +203,7 @@ class Options:
 
 
 def parse(**given: Any) -> Options:
-    """The options of one call, each checked as far as possible without the other arguments.
+    """Parse the options of one call. Checks that need the shapes of other arguments come later.
 
     Options that are not passed are off.
     """

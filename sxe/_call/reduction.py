@@ -33,12 +33,13 @@ class Metrics(NamedTuple):
       lse: log sum_k exp(logits_k) of each row, [...]; 0 where the row does not count.
       predictions: the class of each row's largest logit, the first of equal ones, int32 [...];
         -2**31 where the row does not count. So ``sum(predictions >= 0)`` counts the rows.
-      max_probability: the probability of that class, [...]; 0 where the row does not count, and NaN
-        where its logits have no softmax: they contain NaN or +inf, or all are -inf.
+      max_probability: the probability of the predicted class, [...]; 0 where the row does not
+        count, and NaN where its logits contain NaN or +inf, or are all -inf, and so have no
+        softmax.
       label_rank: the number of classes with a larger logit than the label's, int32 [...]. A rank of
         0 is a correct prediction; a rank below k is one of the top k. Equal logits are not larger.
-        The rank is the number of all classes, masked ones included, where the row does not count,
-        has no softmax, or has a label outside of [0, K). None for dense targets and with
+        If a row does not count, has no softmax, or has a label outside of [0, K), its rank is the
+        number of all classes, including masked classes. None for dense targets and with
         label_weights, where rows do not have a single label.
       entropy: -sum_k q_k log q_k of each row, with q = softmax(logits), [...]; 0 where the row does
         not count, and NaN where it has no softmax.
@@ -70,10 +71,10 @@ export.register_namedtuple_serialization(LogProbAndEntropy, serialized_name="sxe
 
 
 class Sums(NamedTuple):
-    """The sum of w_i loss_i, the denominator of the mean, and the number of rows in the mean.
+    """Sums over the rows of the global batch.
 
-    All are over the global batch. ``parts`` is None without weights, because ``weight`` is then the
-    number of rows.
+    ``loss`` is the sum of w_i loss_i, ``weight`` the denominator of the mean, and ``parts`` the
+    number of rows in the mean. Without weights, ``parts`` is None, because it equals ``weight``.
     """
 
     loss: Array
@@ -93,7 +94,7 @@ def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
     if options.weights is None and options.class_weights is None:
         return weight, None
     # A row whose label has class weight 0 adds nothing to the denominator. With label smoothing or
-    # a z-loss it still adds to the loss, and so has a part.
+    # a z-loss it still adds to the loss, and is then counted in ``parts``.
     z = 0 if options.z_loss is None else options.z_loss
     has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
     parts = jnp.sum(has_part, dtype=weight.dtype)
@@ -111,14 +112,14 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
     if parts is None:
         return jnp.where(weight == 0, jnp.inf, weight)
     weight = jnp.where(parts == 0, jnp.inf, weight)
-    # A constant NaN would trip debug_nans even for good weights. 0 / 0 does not.
+    # NaN is computed as 0 / 0: a constant NaN would trip debug_nans even if the sum is not 0.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
 
 
 def reduce_rows(weighed: Array, weight: Array, options: Options) -> Array:
-    """Reduce w_i value_i of rows without targets: to their sum or mean, or, for "none", not at all.
+    """Reduce w_i value_i, in calls without labels, to the sum or mean; "none" returns it as it is.
 
-    ``weighed`` is w_i value_i, or the sum of it. ``weight`` is w_i.
+    ``weighed`` is w_i value_i of each row, or its sum over all rows. ``weight`` is w_i.
     """
     if options.reduction == "none":
         return weighed

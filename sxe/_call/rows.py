@@ -81,11 +81,10 @@ def make_rows(
     """Apply all options about targets and rows, for logits of this shape [..., K] and dtype.
 
     If a mesh axis shards the classes, dense targets, class weights and class mask are the shards of
-    this device. ``where`` has the shape of the rows here; one with classes has been applied to the
-    logits. Targets and weights are returned in float32, or in float64 for float64 logits.
-    ``finite`` [...] tells which rows have a loss if their label is valid; None means all, as far as
-    known here. With ``as_given``, dense targets that no option changes keep their dtype and are not
-    masked.
+    this device. ``where`` has the shape of the rows: a ``where`` of classes has been applied to the
+    logits before. Targets and weights are returned in float32, or in float64 for float64 logits.
+    ``finite`` [...] says which rows have a loss if their label is valid; None means all rows. With
+    ``as_given``, dense targets that no option changes keep their dtype and are not masked.
     """
     dtype = wide_dtype(dtype)
     classes = _classes(shape[-1], options, dtype, backend)
@@ -103,8 +102,8 @@ def make_rows(
         labels = labels if as_given else labels.astype(dtype)
         good = _has_finite_sum(labels, dtype, options.axis_name)
     else:
-        # Compare wide integers. Narrow ones cannot hold K, and unsigned ones no negative
-        # ignore_index.
+        # Compare integers of at least 32 bits. Narrow integers cannot hold K, and narrow unsigned
+        # integers no negative ignore_index.
         if jnp.iinfo(labels.dtype).bits < 32:
             labels = labels.astype(jnp.int32)
         ignored, info = options.ignore_index, jnp.iinfo(labels.dtype)
@@ -135,7 +134,7 @@ def make_rows(
         of_class = _weight_of(label, c, classes)
         w, norm = w * of_class, norm if several else norm * of_class
     targets = _of_labels(label, w, (a, c), classes, several=several)
-    # A constant NaN would trip debug_nans even if no label is bad. 0 / 0 does not.
+    # NaN is computed as 0 / 0: a constant NaN would trip debug_nans even if no label is bad.
     total = jnp.where(bad, 0, targets.total) / jnp.where(bad, 0, jnp.ones_like(weight))
     return Rows(targets._replace(total=total), weight, norm, mask)
 
@@ -156,9 +155,10 @@ def weight_and_mask(
 def masked_classes(
     logits: Array, options: Options, class_axes: tuple[int, ...]
 ) -> tuple[Options, Array | None]:
-    """The options with a ``where`` of rows only, and the classes that can occur by both masks.
+    """The options with a ``where`` of rows only, and a mask of the classes that can occur.
 
-    The latter are bool [..., K], or [1, ..., K] if they are the same in all rows, or None.
+    The mask combines ``class_mask`` and a ``where`` of classes. It is bool [..., K], or [1, ..., K]
+    if it is the same in all rows, or None.
     """
     class_mask, where = None, options.where
     if options.class_mask is not None:
@@ -204,7 +204,7 @@ def _of_labels(
 ) -> Targets:
     """t_k = c_k ((1 - a) sum_m w_m [k = y_m] + a / K). The second term is the same for all rows.
 
-    ``label_weight`` is c_y w, of one label per row, [...], or of several, [..., M].
+    ``label_weight`` is c_y w: [...] for one label per row, [..., M] for several labels.
     """
     a, c = smoothing_and_weights
     index, target, dense = label - classes.first, label_weight, None
@@ -245,8 +245,8 @@ def _weight_of(label: Array, c: Array, classes: _Classes) -> Array:
     index = label - classes.first
     inside = (index >= 0) & (index < c.size)
     index = jnp.where(inside, index, 0)
-    # On an Explicit mesh, gather from a replicated table, and shard the result as the labels are.
-    # If a vmap maps a sharded axis of the labels, their type cannot name it: take a sum instead.
+    # On an Explicit mesh, gather from a replicated table, and shard the result like the labels. If
+    # a vmap maps a sharded axis of the labels, no type can name this sharding: take a sum instead.
     c, split = reshard(c, (None,)), sharding(index)
     if is_mapped_split(index):
         c = _on_class_axis(c, index.ndim + 1)

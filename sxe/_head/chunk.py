@@ -1,11 +1,12 @@
-"""The head on one chunk of rows: logits, results and gradients.
+"""The head (the fused final linear layer and loss) on one chunk of rows.
 
-The row function computes results from the chunk's logits, and the gradients of the logits. The
-chain rule of ``projection`` turns these into the gradients of hidden states and kernel.
-``chunk_fwd`` computes results and gradients in a forward pass. ``chunk_bwd`` computes the gradients
-in a backward pass, when the results are known already. ``chunked`` loops over the chunks.
+A row function, such as ``CrossEntropy``, computes the results from the chunk's logits, and the
+gradients of the logits. The chain rule of ``projection`` turns these into the gradients of hidden
+states and kernel. ``chunk_fwd`` computes results and gradients in a forward pass. ``chunk_bwd``
+computes the gradients in a backward pass, after the results. ``chunked`` loops over the chunks.
 
-H0 to H7 are the formulas of ``projection``, and D0 and D7 are lines of ``sxe.derivation``.
+H0 to H7 are the formulas of ``projection``: H0 is u = hidden @ kernel, and H1 and H2 turn u into
+logits. D0 and D7 are lines of ``sxe.derivation``. d u is the gradient of u.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ class Projection(NamedTuple):
     In a projection of gradients, None marks a gradient that is not computed.
 
     Attributes:
-      kernel: [D, K], or None if the hidden states are [..., K] and are u already.
-      transform: what turns u into logits.
+      kernel: [D, K], or None if the hidden states [..., K] are u already.
+      transform: the parameters of H1 and H2.
     """
 
     kernel: Any
@@ -123,7 +124,7 @@ class Tile(NamedTuple):
       us: u of each projection, [C, K], with 0 in rows that do not count.
       by: the transform of each projection. A per-row logit_scale is 0 in rows that do not count.
       mask: the rows that count, or None if all do.
-      late_mask: the mask if x is not masked, so that the gradients have to be; otherwise None.
+      late_mask: the mask if x is not masked and the gradients have to be; otherwise None.
       ranking: of the logits, or None if it is not requested.
     """
 
@@ -152,9 +153,9 @@ def scales_of(hidden: tuple[Hidden, ...]) -> tuple[Array | None, ...]:
 def tile_of(
     head: Head, shared: Shared, us: Logits, scales_and_rows: Any, *, by_kernel: bool = False
 ) -> Tile:
-    """H1 and H2, with u and a per-row logit_scale set to 0 in rows that do not count.
+    """Apply H1 and H2. In rows that do not count, set u and a per-row logit_scale to 0.
 
-    So nothing in these rows is NaN.
+    So a NaN in these rows does not reach the gradients of shared parameters.
     """
     scales, rows = scales_and_rows
     mask, by = rows.mask, _transforms(shared, scales)
@@ -166,8 +167,8 @@ def tile_of(
         mask = rows.with_loss(functools.reduce(jnp.logical_and, have_loss))
     kept = keep_rows(mask, us)
     kept_by = _transforms(shared, keep_rows(mask, scales))
-    # For a GPU kernel, XLA would write out a masked copy of u. So the gradients are masked instead,
-    # except where XLA computes the gradient for shared targets, which is a sum over all rows.
+    # For a GPU kernel, XLA would write out a masked copy of u. So mask the gradients instead. But
+    # if XLA computes the gradient for targets that all rows share, it sums over rows: mask u then.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
     parts = zip(kept if late_mask is None else us, kept_by, strict=True)
@@ -211,7 +212,10 @@ def _has_gradient_kernel(head: Head, shared: Shared, scales_and_rows: Any) -> bo
 def chunk_fwd(
     head: Head, shared: Shared, sums: Sums, chunk: Chunk, all_run: bool
 ) -> tuple[Sums, Any]:
-    """Compute the results of a chunk and, from its logits, the gradients of their weighted sum."""
+    """Compute a chunk's logits and results, and the gradients of the weighted sum of the results.
+
+    ``all_run`` is True if the chunk has only rows to run.
+    """
     hidden, rows = zeroed(chunk, all_run)
     if all_run and not runs_weightless(head):
         head = dataclasses.replace(head, has_weights=False)
@@ -238,7 +242,7 @@ def chunk_fwd(
 def chunk_bwd(
     head: Head, shared: Shared, sums: Sums, chunk: tuple[Chunk, tuple[Any, Any]], all_run: bool
 ) -> tuple[Sums, Any]:
-    """Compute the logits of a chunk again, and gradients from the rows' state and cotangents g."""
+    """Compute a chunk's logits again, and its gradients from the state and cotangents of rows."""
     (hidden, rows), state_and_g = zeroed(chunk[0], all_run), chunk[1]
     us = us_of(head, shared, hidden)  # H0
 
@@ -261,11 +265,11 @@ def chunk_bwd(
 def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
     """Set the hidden states to 0 in rows that do not count.
 
-    A NaN there times a d u of 0 would be NaN. This also holds for the transpose of a product, when
-    a gradient is differentiated again.
+    Otherwise a NaN in the hidden states times a d u of 0 would be NaN, in the gradient of the
+    kernel and when a gradient is differentiated again.
 
-    If ``all_run`` is True, all rows count. The mask is dropped then, because XLA's CPU backend
-    would write out the masked logits.
+    If ``all_run`` is True, the mask is True in all rows. It is dropped then, because XLA's CPU
+    backend would write out the masked logits.
     """
     hidden, rows = chunk
     if all_run:
@@ -276,7 +280,7 @@ def zeroed(chunk: Chunk, all_run: bool) -> Chunk:
 def _tile_results(
     head: Head, shared: Shared, tile: Tile, rows: Rows
 ) -> tuple[Any, Weighed, tuple[Array, Any]]:
-    """The rows' results, what they add to the sum, and its gradients for logits and targets."""
+    """The results of rows, their terms in the sum, and the sum's gradients for logits, targets."""
     results, state = results_and_state(head.f, tile.x, tile.targets)
     results = keep_rows(tile.mask, results)
     weighed = head.f.weigh(results, rows.weight, shared.z_loss)
@@ -335,7 +339,7 @@ def _tile_bwd(
 def _products_bwd(
     head: Head, shared: Shared, sums: Sums, us_and_hidden: tuple[Logits, tuple[Hidden, ...]]
 ) -> tuple[Sums, tuple[Array | None, ...]]:
-    """The sums with d kernel added, and d states. Rows that do not count have d u and states 0."""
+    """The sums with d kernel added, and d states. d u and states are 0 where rows do not count."""
     value, d_shared = sums
     d_states, d_projections = [], []
     for i, (d_u, hidden) in enumerate(zip(*us_and_hidden, strict=True)):
@@ -378,9 +382,9 @@ def _add(sums: T, more: T) -> T:
 
 
 def runs_weightless(head: Head) -> bool:
-    """Whether rows of weight 0 have to be run.
+    """Whether rows of weight 0 have to be run, because the weights are differentiated.
 
-    They add nothing to the sum, but the derivative for a row's weight is the row's loss.
+    These rows add nothing to the sum, but the derivative for a row's weight is the row's loss.
     """
     of_rows = head.wanted[2]
     return of_rows is not None and of_rows.weight

@@ -1,7 +1,7 @@
 """The head on all rows: a row function of hidden states and a kernel, without the [N, K] logits.
 
 Rows are processed in chunks, so that only the logits of one chunk exist at a time. ``chunk``
-computes the gradients from them, on one of two paths:
+computes the gradients from these logits, on one of two paths:
 
     sums of rows    The weight of each row is known. If the sum is differentiated, the forward pass
                     computes the gradients from a chunk's logits right away, and the backward pass
@@ -10,9 +10,9 @@ computes the gradients from them, on one of two paths:
                     each chunk again: 8 N D K FLOPs.
 
 If some rows do not count, the rows that count are moved to the front. Only these are run: in whole
-chunks, and the remaining ones in parts of a chunk.
+chunks, and the rows that are left in parts of a chunk.
 
-Rules other than "vjp" run all chunks. JAX differentiates these, one chunk after the other.
+With rules other than "vjp", all chunks are run, and JAX differentiates one chunk after the other.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       value: the sum of the rows' weighted results, or None if single rows are requested.
-      results: the results of f for each row, [N]. They have no gradient where there is a value.
+      results: the results of f for each row, [N]. If ``value`` is given, they have no gradient.
       ranking: of the logits of each row, among the classes of this shard, or None.
     """
 
@@ -95,7 +95,7 @@ def outcome_of(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Ou
 
 def _runs(head: Head, rows: Rows) -> Array | None:
     """The rows to run, or None for all."""
-    # If the number of rows is a symbol, JAX can't tell that a chunk fits into them.
+    # If the number of rows is symbolic, JAX can't tell that a chunk has no more rows than that.
     if not head.skips or rows.mask is None or not are_known(rows.mask.shape[0]):
         return None
     return rows.mask if runs_weightless(head) else rows.mask & (rows.weight != 0)
@@ -104,7 +104,7 @@ def _runs(head: Head, rows: Rows) -> Array | None:
 def _narrow(head: Head, shared: Shared, hidden: HiddenRows) -> tuple[Shared, HiddenRows]:
     """Cast kernels and hidden states to the dtype of their product.
 
-    The arguments are float32 (or float64), so that their gradients are, too.
+    The arguments are float32 (or float64), so that their gradients are float32 (or float64) too.
     """
 
     def narrow(x: Any, products: Products) -> Any:
@@ -226,7 +226,8 @@ def _weighted_sum_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Ro
         g_own = equal_shares(g_sum, axis_name)
         d_shared = d_shared._replace(z_loss=jnp.where(g_own == 0, 0, g_own * d_z))
     # A class shard has its own part of the gradients of hidden states, kernel and targets [N, K].
-    # The gradients of other targets and of weights are equal on all shards, so each gives a share.
+    # Other targets and the weights have the same gradient on all shards. Each shard returns an
+    # equal share of it.
     d_targets = own_targets(d_rows.targets, 2, axis_name)
     d_weight = equal_shares(d_rows.weight, axis_name)
     return d_shared, d_hidden, d_rows._replace(targets=d_targets, weight=d_weight)
@@ -258,7 +259,7 @@ def _single_rows_fwd(
 
 def _single_rows_bwd(head: Head, res: Any, g: Outcome) -> tuple[Shared, Any, Rows]:
     shared, hidden, rows, state, flags = res
-    # The mask contains only rows that have a loss.
+    # The mask already excludes rows without a loss, so has_weights is off.
     wanted = jax.tree.map(lambda w: w.size > 0, flags)
     head = dataclasses.replace(head, wanted=wanted, predicts=False, has_weights=False)
     g_results = sum_of_shares(cotangents(g.results), head.f.axis_name)

@@ -42,7 +42,7 @@ class Tiling(NamedTuple):
 def tiling(
     rows: int, classes: int, *, chunk_size: int | None, dtype: DTypeLike, backend: Backend
 ) -> Tiling:
-    """``chunk_size`` is the largest number of rows in a chunk, or None for the default."""
+    """Divide rows into chunks of at most ``chunk_size`` rows. None is the default size."""
     most = chunk_size or _rows_per_chunk(rows, classes, dtype, backend)
     chunks = _number_of_chunks(rows, most, backend)
     size = max_dim(1, -(-rows // chunks))
@@ -52,10 +52,10 @@ def tiling(
 def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend) -> int:
     """The default of ``chunk_size``.
 
-    A fixed number of bytes for the logits makes the memory independent of the number of rows. With
-    many classes that leaves fewer rows than an efficient matmul needs. A chunk then has as many
-    rows as the matmul needs, but at most a fixed share of all rows: on a CPU, chunks then take a
-    tenth of the memory of all logits.
+    A fixed number of bytes for a chunk's logits makes the memory independent of the number of rows.
+    With many classes, the rows that fit may be too few for an efficient matmul. A chunk then has as
+    many rows as the matmul needs, but at most a fixed share of all rows. On a CPU, a chunk then
+    takes a tenth of the memory of all logits.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
     limits = backend.chunk_limits(dtype)
@@ -67,8 +67,8 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     """The number of equal chunks of at most chunk_size rows. The last one is padded if necessary.
 
     Padding copies the hidden states and, if the rows are sharded, moves them between devices. A
-    number of chunks that divides the rows avoids it, and is used if it is at most 1.5 times the
-    necessary number, or twice that number on several devices.
+    number of chunks that divides the rows needs no padding. It is used if it is at most 1.5 times
+    the necessary number, or twice the necessary number on several devices.
     """
     fewest = max_dim(1, -(-rows // chunk_size))
     if not are_known(fewest):
@@ -77,15 +77,16 @@ def _number_of_chunks(rows: int, chunk_size: int, backend: Backend) -> int:
     return next((n for n in range(fewest, most + 1) if rows and rows % n == 0), fewest)
 
 
-# A function of a chunk that returns a new carry and outputs. True: the chunk has only rows to run.
+# The type of ``body`` in ``over_chunks``: from (shared, carry, rows, all_run) to (carry, outputs).
 Body = Callable[[Shared, Carry, Rows, bool], tuple[Carry, Any]]
 
 
 def rows_of_part(chunk_size: int) -> int:
-    """The number of rows in a part of a chunk. Parts run the rows that do not fill a chunk.
+    """The number of rows in a part of a chunk. Parts run the rows that do not fill a whole chunk.
 
-    Without parts, a single such row would cost a whole chunk. A chunk of 128 rows or more has 4, 5,
-    3 or 2 parts: the first of these numbers that divides its rows. Other chunks have one part.
+    Without parts, a single row that is left would take as long as a whole chunk. A chunk of 128
+    rows or more has 4, 5, 3 or 2 parts: the first of these numbers that divides its rows. Other
+    chunks have one part.
     """
     if chunk_size < 128:
         return chunk_size
@@ -93,7 +94,7 @@ def rows_of_part(chunk_size: int) -> int:
 
 
 class Steps(NamedTuple):
-    """The number of chunks that are run, of parts of a chunk after them, and of rows in both."""
+    """The number of whole chunks to run, of parts of a chunk to run after them, and of all rows."""
 
     chunks: int
     parts: int
@@ -120,9 +121,9 @@ def over_chunks(
     The outputs of all chunks become arrays [N, ...]. With n chunks, each chunk takes every n-th
     row. So if the rows are sharded, every device has some rows of each chunk.
 
-    ``runs``, bool [N], says which rows to run; None means all. Chunks without rows to run are
-    skipped, and the outputs of rows that are in no chunk are 0. ``all_run`` is True for a chunk
-    that is known to have only rows to run. The body then needs no mask.
+    ``runs``, bool [N], says which rows to run; None means all. If there are several chunks, the
+    rows to run are gathered into chunks, and no other chunks are run. The outputs of rows in no
+    chunk are 0. ``all_run`` is True for a chunk that has only rows to run: the body needs no mask.
     """
     if chunks == 1:
         return body(*arrays, False)
@@ -158,7 +159,7 @@ def _over_chunks_that_run(
     order = jnp.zeros_like(index).at[position].set(index, unique_indices=True)
 
     def run(first: Array | int, size: int, times: Array, state: Any, *, all_run: bool) -> Any:
-        """Take ``times`` steps of ``size`` rows each, from position ``first`` of the order on."""
+        """Take ``times`` steps of ``size`` rows each, starting at position ``first`` of order."""
 
         def step(i: Array, state: Any) -> Any:
             carry, outputs = state
@@ -202,8 +203,8 @@ def _rows_at(at: Array, rows: T) -> T:
     return jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), rows)
 
 
-# Under a vmap, a loop whose number of steps differs between examples selects between the old and
-# the new carry in each step, which copies all of it. So all examples take the same number of steps.
+# If the number of steps differed between the examples of a vmap, each step would select between the
+# old and the new carry, and copy the whole carry. So all examples take the same number of steps.
 
 
 @custom_vmap
@@ -253,8 +254,8 @@ def classes_per_block(hidden_size: int, classes: int, backend: Backend) -> int:
 
     XLA's CPU backend writes a product out before adding it to the gradient of the kernel. It also
     converts operands that are narrower than float32 before multiplying them. Products of 1024
-    columns take a fifth more time than those of 2048, and wider ones take no less. If sizes are
-    symbols, a block has all classes.
+    columns take a fifth more time than products of 2048, and wider products are not faster. If
+    sizes are symbolic, a block has all classes.
     """
     if not backend.loops_over_rows or not are_known(hidden_size, classes):
         return classes

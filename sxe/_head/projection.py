@@ -1,12 +1,14 @@
 """From hidden states and a kernel to logits, and back from the gradient of the logits.
 
+For a chunk of C rows, hidden is [C, D], kernel is [D, K], and u, z and the logits x are [C, K]:
+
 H0  u = hidden @ kernel
 H1  z = logit_scale u + bias
 H2  x = softcap tanh(z / softcap)           or z, without softcap; -inf for a masked class
 
 H3  d z = (1 - tanh(z / softcap)^2) d x
 H4  d u = logit_scale d z       d logit_scale = sum u d z       d bias = sum_rows d z
-    where the sum for logit_scale is over all u that it multiplies: [C, K], or the classes of a row
+    where d logit_scale sums over rows and classes, or over classes if each row has its own scale
 H5  d softcap = sum (tanh(y) - y (1 - tanh(y)^2)) d x           with y = z / softcap
 H6  d hidden = d u kernel^T
 H7  d kernel = hidden^T d u
@@ -96,7 +98,8 @@ def _for_rows(scale: Array) -> Array:
 def capped(z: Array, c: Array) -> Array:
     """c tanh(z / c) for a scalar c, and z for c = inf.
 
-    It is also z where the two differ by less than a rounding error, so that z / c may underflow.
+    The result is also z where c tanh(z / c) differs from z by less than a rounding error. There,
+    z / c may underflow.
     """
     y = _ratio(z, c)
     near = jnp.abs(y) < (jnp.finfo(z.dtype).eps / 2) ** 0.5  # 1 - tanh(y) / y is about y^2 / 3
@@ -106,8 +109,8 @@ def capped(z: Array, c: Array) -> Array:
 def _ratio(z: Array, c: Array) -> Array:
     """z / c, or 0 if c is infinite, whatever z is."""
     off = jnp.isinf(c)
-    # XLA multiplies by the reciprocal of a scalar, which is rounded to 0 for the largest scalars.
-    # So z and c are both scaled down. The clip changes no value, but XLA can't merge the factors.
+    # XLA replaces z / c with z (1 / c), and rounds 1 / c to 0 for the largest c. So scale both z
+    # and c down. The clip changes no value. It prevents XLA from merging the two factors.
     smaller = jnp.where(c > 1, 1 / 16, jnp.ones_like(c))
     most = jnp.finfo(z.dtype).max
     part = jnp.clip(z * smaller, -most, most)
@@ -121,7 +124,7 @@ def _slope(y: Array) -> Array:
 
 
 def _derivative_by_cap(y: Array) -> Array:
-    """tanh(y) - y slope, or slope (sinh(2 y) / 2 - y) by its series where the former cancels."""
+    """tanh(y) - y slope. Where this cancels: slope (sinh(2 y) / 2 - y), by its power series."""
     slope = _slope(y)
     small = jnp.abs(y) < 0.5
     near = jnp.where(small, y, 0)
@@ -229,7 +232,7 @@ class Products:
 
 
 def keep_classes(class_mask: Array | None, kernel: Array) -> Array:
-    """The kernel [D, K] with 0 for masked classes, because a NaN there times a d u of 0 is NaN."""
+    """The kernel [D, K] with 0 for masked classes, where a NaN times a d u of 0 would be NaN."""
     return kernel if class_mask is None else jnp.where(class_mask[None, :], kernel, 0)
 
 
@@ -253,8 +256,9 @@ def product_precision(dtype: DTypeLike) -> Any:
     """The precision of all matrix products, for inputs of this dtype.
 
     It is the precision that the caller has chosen, or else one that does not round the inputs.
-    JAX's default multiplies float32 in TF32 on a GPU, with 10 of its 23 bits, and in bfloat16 on
-    a TPU. Neither rounds bfloat16. TF32, and the three bfloat16 products of HIGH, hold float16.
+    JAX's default rounds float32: to TF32 on a GPU, which has 10 of its 23 mantissa bits, and to
+    bfloat16 on a TPU. It does not round bfloat16. HIGH represents float16 exactly, in TF32 or in
+    three bfloat16 products.
     """
     chosen = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009
     if chosen is not None:
@@ -272,8 +276,8 @@ def gather_rows(
     """Gather the rows of the kernel over these mesh axes, in a wider dtype.
 
     The result also varies over the mesh axes in ``names``. The transpose sums gradients in the
-    wider dtype: first over the axes along which it scatters the rows, then over the others. It
-    rounds once.
+    wider dtype, first over the axes along which it scatters the rows, then over the other axes. It
+    rounds only the sum.
     """
     return lax.all_gather(vary(kernel, names), axis_name, axis=0, tiled=True).astype(dtype)
 

@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
     @property
     def link_bytes(self) -> float:
-        """A lower bound on the bytes that each device sends. An all-reduce counts twice."""
+        """A lower bound on the bytes that each device sends. An all-reduce sends them twice."""
         times = 2 if self.kind == "all-reduce" else 1
         return times * self.bytes * (self.devices - 1) / self.devices
 
@@ -89,24 +89,24 @@ class Plan(NamedTuple):
       chunk_size: the number of rows in a chunk.
       chunks: the number of chunks.
       padding: the number of rows that are added so that all chunks have the same size.
-      rows_run: the number of rows in the chunks, and parts of chunks, that are run. Not all are, if
-        some rows do not count because they are masked out, ignored, or of weight 0.
+      rows_run: the number of rows in the chunks, and parts of chunks, that are run. Fewer are run
+        if some rows do not count because they are masked out, ignored, or of weight 0.
       gradient_dtype: the dtype in which the gradient of the logits is multiplied with hidden and
         kernel.
-      flops: of the matrix products, for all rows that are run.
+      flops: the floating-point operations of the matrix products, for all rows that are run.
       terms: an estimate of the memory that XLA allocates in addition to arguments and results, at
-        the moment of peak memory: the bytes of each array, by its name. Arrays that lie in the
-        memory of a result are left out.
+        the moment of peak memory: the bytes of each array, by name. An array that uses the memory
+        of a result not yet computed is left out.
       temporary_bytes: the sum of the terms.
       peak_bytes: an estimate of the peak memory, including arguments and results.
-      kept_bytes: the residuals: what the forward pass keeps for the backward pass, in addition to
-        hidden and kernel. A ``lax.scan`` or ``lax.map`` whose gradient is taken outside of it keeps
-        this for each step.
+      kept_bytes: the size of the residuals: the arrays that the forward pass keeps for the backward
+        pass, in addition to hidden and kernel. If the gradient of a ``lax.scan`` or ``lax.map`` is
+        taken outside of it, these arrays are kept for each step.
       logits_bytes: the size of the [N, K] logits in the dtype in which they are computed.
       logits_peak_bytes: a lower bound on the peak memory of a program that stores these logits:
         arguments, results and logits.
-      traffic_bytes: a lower bound on what the matrix products, and the steps between them, read and
-        write.
+      traffic_bytes: a lower bound on the bytes that the matrix products, and the steps between
+        them, read from memory and write to it.
       mesh: the number of devices along each mesh axis.
       collectives: the collective operations between devices.
     """
@@ -177,9 +177,9 @@ def plan(
     With ``target_hidden``, the plan is for ``linear_kl_divergence``. For
     ``linear_log_prob_and_entropy``, use ``reduction="none"``. Its entropy needs no extra read of
     the logits from memory: a CPU has them in a cache, and on a GPU XLA computes the entropy's sum
-    in the same read as the other sums. Two costs of an entropy that is used are not included: one
-    more read after a GPU kernel, and one more number per row to sum over devices that share the
-    classes.
+    in the same read as the other sums. If the entropy is used, two of its costs are not included:
+    one more read of the logits after a GPU kernel, and one more number per row that is summed over
+    the devices that share the classes.
 
     Nothing is compiled. On one CPU device and with rule "vjp", the estimates of memory are within
     about 15 % of ``compiled.memory_analysis()``. The same holds for a TPU, from libtpu 0.0.51 on,
@@ -199,26 +199,27 @@ def plan(
         [D', K]. None for a loss with labels.
       options: the names of the options in use that make XLA write out more arrays, or that a GPU
         kernel does not support: "where" (also for weights or ignore_index), "bias", "logit_scale",
-        "softcap", "class_mask"; for a loss "label_smoothing" (also for dense targets) and
-        "label_weights" (up to 16 per row); for a divergence "jensen_shannon", its mode. Any other
-        option of a divergence is assumed to be in use on both sides.
+        "softcap", "class_mask"; for a loss also "label_smoothing" (also for dense targets) and
+        "label_weights" (up to 16 per row); for a divergence also "jensen_shannon", if it is the
+        mode. All other options of a divergence are assumed to be in use on both sides.
       counting: the share of the rows that count on each device. ``where``, ``ignore_index`` and
-        ``weights`` leave the others out. Rule "vjp" runs only rows that count, in whole chunks and
-        parts of a chunk.
+        ``weights`` exclude the other rows. Rule "vjp" runs only rows that count, in whole chunks
+        and parts of a chunk.
       mesh: the number of devices along each mesh axis, as ``{"data": 64, "model": 8}``. None for
         one device.
-      axis_name, batch_axis_name, fsdp: the mesh axes over which the classes, the rows, and the rows
-        of the kernel are sharded: ``classes``, ``batch`` and ``fsdp`` of ``sxe.over_mesh``.
+      axis_name, batch_axis_name, fsdp: the mesh axes over which the classes, the rows, and the
+        first axis of each kernel are sharded: ``classes``, ``batch`` and ``fsdp`` of
+        ``sxe.over_mesh``.
       memory_bytes: the memory of one device. If given, ``axis_name`` and ``batch_axis_name`` have
-        to be one mesh axis each, and ``plan`` chooses their sizes for the same number of devices:
-        the fewest devices for the classes with which ``peak_bytes`` is at most ``memory_bytes``.
-        Only the head is counted; the rest of the model needs memory, too.
+        to be one mesh axis each. ``plan`` then chooses the sizes of these two axes, and keeps their
+        product: it shards the classes over the fewest devices for which ``peak_bytes`` is at most
+        ``memory_bytes``. Only the head is counted; the rest of the model needs memory, too.
       backend: the platform of the call. By default, the platform of this process.
       implementation: as for the call.
 
     Raises:
-      TypeError, ValueError: for a size below 1 (for rows, below 0), for a name that is not listed
-        above, for a mesh that does not divide the sizes, and if no choice of mesh sizes fits into
+      TypeError, ValueError: if a size is below 1 (for rows, below 0), if a name is not listed
+        above, if the mesh does not divide the sizes, or if no choice of mesh sizes fits into
         ``memory_bytes``.
 
     Examples:
@@ -231,7 +232,7 @@ def plan(
       >>> p.temporary_bytes < p.logits_bytes
       True
 
-      A student with half the hidden size of its teacher, which has no gradient:
+      A student with half the hidden size of its teacher. The teacher has no gradient:
 
       >>> p = sxe.plan(rows=8192, hidden=2048, classes=128256, target_hidden=4096)
       >>> p.flops == (6 * 2048 + 2 * 4096) * 8192 * 128256
@@ -327,14 +328,15 @@ def _dtype(dtype: DTypeLike) -> jnp.dtype:
 def _check_names(
     differentiate: tuple[str, ...], options: tuple[str, ...], *, has_targets: bool
 ) -> None:
-    """Raise for names that only a divergence has, or only a loss."""
+    """Raise for a name that only a divergence has, or only a loss, in a plan for the other."""
     given = [("differentiate", name) for name in differentiate]
     given += [("options", name) for name in options]
     for argument, name in given:
         if name in TARGET_INPUTS + OF_DIVERGENCE and not has_targets:
             raise ArgumentValueError(
                 argument,
-                f"expected {name!r} only for a divergence; pass target_hidden, its D', as well",
+                f"expected {name!r} only for a divergence; pass target_hidden, the target's hidden "
+                "size, as well",
             )
         if name in OF_LOSS and has_targets:
             raise ArgumentValueError(

@@ -142,7 +142,7 @@ class CrossEntropy:
         gaps = self.gap_sum(x, state.m)
         if self.axis_name is None:
             return Part(state, self._cost(x, targets, state.m, state.log1p_r), None, gaps)
-        # All logits of this shard may be -inf where other shards have finite ones.
+        # All logits of a row may be -inf in this shard but not in others: then use m = 0.
         empty = state.m == -jnp.inf
         m, log1p_r = (jnp.where(empty, 0, a) for a in (state.m, state.log1p_r))
         return Part(state, self._cost(x, targets, m, log1p_r), target_sum(targets, x), gaps)
@@ -155,13 +155,13 @@ class CrossEntropy:
         state = merge_over(part.state, self.axis_name)
         cost = part.cost
         if part.target is not None:
-            # Each shard computed its cost from its own maximum, so that no term is negative. Add
-            # the difference to the row's maximum.
+            # Each shard computed its cost from its own maximum, so that no term is negative. Now
+            # add the distance from its own maximum to the row's maximum.
             own = jnp.where(part.state.m == -jnp.inf, 0, part.state.m)
             cost = psum(cost + part.target * (state.m - own), self.axis_name)
         loss = cost + targets.total * state.log1p_r  # D0
-        # All results of a custom rule have to be batched together. If jax.vmap maps only the
-        # targets, lse would not be batched, and its cotangent would be counted once per example.
+        # If jax.vmap maps only the targets, loss is batched but lse is not. The cotangent of lse
+        # would then be counted once per example. The select below makes all results batched.
         of_logits = [state.lse, state.max_probability]
         gaps = None
         if part.gap_sum is not None:
@@ -215,8 +215,8 @@ class CrossEntropy:
 
     def primal(self, x: Array, targets: Targets) -> Results:
         x, origin, state = move_confident(x, self.axis_name, self.backend)
-        # Compute D0 as sum_k t_k (lse - x_k). With T log1p(r) as a separate term, the two parts of
-        # 0 log 0 would each be multiplied by a cotangent and rounded before they cancel.
+        # Compute D0 as sum_k t_k (lse - x_k). If T log1p(r) were a separate term, 0 log 0 would
+        # have two parts, each multiplied by a cotangent and rounded before they cancel.
         lse, zero = state.lse, jnp.zeros_like(state.r)
         total = lax.stop_gradient(targets.total)
         loss = (total - total) * lse  # 0, or NaN in value and derivative for an invalid label

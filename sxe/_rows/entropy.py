@@ -36,7 +36,7 @@ def gap_sum(x: Array, m: Array, *, scale: float = SCALE) -> Array:
 def mean_gap(of_tile: Array, tile: Normalizer, row: Normalizer, axis_name: AxisName) -> Array:
     """S of each row, from the ``gap_sum`` and the state of each shard of its classes."""
     if axis_name is not None:
-        # Each shard measured the gaps from its own maximum. Add the distance to the row's maximum.
+        # Each shard measured the gaps from its own maximum. Add its distance to the row's maximum.
         lacking = bounded_gap(tile.m, row.m) * (1 + tile.r)
         of_tile = psum(exp_difference(tile.m, finite_shift(row.m)) * (of_tile + lacking), axis_name)
     return of_tile / (1 + row.r)  # NaN where all logits are -inf

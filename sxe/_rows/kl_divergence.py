@@ -114,7 +114,7 @@ def phi(v: Array) -> Array:
 
 
 def _near(v: Array) -> tuple[Array, Array]:
-    """Whether v is between -1 and 1, and v where it is, 0 elsewhere."""
+    """Whether v is between -1 and 1, and v with all other values replaced by 0."""
     near = jnp.abs(v) < 1
     return near, jnp.where(near, v, 0)
 
@@ -127,9 +127,9 @@ def _finite(v: Array) -> Array:
 def divergence_terms(side: Side) -> Array:
     """p phi(v), which is +inf where M is 0 and p is not."""
     near, small = _near(side.v)
-    # p v is 0 where p is 0, and differentiable. Elsewhere, it is infinite if v is infinite.
+    # Where p is 0, p v has to be 0 and differentiable, even if v is infinite.
     far = side.excess - side.p * jnp.where(side.p == 0, 0, side.v)
-    # v = -inf means that M is 0 but p is not: float32 has rounded p to 0.
+    # v = -inf means that M is 0 but p is not. If p is 0 here, it was rounded to 0.
     far = jnp.where((side.p == 0) & (side.v == -jnp.inf), jnp.inf, far)
     return jnp.where(near, side.p * phi(small), far)
 
@@ -184,8 +184,8 @@ def _log_mixture(v: Array, own: float, other: float) -> Array:
 def _log_ratio(x: Array, z: Array, of_x: Normalizer, of_z: Normalizer) -> Array:
     """u, [..., K], which is 0 where both logits are -inf.
 
-    The offset between the two rows may be much larger than their other differences. Then the
-    rounding error of x - z may exceed (x - z) - (m_x - m_z). So the error is added back.
+    The offset between the two rows may be much larger than their other differences. The rounding
+    error of x - z may then exceed (x - z) - (m_x - m_z). So this error is added back.
     """
     none, finite = (x == -jnp.inf) & (z == -jnp.inf), (x > -jnp.inf) & (z > -jnp.inf)
     # Use a quarter of each number, because the differences may overflow.
@@ -214,8 +214,8 @@ def _top(x: Array, state: Normalizer) -> Array:
 def _behind(states: tuple[Normalizer, Normalizer], after: Any) -> tuple[Normalizer, Normalizer]:
     """The states, placed after ``after`` by an optimization barrier.
 
-    This hides from XLA that later code shares terms [..., K] with earlier code. XLA would write
-    these terms to memory. With the barrier it reads each tile again instead.
+    Earlier and later code share terms [..., K]. Without the barrier, XLA would write these terms to
+    memory. With the barrier, it reads the tile again and recomputes them.
     """
     of_x, of_z = states
     # ``after`` needs no derivative, and JAX 0.12 can't transpose the barrier in a loop.

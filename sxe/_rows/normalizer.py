@@ -6,8 +6,8 @@ For the logits x_1 .. x_K of one row:
     r   = sum_k e_k with one maximal element left out, so that 1 + r = sum_k e_k
     lse = m + log1p(r)                  q_k = e_k / (1 + r)
 
-The maximum's 1 and the rest r are kept apart, because 1 + r would round a small r away. In a
-confident row the largest logit leads by far, and r may be 1e-20. Its loss and gradient then still
+A state holds r instead of the sum 1 + r, because 1 + r would round a small r away. In a confident
+row, the largest logit leads by far, and r may be 1e-20. The loss and gradient of such a row still
 have full relative precision. States form a monoid under ``merge``, so that a state can describe a
 whole row, a tile of its classes, or a shard of its classes on a mesh.
 """
@@ -22,7 +22,7 @@ from sxe._backend import Backend
 
 
 class Normalizer(NamedTuple):
-    """The states (m, r) of rows of logits. m and r are [...]; (-inf, -1) is the identity."""
+    """The states (m, r) of rows of logits, each [...]. ``merge`` has the identity (-inf, -1)."""
 
     m: Array
     r: Array
@@ -90,17 +90,17 @@ def has_loss(x: Array, axis_name: AxisName, backend: Backend) -> Array:
 def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Normalizer:
     """The state of a tile of logits, [..., K] to [...]. This is the plain implementation.
 
-    With scale=1, JAX can differentiate this function. m is then a constant, because no result
-    depends on the choice of the shift. r carries the whole derivative of lse: dr/dx_k = e_k for
-    every class, including a maximal one.
+    With scale=1, JAX can differentiate this function. m is then a constant, because lse and q are
+    the same for any shift m. r carries the whole derivative of lse: dr/dx_k = e_k for every class,
+    including a maximal one.
     """
     x = wide(x)
     m = lax.stop_gradient(jnp.max(x, axis=-1))
     shift = finite_shift(m)[..., None]
     e = exp_difference(x, shift, scale)
-    # For each class near the maximum, add 1 to a count and e_k - 1 to a sum. e_k - 1 is 0 for a
-    # maximal class. A test x == m might fail for all classes: XLA may recompute the logits for the
-    # sums, from the caller's inputs, and round them differently.
+    # r is a sum plus a count minus 1. A class near the maximum adds e_k - 1 to the sum, which is 0
+    # for a maximal class, and 1 to the count. Other classes add e_k to the sum. A test x == m might
+    # fail for all classes: XLA may recompute the logits here, and round them differently.
     near = x >= shift - 0.25
     rest = jnp.sum(e - jnp.where(near, scale, jnp.zeros_like(e)), axis=-1) / scale
     # If the maximum is the lowest finite number, all other logits are equal to it or -inf.
@@ -114,8 +114,8 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
 def _rest(state: Normalizer, m: Array) -> tuple[Array, Array]:
     """The contribution of a state to the r of a merged state with the maximum m.
 
-    The second result is 1 where m is also the maximum of this state, and 0 elsewhere. Where it is
-    1, the state's own r already leaves out one maximal element.
+    The second result is 1 where m is also the maximum of this state, and 0 elsewhere. It counts the
+    maximal elements that the states' own r leave out: the merged state leaves out only one.
     """
     top = state.m == m
     rest = jnp.where(top, state.r, (1 + state.r) * exp_difference(state.m, finite_shift(m)))

@@ -50,10 +50,10 @@ class RowFunction(Protocol):
         """The backend that the function runs on."""
 
     def tile(self, x: Array, targets: Any, /) -> Any:
-        """The part that the classes of a tile contribute to each row."""
+        """The part: what the classes of a tile contribute to each row. ``merge`` takes it."""
 
     def merge(self, part: Any, targets: Any, /) -> tuple[Any, Any]:
-        """The results, and the state for the gradient, from the parts of all shards."""
+        """The results, and the state for the gradient, from the parts of this and other shards."""
 
     def gradient(self, x: Array, targets: Any, state: Any, g: Any, /) -> Array:
         """The gradient for the logits, from the cotangents g of the results, float32 or float64.
@@ -129,10 +129,10 @@ def _rows_bwd(f: RowFunction, res: tuple[Array, Any, Any], g: Any) -> tuple[Arra
 
 
 def own_targets(d_targets: Any, ndim: int, axis_name: AxisName) -> Any:
-    """The share of one shard of the classes in the gradients for targets.
+    """The gradients for targets that one shard of the classes returns.
 
-    ``ndim`` is the number of axes of the logits. Targets [..., K] belong to one shard. Targets
-    [...] and several labels, [..., M], are the same in all shards.
+    ``ndim`` is the number of axes of the logits. Each shard has its own targets [..., K]. Targets
+    [...] and several labels, [..., M], are replicated, and each shard returns an equal share.
     """
 
     def own(d: Any) -> Any:
@@ -188,19 +188,19 @@ def move_confident(
 ) -> tuple[Array, Array, Normalizer]:
     """Logits minus an origin [...] per row, the origin, and the state of the shifted logits.
 
-    The origin is the largest logit. Where its probability exceeds 4/7, the origin has a derivative,
-    and the shifted logit is a constant 0. The gradient for this logit is then a sum over all other
-    classes. Without the shift it would be a difference of two rounded numbers. No custom derivative
-    rule is used, because ``jax.experimental.jet`` supports none.
+    The origin is the largest logit. If its probability exceeds 4/7, the origin has a derivative,
+    and the shifted logit is a constant 0. The gradient for the largest logit is then a sum over all
+    other classes. Without the shift, it would be a difference of two rounded numbers. No custom
+    derivative rule is used, because ``jax.experimental.jet`` supports none.
     """
     x = wide(x)
     constant = lax.stop_gradient(x)
     state = merge_over(twins.normalize_constant(constant, backend), axis_name)
-    # 0, or NaN in a row without a distribution. The derivative is then NaN in every shard, too.
+    # 0, or NaN in a row that has no softmax. The product makes the derivative NaN in every shard.
     nothing = (state.m - state.m) + (state.r - state.r)
     x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
-    # If r < 3/4, all other logits are smaller by at least log(4/3). A test x == m might fail: XLA
-    # may recompute the logits here and round them differently.
+    # If r < 3/4, the largest probability exceeds 4/7, and all other logits are smaller by at least
+    # log(4/3). A test x == m might fail: XLA may recompute the logits and round them differently.
     confident = (state.r < 0.75) & (state.m > -jnp.inf)
     top = (x >= state.m[..., None] - 0.25) & confident[..., None]
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)

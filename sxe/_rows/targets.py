@@ -7,8 +7,8 @@ All options about targets are first converted to a target t_k for each class:
     dense targets p                 t_k = c_k ((1 - a) p_k + a / K)
 
 with class weights c and label smoothing a. T is the sum of all t_k. The gradient needs T - t_k, the
-sum of the targets of all other classes. It is not computed as this difference, which would cancel
-where one target is nearly all of T.
+sum of the targets of all other classes. This sum is not computed as a difference, which would
+cancel where one target is nearly all of T.
 """
 
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ from sxe._backend import Backend, apart
 
 
 class Dense(NamedTuple):
-    """A target for each class, and their sum as two parts, so that a large one hides no small ones.
+    """A target for each class, and the sum of all targets in two parts, largest + rest.
 
-    The targets of all classes except k sum to rest + (largest - t_k). Nothing cancels there,
-    whichever class has the largest target.
+    As a single number, the sum would round small targets away next to a large one. The targets of
+    all classes except k sum to rest + (largest - t_k), which does not cancel.
 
     Attributes:
       t: [..., K], or [..., 1] if all classes have the same target.
@@ -51,7 +51,7 @@ class Sparse(NamedTuple):
     target: Array
 
     def of_classes(self) -> tuple[Array, Array]:
-        """For each label's class, its target and the sum of the other labels' targets, [..., M]."""
+        """t_k of each label's class, and the sum over the labels of other classes, [..., M]."""
         same = self.label[..., :, None] == self.label[..., None, :]
         here, elsewhere = (jnp.where(at, self.target[..., None, :], 0) for at in (same, ~same))
         return jnp.sum(here, axis=-1), jnp.sum(elsewhere, axis=-1)
@@ -90,12 +90,12 @@ class Rows(NamedTuple):
     Where the mask is False, the targets and the weight are 0, and ``keep`` sets the logits to 0.
 
     Attributes:
-      targets: the targets of the row function. In the head (the fused final linear layer and loss)
-        they are None if they are logits computed from hidden states.
+      targets: the targets of the row function. None in the head (the fused final linear layer and
+        loss) if the targets are logits, which the head itself computes.
       weight: the factor of the row's results.
       norm: the row's part of the denominator of the mean, or None if it is not needed.
       mask: bool, False for rows that are masked out or ignored, or None if there are none. A row of
-        weight 0 stays True where it may have a loss, which is the derivative for its weight.
+        weight 0 stays True if it may have a loss: its loss is the derivative for its weight.
     """
 
     targets: Any
@@ -116,7 +116,7 @@ def is_label(label: Array, classes: int) -> Array:
 
 
 def take_labels(x: Array, label: Array) -> tuple[Array, Array]:
-    """x at the labels, [..., M], and whether each is in the tile. If not, its x is arbitrary."""
+    """x at each label, [..., M], and whether the label is in the tile. If not, x is arbitrary."""
     inside = (label >= 0) & (label < x.shape[-1])
     if sharding(x)[-1] is not None:
         # On an Explicit mesh, JAX can't gather along a sharded class axis, but it can compare.
@@ -129,7 +129,7 @@ def _compare_labels(x: Array, label: Array) -> Array:
     """x at the labels, [..., K] to [..., M], and 0 for a label that is not in the tile."""
     each = (is_label(label[..., m], x.shape[-1]) for m in range(label.shape[-1]))
     found = [jnp.sum(jnp.where(here, x, 0), axis=-1, keepdims=True) for here in each]
-    # The empty array in front is needed where M is 0: concatenate takes no empty list.
+    # The empty array in front is for M = 0: concatenate does not accept an empty list.
     return jnp.concatenate([jnp.zeros_like(label[..., :0], x.dtype), *found], axis=-1)
 
 
@@ -157,7 +157,7 @@ def put_labels(d: Array, label: Array, at_label: Array, backend: Backend) -> Arr
 
 
 def class_tile(targets: Targets) -> tuple[Array | None, Array]:
-    """t and T - t of each class without a label, [..., K] or [..., 1]. A t of None is 0."""
+    """t and T - t of the classes that are not labels, [..., K] or [..., 1]. A t of None is 0."""
     total = targets.total[..., None]
     if targets.dense is None:
         return None, total
@@ -176,7 +176,7 @@ def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
         return t, others
     dense_t = targets.dense.t
     if dense_t.shape[-1] != 1 and jax.typeof(labels.label).sharding.mesh.explicit_axes:
-        # On an Explicit mesh, sharded or vmapped rows can't gather from targets that they share.
+        # On an Explicit mesh, JAX can't gather from targets that sharded or vmapped rows share.
         dense_t = _compare_labels(dense_t, labels.label)
     elif dense_t.shape[-1] != 1:
         dense_t, _ = take_labels(dense_t, labels.label)
@@ -184,7 +184,7 @@ def label_tile(targets: Targets, labels: Sparse) -> tuple[Array, Array]:
 
 
 def _others_of_dense(dense: Dense, t: Array) -> Array:
-    """The sum of all dense targets except t [..., F]."""
+    """For each t of [..., F], the sum of the row's other dense targets, [..., F]."""
     return dense.rest[..., None] + (dense.largest[..., None] - t)
 
 
@@ -223,8 +223,8 @@ def dense_cost(t: Array, x: Array, m: Array, log1p_r: Array) -> Array:
 def sum_without_largest(t: Array, largest: Array, total: Array, backend: Backend) -> Array:
     """sum_k t_k of a tile except one largest target, [...]. The plain implementation."""
     # If the largest target is more than twice the sum of the others, each other target is below
-    # half of it. Then min(t, largest - t) is 0 for the largest target and t for the others, without
-    # a comparison for each class. Targets may be negative, so use their magnitudes.
+    # half of the largest. Then min(t, largest - t) is 0 for the largest target and t for the
+    # others, and XLA need not compare each class. Targets may be negative, so use magnitudes.
     outweighs = jnp.sum(jnp.abs(t), axis=-1) < 1.5 * largest
     others = jnp.sum(jnp.minimum(t, apart(largest, total, backend)[..., None] - t), axis=-1)
     return jnp.where(outweighs, others, total - largest)
@@ -236,7 +236,7 @@ def merge_dense(shard: Dense, axis_name: AxisName) -> Dense:
         return shard
     t, largest_of_shard, rest = shard
     largest = pmax(lax.stop_gradient(largest_of_shard), axis_name)
-    # A shard whose largest target is not the largest of all adds its own to the rest. If several
+    # A shard whose largest target is not the largest of all shards adds it to the rest. If several
     # shards tie for the largest of all, all of them except one add it.
     top = largest_of_shard == largest
     rest = jnp.where(top, rest, rest + largest_of_shard)
