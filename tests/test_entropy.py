@@ -42,8 +42,21 @@ def program(is_head, **static):
 # Options
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_option_cases_of_logits(rule):
+slow = pytest.mark.slow
+# By default, forward mode and autodiff serve the cases in turn.
+rules_of_cases = pytest.mark.parametrize(
+    "rules",
+    [
+        ["vjp"],
+        ["jvp", "autodiff"],
+        *(pytest.param([rule], marks=slow) for rule in RULES[1:]),
+    ],
+    ids="-".join,
+)
+
+
+@rules_of_cases
+def test_option_cases_of_logits(rules):
     functions, arguments, calls = [], [], []
     for i, case in enumerate(in_pairs(*OF_LOGITS)):
         p, numbers = apart(logits_problem(*case, shape=(N, K), seed=i))
@@ -53,7 +66,7 @@ def test_option_cases_of_logits(rule):
             if "where_class" in case:
                 p["where"] = p["where"].T
         g = sxe.LogProbAndEntropy(normal(N, seed=1), normal(N, seed=2))
-        functions.append(with_gradients(LOGITS(rule=rule, **numbers)))
+        functions.append(with_gradients(LOGITS(rule=rules[i % len(rules)], **numbers)))
         arguments.append((p, g))
         calls.append(numbers)
     results = quick_jit(all_of(functions))(arguments)
@@ -83,15 +96,18 @@ def test_option_cases_of_head(rule):
 
 @one_in(2, f=BOTH, shape=[(1,), (), (2, 0), (2, 3), (0,)])
 def test_leading_dimensions(f, shape):
+    arguments = []
     for classes in (1, 2, K):
-        p = f.problem("none", rows=(6,), classes=classes)
+        p = jax.tree.map(np.asarray, f.problem("none", rows=(6,), classes=classes))
         count = math.prod(shape)
-        p |= {n: p[n][:count].reshape(*shape, *p[n].shape[1:]) for n in p if n != "kernel"}
-        (value, gradients), g = run(f, p)
+        p |= {n: p[n][:count].reshape((*shape, *p[n].shape[1:])) for n in p if n != "kernel"}
+        arguments.append((p, f.cotangent(p)))
+    found = quick_jit(all_of([with_gradients(f())] * 3))(arguments)
+    for (value, gradients), (p, g) in zip(found, arguments, strict=True):
         assert value.log_prob.shape == value.entropy.shape == shape
         f.assert_matches((value, gradients), p, g)
-        if classes == 1:
-            assert not np.any(value)
+    of_one_class, _ = found[0]
+    assert not np.any(of_one_class)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +125,7 @@ def test_class_axes(shape, axis):
     LOGITS.assert_matches((value, gradients), p, g, axis=axis)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64", "uint64"])
+@one_in(2, indirect=["x64"], dtype=["int8", "int64", "uint8", "uint64", "int16"], x64=[False, True])
 def test_every_label_dtype(dtype, x64):
     if "64" in dtype and not x64:
         pytest.skip("JAX has no 64-bit integers while x64 is off")
