@@ -52,6 +52,26 @@ vjp_by_default = pytest.mark.parametrize(
 )
 
 
+def one_in(n, indirect=(), **factors):
+    """Parametrize a test over the product of these values, one case in n of them by default.
+
+    By default a case runs if the places of its values in their lists add up to a multiple of n. So
+    every value occurs, and so does every combination of values that leaves out a factor of n values
+    or more. The other cases are slow. The values of a factor may be a dict by name.
+    """
+    params = []
+    for case in itertools.product(*(enumerate(values) for values in factors.values())):
+        chosen = [
+            (name, values[name] if isinstance(values, dict) else name)
+            for (_, name), values in zip(case, factors.values(), strict=True)
+        ]
+        names, values = zip(*chosen, strict=True)
+        by_default = sum(place for place, _ in case) % n == 0
+        marks = () if by_default else pytest.mark.slow
+        params.append(pytest.param(*values, id="-".join(map(str, names)), marks=marks))
+    return pytest.mark.parametrize(tuple(factors), params, indirect=indirect)
+
+
 def with_row_scale(case):
     """The case with one logit_scale per row, if it has a logit_scale."""
     return tuple("row_scale" if name == "logit_scale" else name for name in case)

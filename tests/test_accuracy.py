@@ -10,7 +10,7 @@ import oracle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from option_cases import RULES
+from option_cases import RULES, one_in
 from tolerances import FLOAT64_BAR, GRADIENT_BAR, LOSS_BAR, SMALLEST, ZERO
 
 import sxe
@@ -52,18 +52,29 @@ def worst(actual, exact):
 
 
 def value_and_gradients(x, targets, rule, jit):
+    f = compiled_sum(rule) if jit else functools.partial(sum_of_rows, rule=rule)
+    (_, each), gradient = f(jnp.asarray(x), np.asarray(targets))
+    return np.asarray(each), np.asarray(gradient)
+
+
+def sum_of_rows(x, targets, rule):
     def total(x):
         each = sxe.softmax_cross_entropy(x, targets, reduction="none", rule=rule)
         return each.sum(), each
 
-    f = jax.value_and_grad(total, has_aux=True)
-    (_, each), gradient = (jax.jit(f) if jit else f)(jnp.asarray(x))
-    return np.asarray(each), np.asarray(gradient)
+    return jax.value_and_grad(total, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
-@pytest.mark.parametrize("rule", RULES)
+@functools.cache
+def compiled_sum(rule):
+    return jax.jit(functools.partial(sum_of_rows, rule=rule))
+
+
+DENSE = {"integer": False, "dense": True}
+HEAD = {"logits": False, "head": True}
+
+
+@one_in(2, dense=DENSE, jit={"eager": False, "jitted": True}, rule=RULES)
 def test_float32_extremes(rule, jit, dense):
     x, labels, exact = problem("float32")
     targets = jax.nn.one_hot(labels, x.shape[1]) if dense else labels
@@ -72,8 +83,7 @@ def test_float32_extremes(rule, jit, dense):
     assert worst(gradient.ravel(), [d for _, row in exact for d in row]) < GRADIENT_BAR
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@pytest.mark.parametrize("rule", RULES)
+@one_in(2, dense=DENSE, rule=RULES)
 def test_without_jit(rule, dense):
     x, labels, exact = problem("float32")
     targets = jax.nn.one_hot(labels, x.shape[1]) if dense else labels
@@ -212,8 +222,7 @@ def gradient_of_smoothed(rule, head):
     return jax.jit(jax.grad(loss))
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
-@pytest.mark.parametrize("rule", RULES)
+@one_in(2, head=HEAD, rule=RULES)
 def test_small_label_smoothing_and_class_weights_of_different_size(rule, head):
     f = gradient_of_smoothed(rule, head)
     for *case, error in smoothed(lambda x, y, **options: f(x, y, *options.values())):
@@ -230,8 +239,7 @@ def test_with_gradient_is_as_exact_for_soft_targets():
         assert worst_soft(gradient(x, t), x, t) < GRADIENT_BAR
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
-@pytest.mark.parametrize("rule", RULES)
+@one_in(2, head=HEAD, rule=RULES)
 def test_soft_targets_over_shards_of_classes(rule, head):
     """The class with the largest target is on one device, the other targets are on another."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -301,14 +309,19 @@ def test_many_classes(rule, classes):
     np.testing.assert_allclose(gradient, expected, rtol=GRADIENT_BAR, atol=SMALLEST)
 
 
+@functools.cache
+def compiled_hessian(rule):
+    f = functools.partial(sxe.softmax_cross_entropy, labels=np.array(1), rule=rule)
+    return jax.jit(jax.hessian(f))
+
+
 @pytest.mark.parametrize("lead", [0.3, 5.0, 20.0, 40.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_second_derivative_of_a_confident_row(rule, lead):
     """The Hessian at a confident label is diag(q) - q q^T. Its entries are small, but not 0."""
     x = np.zeros(4, np.float32)
     x[1] = lead
-    f = functools.partial(sxe.softmax_cross_entropy, labels=np.array(1), rule=rule)
-    hessian = jax.hessian(f)(jnp.asarray(x))
+    hessian = compiled_hessian(rule)(x)
     q = np.exp(x.astype(np.float64) - lead)
     q /= q.sum()
     expected = -np.outer(q, q)

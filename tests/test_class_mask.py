@@ -11,17 +11,19 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from option_cases import RULES, every_rule
+from option_cases import RULES, every_rule, one_in, vjp_by_default
 from oracle import assert_close, naming
 from problems import floats, head_problem, logits_problem, normal, with_gradients
-from programs import quick_jit
+from programs import all_of, quick_jit
 
 import sxe
 
 N, D, K = 8, 3, 16
 INF, NAN = np.inf, np.nan
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
-BOTH = pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+LOSSES = {"head": HEAD, "logits": LOGITS}
+BOTH = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+rules_in_turn = one_in(2, loss=LOSSES, rule=RULES)
 
 # On the second of four devices along "model", all classes are masked.
 MASK = np.ones(K, bool)
@@ -84,9 +86,7 @@ CALLS = [
 ]
 
 
-@BOTH
-@every_rule
-@pytest.mark.parametrize("static", CALLS, ids=str)
+@one_in(3, static=CALLS, loss=LOSSES, rule=RULES)
 def test_as_without_the_masked_classes(loss, rule, static):
     """For all differentiable arguments, with NaN and infinities at masked classes."""
     static = dict(static)
@@ -103,8 +103,7 @@ def test_as_without_the_masked_classes(loss, rule, static):
         check(call(filled(p, *bad), g), p, right)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-@BOTH
+@one_in(2, loss=LOSSES, dtype=["bfloat16", "float16", "float64"])
 def test_dtypes(loss, dtype):
     with jax.enable_x64(dtype == "float64"):
         p = problem(loss, "label_smoothing", "class_weights", dtype=dtype)
@@ -139,8 +138,7 @@ def test_smoothing_over_the_classes_that_can_occur():
     assert LOGITS(x, [1], class_mask=one, label_smoothing=0.3) == 0
 
 
-@BOTH
-@every_rule
+@rules_in_turn
 def test_a_target_that_cannot_occur(loss, rule):
     """The loss is +inf, as with a logit of -inf, and other rows do not change."""
     p, static = problem(loss), {"rule": rule, "reduction": "none"}
@@ -161,21 +159,22 @@ def test_a_target_that_cannot_occur(loss, rule):
             assert_close(gradients["logits"], right)
 
 
-@BOTH
-@every_rule
+@rules_in_turn
 def test_no_class_that_can_occur(loss, rule):
     """Then no row counts, whatever it contains."""
     p = {
         n: np.full_like(a, NAN) if n in ("logits", "kernel") else a
         for n, a in problem(loss).items()
     }
+    calls, arguments = [], []
     for options in ({}, {"label_smoothing": np.float32(0.1)}, {"weights": np.ones(N, np.float32)}):
         q = p | options | {"class_mask": np.zeros(K, bool)}
         for reduction in ("mean", "none"):
             static = {"rule": rule, "reduction": reduction}
-            call = quick_jit(with_gradients(lambda q, static=static: loss(**q, **static)))
-            for a in jax.tree.leaves(call(q, cotangent(static))):
-                assert not np.asarray(a).any()
+            calls.append(with_gradients(lambda q, static=static: loss(**q, **static)))
+            arguments.append((q, cotangent(static)))
+    for a in jax.tree.leaves(quick_jit(all_of(calls))(arguments)):
+        assert not np.asarray(a).any()
 
 
 @BOTH
@@ -227,15 +226,15 @@ def test_class_axes(axis):
     mask = np.arange(classes) % 3 != 1
     labels = rng.choice(np.flatnonzero(mask), size=rows)
     options = {"axis": axis, "class_mask": mask, "label_smoothing": 0.1}
-    value, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels, **options)
+    both = functools.partial(sxe.softmax_cross_entropy_with_gradient, labels=labels, **options)
+    grad = jax.grad(functools.partial(LOGITS, labels=labels, **options))
+    (value, gradient), of_autodiff = quick_jit(lambda x: (both(x), grad(x)))(logits)
     assert_close(value, oracle.loss(logits, labels, **options))
     assert_close(gradient, oracle.gradient(logits, labels, **options))
-    assert_close(jax.grad(LOGITS)(logits, labels, **options), np.float64(gradient))
+    assert_close(of_autodiff, np.float64(gradient))
 
 
-@pytest.mark.parametrize(
-    "rule", ["vjp", *(pytest.param(r, marks=pytest.mark.slow) for r in RULES[1:])]
-)
+@vjp_by_default
 @BOTH
 def test_second_derivatives(loss, rule):
     """The derivative of the gradient by all arguments, with NaN at masked classes."""
@@ -286,20 +285,24 @@ def test_vmap_over_masks(loss):
             assert_close(found[1][name][i], np.float64(d))
 
 
+@functools.cache
+def program_of_one_device(loss, **static):
+    return quick_jit(with_gradients(lambda p: loss(**p, **static)))
+
+
 MESHES = [("over_mesh", AxisType.Auto), ("over_mesh", AxisType.Explicit), ("types", None)]
 MESHES += [("shard_map", True), ("shard_map", False)]
 
 
-@BOTH
-@pytest.mark.parametrize(("way", "kind"), MESHES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_on_a_mesh(loss, way, kind, reduction):
+@one_in(2, of_mesh=MESHES, loss=LOSSES, reduction=["mean", "none"])
+def test_on_a_mesh(loss, of_mesh, reduction):
     """On one shard all classes are masked, and masked classes contain NaN."""
+    way, kind = of_mesh
     options = (*EVERY, "bias", "row_scale") if loss is HEAD else EVERY
     p, static = problem(loss, *options), {"reduction": reduction}
     static |= {"chunk_size": 3} if loss is HEAD else {}
     g = cotangent(static)
-    right = quick_jit(with_gradients(lambda p: loss(**p, **static)))(without(p), g)
+    right = program_of_one_device(loss, **static)(without(p), g)
     q = filled(p, NAN, INF)
     specs = {
         **{

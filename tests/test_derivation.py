@@ -1,5 +1,6 @@
 """Lines D0 ... K5 of the derivation are right, and a mistake in one line is found in that line."""
 
+import functools
 import math
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 import sxe
 from sxe import derivation
 from sxe._tools.check import against_autodiff, precision
+from sxe._tools.check import check as check_module
 from sxe._tools.check.check import check
 
 NAMES = [f"D{n}" for n in range(10)]
@@ -37,7 +39,36 @@ def failed(report):
     return [line.name for line in (*report.lines, *report.row_lines) if not line.passed]
 
 
-slow = pytest.mark.slow  # each new size is compiled again
+@pytest.fixture(autouse=True, scope="module")
+def _sixty_digits_once():
+    """Every check evaluates the same rows with 60 digits, which is most of a repeated check."""
+    of_tuples = functools.cache(precision.sixty_digits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            precision, "sixty_digits", lambda row: of_tuples(row._replace(logits=tuple(row.logits)))
+        )
+        yield
+
+
+@pytest.fixture
+def rules_in_float64(monkeypatch):
+    """The check compares the attached rules with autodiff in float64 only.
+
+    Their 12 programs in other dtypes are most of what a new size compiles, and they do not depend
+    on the lines. ``test_every_line_holds_for_random_sizes`` runs them.
+    """
+    right = check_module.check_rules
+
+    def check_rules(problem):
+        with pytest.MonkeyPatch.context() as patch:
+            tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
+            patch.setattr(against_autodiff, "TOLERANCES", tolerances)
+            return right(problem)
+
+    monkeypatch.setattr(check_module, "check_rules", check_rules)
+
+
+slow = pytest.mark.slow  # a new size compiles anew
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=slow) for seed in (-8, 2**70))])
@@ -56,26 +87,34 @@ def test_every_line_holds_for_random_sizes(seed):
 
 
 @pytest.mark.parametrize("dtype", ["float64", jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures("rules_in_float64")
 def test_every_line_holds_in_every_dtype(dtype):
     report = check(rows=4, classes=4, seed=11, dtype=dtype)
     assert report.failures == ()
     assert report.dtype == jnp.dtype(dtype).name
 
 
-@pytest.mark.parametrize(
-    ("rows", "classes", "empty"),
-    [
-        (1, 1, ["D1", "D3"]),
-        pytest.param(1, 4, ["D1"], marks=slow),
-        pytest.param(3, 1, ["D3"], marks=slow),
-    ],
-)
+SMALLEST = [(1, 1, ["D1", "D3"]), (1, 4, ["D1"]), (3, 1, ["D3"])]
+
+
+@pytest.mark.usefixtures("rules_in_float64")
+def test_one_row_of_one_class():
+    assert_checks_of_the_smallest(*SMALLEST[0])
+
+
+@slow
+@pytest.mark.parametrize(("rows", "classes", "empty"), SMALLEST)
 def test_one_row_and_one_class(rows, classes, empty):
+    assert_checks_of_the_smallest(rows, classes, empty)
+
+
+def assert_checks_of_the_smallest(rows, classes, empty):
     report = check(rows, classes)
     assert report.failures == ()
     assert [line.name for line in report.lines if not line.shown] == empty
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_a_seed_repeats_and_the_configuration_stays(x64):
     first = check(4, 4, seed=5)
     assert jax.config.jax_enable_x64 == x64
@@ -217,6 +256,7 @@ def test_central_differences(problem):
     np.testing.assert_allclose(slopes, expected, atol=1e-8)
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_d8_fails_where_targets_do_not_sum_to_one_and_d7_holds(problem):
     x, y = problem
     t = jnp.array([[0.5], [2.0], [3.0]]) * y
@@ -258,6 +298,7 @@ MISTAKES_ALSO_IN_ZERO = {
 }
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("name", [name for name in LINES if name != "D1"])
 def test_a_mistake_is_found_in_its_line(monkeypatch, name, mistake):
@@ -267,6 +308,7 @@ def test_a_mistake_is_found_in_its_line(monkeypatch, name, mistake):
     assert name in report.failures
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 @pytest.mark.parametrize("mistake", MISTAKES_ALSO_IN_ZERO)
 @pytest.mark.parametrize("name", ["D0", "D1", "D9", "E0", "K5"])
 def test_a_mistake_that_zero_shows_too_is_found(monkeypatch, name, mistake):
@@ -318,6 +360,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 @pytest.mark.parametrize(("name", "mistake"), WRONG)
 def test_a_wrong_formula_is_found_in_its_line(monkeypatch, name, mistake):
     assert failed(replaced(monkeypatch, name, WRONG[name, mistake])) == [name]
@@ -337,16 +380,19 @@ def test_a_wrong_divergence_is_found(monkeypatch, logits, mode, name):
     assert [line.name for line in lines if not line.passed] == [name]
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_a_d8_that_needs_no_assumption_is_found(monkeypatch):
     report = replaced(monkeypatch, "D8", derivation.d7)
     assert report.failures == ("D8 where sum_k y_jk != 1",)
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_a_d7_that_needs_the_assumption_is_found(monkeypatch):
     report = replaced(monkeypatch, "D7", derivation.d8)
     assert report.failures == ("D7 where sum_k y_jk != 1",)
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_a_wrong_rule_is_found(monkeypatch):
     right = sxe.softmax_cross_entropy
 
@@ -359,14 +405,13 @@ def test_a_wrong_rule_is_found(monkeypatch):
         return loss + moved / loss.size
 
     monkeypatch.setattr(against_autodiff, "softmax_cross_entropy", one_cotangent_for_all_rows)
-    tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
-    monkeypatch.setattr(against_autodiff, "TOLERANCES", tolerances)
     assert check(4, 4).failures == (
         "jvp, integer labels, float64",
         "jvp, dense targets, float64",
     )
 
 
+@pytest.mark.usefixtures("rules_in_float64")
 def test_a_wrong_rule_of_rows_is_found(monkeypatch):
     """The wrong rule swaps the cotangents of log-probability and entropy."""
     right = sxe.log_prob_and_entropy
@@ -380,8 +425,6 @@ def test_a_wrong_rule_of_rows_is_found(monkeypatch):
         return sxe.LogProbAndEntropy(held.log_prob + moved[1], held.entropy + moved[0])
 
     monkeypatch.setattr(against_autodiff, "log_prob_and_entropy", exchanged)
-    tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
-    monkeypatch.setattr(against_autodiff, "TOLERANCES", tolerances)
     assert check(4, 4).failures == ("jvp, log prob and entropy, float64",)
 
 

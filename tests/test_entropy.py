@@ -10,7 +10,7 @@ import oracle
 import pytest
 from distributions import FUNCTIONS
 from jax.experimental import checkify
-from option_cases import RULES, every_rule, in_pairs, vjp_by_default
+from option_cases import RULES, every_rule, in_pairs, one_in, vjp_by_default
 from oracle import assert_close, naming
 from problems import apart, head_problem, logits_problem, normal, with_gradients
 from programs import all_of, quick_jit
@@ -20,7 +20,8 @@ import sxe
 N, D, K = 8, 3, 11
 INF, NAN = np.inf, np.nan
 LOGITS, HEAD = FUNCTIONS["logits"], FUNCTIONS["head"]
-both = pytest.mark.parametrize("f", [LOGITS, HEAD], ids=["logits", "head"])
+BOTH = {"logits": LOGITS, "head": HEAD}
+both = pytest.mark.parametrize("f", BOTH.values(), ids=BOTH)
 OF_LOGITS = ("where", "where_class", "class_mask", "ignore_index", "axis")
 OF_HEAD = ("where", "class_mask", "ignore_index", "bias", "logit_scale", "softcap")
 
@@ -29,14 +30,33 @@ def run(f, p, g=None, **static):
     """The (value, gradients) of a jitted call, and the cotangents."""
     p, numbers = apart(p)
     g = f.cotangent(p) if g is None else g
-    return quick_jit(with_gradients(f(**static, **numbers)))(p, g), g
+    return program(f.is_head, **static, **numbers)(p, g), g
+
+
+@functools.cache
+def program(is_head, **static):
+    """The jitted call, which all tests with these static arguments share."""
+    return quick_jit(with_gradients((HEAD if is_head else LOGITS)(**static)))
 
 
 # Options
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_option_cases_of_logits(rule):
+slow = pytest.mark.slow
+# By default, forward mode and autodiff serve the cases in turn.
+rules_of_cases = pytest.mark.parametrize(
+    "rules",
+    [
+        ["vjp"],
+        ["jvp", "autodiff"],
+        *(pytest.param([rule], marks=slow) for rule in RULES[1:]),
+    ],
+    ids="-".join,
+)
+
+
+@rules_of_cases
+def test_option_cases_of_logits(rules):
     functions, arguments, calls = [], [], []
     for i, case in enumerate(in_pairs(*OF_LOGITS)):
         p, numbers = apart(logits_problem(*case, shape=(N, K), seed=i))
@@ -46,7 +66,7 @@ def test_option_cases_of_logits(rule):
             if "where_class" in case:
                 p["where"] = p["where"].T
         g = sxe.LogProbAndEntropy(normal(N, seed=1), normal(N, seed=2))
-        functions.append(with_gradients(LOGITS(rule=rule, **numbers)))
+        functions.append(with_gradients(LOGITS(rule=rules[i % len(rules)], **numbers)))
         arguments.append((p, g))
         calls.append(numbers)
     results = quick_jit(all_of(functions))(arguments)
@@ -74,18 +94,20 @@ def test_option_cases_of_head(rule):
             HEAD.assert_matches(result, p, g, **numbers)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
-@both
+@one_in(2, f=BOTH, shape=[(1,), (), (2, 0), (2, 3), (0,)])
 def test_leading_dimensions(f, shape):
+    arguments = []
     for classes in (1, 2, K):
-        p = f.problem("none", rows=(6,), classes=classes)
+        p = jax.tree.map(np.asarray, f.problem("none", rows=(6,), classes=classes))
         count = math.prod(shape)
-        p |= {n: p[n][:count].reshape(*shape, *p[n].shape[1:]) for n in p if n != "kernel"}
-        (value, gradients), g = run(f, p)
+        p |= {n: p[n][:count].reshape((*shape, *p[n].shape[1:])) for n in p if n != "kernel"}
+        arguments.append((p, f.cotangent(p)))
+    found = quick_jit(all_of([with_gradients(f())] * 3))(arguments)
+    for (value, gradients), (p, g) in zip(found, arguments, strict=True):
         assert value.log_prob.shape == value.entropy.shape == shape
         f.assert_matches((value, gradients), p, g)
-        if classes == 1:
-            assert not np.any(value)
+    of_one_class, _ = found[0]
+    assert not np.any(of_one_class)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +125,7 @@ def test_class_axes(shape, axis):
     LOGITS.assert_matches((value, gradients), p, g, axis=axis)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int64", "uint64"])
+@one_in(2, indirect=["x64"], dtype=["int8", "int64", "uint8", "uint64", "int16"], x64=[False, True])
 def test_every_label_dtype(dtype, x64):
     if "64" in dtype and not x64:
         pytest.skip("JAX has no 64-bit integers while x64 is off")
@@ -136,24 +158,28 @@ def test_a_pair_with_names():
         assert_close(a, np.asarray(b, np.float64))
 
 
-@pytest.mark.parametrize("result", ["log_prob", "entropy"])
 @vjp_by_default
 @both
-def test_the_gradient_of_one_result_alone(f, rule, result):
+def test_the_gradient_of_one_result_alone(f, rule):
     """For example, an entropy bonus without the log-probability."""
     p = f.problem()
-
-    def one(q):
-        return getattr(f(rule=rule)(p | q), result)
-
     g = normal(*p["labels"].shape)
     names = ("hidden", "kernel") if f is HEAD else ("logits",)
-    _, pull = quick_jit(lambda q: jax.vjp(one, q))({name: p[name] for name in names})
+
+    @quick_jit
+    def pulled_back(q):
+        def one(q, result):
+            return getattr(f(rule=rule)(p | q), result)
+
+        results = ("log_prob", "entropy")
+        return [jax.vjp(functools.partial(one, result=each), q)[1](g)[0] for each in results]
+
     zero = np.zeros_like(g)
-    pair = (g, zero) if result == "log_prob" else (zero, g)
-    right = f.truth(p, pair)[1]
-    for name, d in pull(jnp.asarray(g))[0].items():
-        assert_close(d, right[name])
+    found = pulled_back({name: p[name] for name in names})
+    for gradients, pair in zip(found, [(g, zero), (zero, g)], strict=True):
+        right = f.truth(p, pair)[1]
+        for name, d in gradients.items():
+            assert_close(d, right[name])
 
 
 # Rows that do not count, and labels
@@ -189,13 +215,19 @@ def test_a_row_that_does_not_count_is_zero(f, rule, content, reason):
     name = "hidden" if f is HEAD else "logits"
     for a in (*value, gradients[name]):
         assert not np.asarray(a)[out].any()
-    call = with_gradients(f(**static), (name,))
-    v = normal(*p[name].shape, seed=4)
-    _, product = quick_jit(
-        jax.value_and_grad(lambda x: jnp.vdot(call(bad | {name: x}, g)[1][name], v))
-    )(bad[name])
+    product = second_derivatives(f.is_head, **static)(bad, g, normal(*p[name].shape, seed=4))
     assert np.isfinite(product).all()
     assert not np.asarray(product)[out].any()
+
+
+@functools.cache
+def second_derivatives(is_head, **static):
+    """A program for the derivative of <gradient, v> by the logits or the hidden states."""
+    name = "hidden" if is_head else "logits"
+    call = with_gradients((HEAD if is_head else LOGITS)(**static), (name,))
+    return quick_jit(
+        lambda p, g, v: jax.grad(lambda x: jnp.vdot(call(p | {name: x}, g)[1][name], v))(p[name])
+    )
 
 
 @both
@@ -424,9 +456,7 @@ def test_what_the_loss_has_is_no_argument_here(function):
 # Metrics
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["logits", "head"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@every_rule
+@one_in(2, rule=RULES, reduction=["mean", "none"], head={"logits": False, "head": True})
 def test_entropy_among_the_metrics(rule, reduction, head):
     """The entropy of each row, or 0 where the row does not count. It has no gradient."""
     hidden, kernel, labels = normal(N, D), normal(D, K), np.arange(N)

@@ -13,7 +13,7 @@ import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from option_cases import RULES, vjp_by_default
+from option_cases import RULES, one_in, vjp_by_default
 from problems import normal
 from programs import quick_jit
 from tolerances import FLOAT64_BAR, LOSS_BAR
@@ -50,21 +50,18 @@ def metrics_of_head(logits, labels, *, differentiate=False, **options):
 
 def ways(logits, labels, *, head=True, **options):
     """The metrics of each path of both losses, or only of the loss of logits, with its name."""
-    for rule in RULES:
-        yield (
-            rule,
-            quick_jit(functools.partial(metrics_of_logits, rule=rule, **options))(logits, labels),
-        )
+    paths = {rule: functools.partial(metrics_of_logits, rule=rule, **options) for rule in RULES}
     both = functools.partial(
         sxe.softmax_cross_entropy_with_gradient, return_metrics=True, **options
     )
-    yield "with gradient", quick_jit(both)(logits, labels)[0][1]
-    if not head:
-        return
-    for (rule, reduction), differentiate in itertools.product(HEADS, (False, True)):
-        static = {"rule": rule, "reduction": reduction, "differentiate": differentiate}
-        found = quick_jit(functools.partial(metrics_of_head, **static, **options))(logits, labels)
-        yield str(static), found
+    paths["with gradient"] = lambda *given: both(*given)[0][1]
+    if head:
+        for (rule, reduction), differentiate in itertools.product(HEADS, (False, True)):
+            static = {"rule": rule, "reduction": reduction, "differentiate": differentiate}
+            paths[str(static)] = functools.partial(metrics_of_head, **static, **options)
+    # One program of all paths is compiled faster than one program for each.
+    run = quick_jit(lambda *given: {name: path(*given) for name, path in paths.items()})
+    return run(logits, labels).items()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -154,10 +151,10 @@ def test_rows_without_a_distribution():
         oracle.check_rows_metrics(found, logits[3:], np.ones(3, bool), labels[3:])
 
 
-@pytest.mark.parametrize(("rule", "reduction"), HEADS)
-@pytest.mark.parametrize("chunk_size", [2, 7])
-def test_hidden_states_without_a_distribution(chunk_size, rule, reduction):
+@one_in(2, head=HEADS, chunk_size=[2, 7])
+def test_hidden_states_without_a_distribution(head, chunk_size):
     """In rows that count, and in one that does not."""
+    rule, reduction = head
     hidden, kernel, labels = normal(7, D), normal(D, K), np.arange(7)
     hidden[1], hidden[4], hidden[5, 2] = NAN, NAN, INF
     weights = np.where(np.arange(7) == 4, 0, 1).astype(np.float32)
@@ -274,8 +271,7 @@ def reductions_to_integers(found):
 
 
 @vjp_by_default
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("loss", ["logits", "head"])
+@one_in(2, loss=["logits", "head"], reduction=["mean", "none"])
 def test_a_metric_that_is_not_used_costs_nothing(loss, reduction, rule):
     """XLA drops the metric, and the program is the one without metrics."""
     run = functools.partial(instructions, loss, reduction, rule)

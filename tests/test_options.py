@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from option_cases import RULES, of_logits
+from option_cases import RULES, of_logits, one_in
 from oracle import assert_close
 from problems import logits_problem
 from tolerances import SAME_FLOAT32
@@ -37,12 +37,20 @@ def call_of(case):
 CASES = of_logits("axis")
 
 
-@pytest.mark.parametrize(
-    ("rule", "case"),
-    # The third rule is JAX's own derivative of the loss. Half of the cases suffice for it.
-    [(rule, case) for rule in RULES for case in CASES[: 12 if rule == "autodiff" else None]],
-    ids=lambda x: x if isinstance(x, str) else "+".join(x),
-)
+# In either half of the cases any three options meet: by default the first half, and the last case,
+# serve one rule, and the second half another. The third rule is JAX's own derivative of the loss: a
+# half of the cases serve it, and some of these by default.
+BY_DEFAULT = {"vjp": [*range(12), 24], "jvp": range(12, 24), "autodiff": range(0, 12, 3)}
+
+
+def rules_and_cases():
+    for rule in RULES:
+        for i, case in enumerate(CASES[: 12 if rule == "autodiff" else None]):
+            marks = () if i in BY_DEFAULT[rule] else pytest.mark.slow
+            yield pytest.param(rule, case, id=f"{rule}-{'+'.join(case)}", marks=marks)
+
+
+@pytest.mark.parametrize(("rule", "case"), list(rules_and_cases()))
 def test_option_cases(rule, case):
     """All three reductions, and the gradient of a random combination of their results."""
     logits, labels, kwargs = call_of(case)
@@ -70,8 +78,11 @@ def test_option_cases(rule, case):
     assert_close(both[1], oracle.gradient(logits, labels, **kwargs))
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@pytest.mark.parametrize("axis", [-1, 0, 1, 2, -2, (1,), (0, 2), (2, 0), (1, -1), (0, 1, 2)])
+@one_in(
+    2,
+    axis=[-1, 0, 1, 2, -2, (1,), (2, 0), (0, 2), (0, 1, 2), (1, -1)],
+    dense={"integer": False, "dense": True},
+)
 def test_axis(axis, dense):
     """Any axis or, as in optax, a tuple of axes over which the label is a flat index."""
     rng = np.random.default_rng(4)
@@ -102,21 +113,31 @@ def test_axis(axis, dense):
         assert_close(rows, np.asarray(theirs, np.float64))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (11,), (2, 1, 3), (2, 3, 1, 2)])
-@pytest.mark.parametrize("classes", [1, 2, 13])
+@one_in(2, shape=[(), (1,), (11,), (2, 1, 3), (2, 3, 1, 2)], classes=[1, 2, 13])
 def test_leading_dimensions(shape, classes):
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(*shape, classes)).astype(np.float32)
     labels = rng.integers(0, classes, size=shape)
-    for reduction in ("mean", "sum", "none"):
-        got = sxe.softmax_cross_entropy(logits, labels, reduction=reduction)
+    reductions = ("mean", "sum", "none")
+
+    @jax.jit
+    def run(*arrays):
+        values = [sxe.softmax_cross_entropy(*arrays, reduction=each) for each in reductions]
+        return values, sxe.softmax_cross_entropy_with_gradient(*arrays)
+
+    values, (_, gradient) = run(logits, labels)
+    for reduction, got in zip(reductions, values, strict=True):
         assert_close(got, oracle.loss(logits, labels, reduction=reduction), scale=1)
-    _, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels)
     assert_close(gradient, oracle.gradient(logits, labels), scale=1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("target_dtype", ["int32", "uint8", "bfloat16", "float32"])
+@one_in(
+    2,
+    indirect=["x64"],
+    dtype=["bfloat16", "float16", "float32", "float64"],
+    target_dtype=["int32", "uint8", "bfloat16", "float32"],
+    x64=[False, True],
+)
 def test_dtypes(dtype, target_dtype, x64):
     if dtype == "float64" and not x64:
         dtype = "float32"
@@ -127,10 +148,10 @@ def test_dtypes(dtype, target_dtype, x64):
     else:
         labels = jnp.asarray(rng.uniform(size=(6, 5)), target_dtype)
     weights = jnp.asarray(rng.uniform(size=6), "bfloat16")
-    value, gradient = jax.value_and_grad(sxe.softmax_cross_entropy)(
-        logits, labels, weights=weights, label_smoothing=0.1, z_loss=1e-3
-    )
-    options = {"weights": weights, "label_smoothing": 0.1, "z_loss": 1e-3}
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    f = functools.partial(sxe.softmax_cross_entropy, **options)
+    value, gradient = jax.jit(jax.value_and_grad(f))(logits, labels, weights=weights)
+    options["weights"] = weights
     assert value.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
     assert gradient.dtype == logits.dtype
     # The options are Python floats, which are rounded to float32.
@@ -150,9 +171,8 @@ def test_metrics(dense):
     weights[np.flatnonzero(where)[0]] = 0
     kwargs = {"where": where, "weights": weights, "z_loss": 0.01}
     for reduction in ("mean", "sum", "none"):
-        value, metrics = sxe.softmax_cross_entropy(
-            logits, labels, reduction=reduction, return_metrics=True, **kwargs
-        )
+        f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, return_metrics=True)
+        value, metrics = jax.jit(f)(logits, labels, **kwargs)
         assert_close(value, oracle.loss(logits, labels, reduction=reduction, **kwargs))
         assert isinstance(metrics, sxe.Metrics)
         assert_close(metrics.loss_sum, oracle.loss(logits, labels, reduction="sum", **kwargs))

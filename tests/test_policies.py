@@ -10,7 +10,7 @@ import oracle
 import pytest
 from flax import nnx
 from jax.experimental import checkify
-from option_cases import RULES, every_rule, vjp_by_default
+from option_cases import RULES, every_rule, one_in, vjp_by_default
 from oracle import assert_close
 from problems import normal
 from tolerances import CLOSENESS, GRADIENT_BAR, LOSS_BAR, SAME_FLOAT32, ZERO
@@ -72,7 +72,12 @@ def test_narrow_labels_with_more_classes_than_they_hold(dtype):
     assert_close(of_numpy, oracle.loss(logits, labels))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64", "uint64"])
+@one_in(
+    2,
+    indirect=["x64"],
+    dtype=["int8", "uint8", "int32", "int64", "uint32", "uint64"],
+    x64=[False, True],
+)
 def test_every_label_dtype(dtype, x64):
     if "64" in dtype and not x64:
         pytest.skip("JAX has no 64-bit integers while x64 is off")
@@ -132,6 +137,9 @@ HOLDERS = {
 }
 
 
+@pytest.mark.parametrize(
+    "x64", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["x32", "x64"], indirect=True
+)
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_labels_of_whatever_kind_do_not_wrap(holder, x64):
     """With x64 off, JAX would wrap 2^32 + 1 to 1."""
@@ -284,7 +292,8 @@ def test_checkify_names_position_label_and_classes(jit):
 
 @pytest.mark.parametrize("ignore_index", [None, -100, 3])
 def test_checkify_names_ignore_index_where_it_is_off(ignore_index):
-    f = checkify.checkify(functools.partial(sxe.softmax_cross_entropy, ignore_index=ignore_index))
+    f = functools.partial(sxe.softmax_cross_entropy, ignore_index=ignore_index)
+    f = jax.jit(checkify.checkify(f))
     label = -100 if ignore_index is None else -1
     message = f(normal(2, 5), np.array([1, label]))[0].get()
     assert f"got {label} at position [1]" in message
@@ -293,7 +302,7 @@ def test_checkify_names_ignore_index_where_it_is_off(ignore_index):
 
 
 def test_checkify_in_gradients_and_for_one_row():
-    f = checkify.checkify(jax.grad(sxe.softmax_cross_entropy))
+    f = jax.jit(checkify.checkify(jax.grad(sxe.softmax_cross_entropy)))
     assert "got 5" in f(normal(5), np.array(5))[0].get()
     error, _ = f(normal(2, 5), np.array([1, 8]))
     assert "got 8" in error.get()
@@ -341,7 +350,7 @@ def test_checkify_looks_into(wrap):
         x, y = jnp.broadcast_to(x, (2, 5)), jnp.broadcast_to(y, (2,))
         return sxe.softmax_cross_entropy(x, y, **options)
 
-    f = checkify.checkify(wrap(loss))
+    f = jax.jit(checkify.checkify(wrap(loss)))
     logits = normal(2, 5)
     assert "got 8" in f(logits, np.array([1, 8]))[0].get()
     assert f(logits, np.array([1, 4]))[0].get() is None
@@ -366,7 +375,8 @@ def test_checkify_passes_labels_that_do_not_count():
 
 def test_checkify_finds_no_other_error():
     """sxe itself causes no division by zero, no index out of range and no NaN."""
-    f = checkify.checkify(jax.value_and_grad(sxe.softmax_cross_entropy), errors=checkify.all_checks)
+    f = jax.value_and_grad(sxe.softmax_cross_entropy)
+    f = jax.jit(checkify.checkify(f, errors=checkify.all_checks))
     logits = normal(3, 5)
     logits[1, 2] = -INF
     options = {"class_weights": np.ones(5, "f"), "where": np.array([True, True, False])}
@@ -378,10 +388,13 @@ def test_checkify_finds_no_other_error():
 # Rows that do not count
 
 
-@every_rule
-@pytest.mark.parametrize("reason", ["where", "weights", "ignore_index", "classes"])
+@one_in(
+    3,
+    reason=["where", "weights", "ignore_index", "classes"],
+    reduction=["mean", "sum", "none"],
+    rule=RULES,
+)
 @pytest.mark.parametrize("content", [NAN, INF, -INF])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_row_that_does_not_count_contributes_nothing(reason, content, reduction, rule):
     logits = normal(4, 5)
     logits[2] = content
@@ -418,7 +431,7 @@ def test_a_dense_row_that_does_not_count(rule):
         {"weights": np.array([1, 0, 1], np.float32)},
     ):
         f = functools.partial(sxe.softmax_cross_entropy, rule=rule, **options)
-        value, gradients = jax.value_and_grad(f, argnums=(0, 1))(logits, targets)
+        value, gradients = jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(logits, targets)
         assert_close(value, oracle.loss(logits[[0, 2]], targets[[0, 2]]))
         for gradient in gradients:
             assert (np.asarray(gradient[1]) == 0).all()
@@ -438,31 +451,47 @@ def test_a_weight_of_zero_has_its_row_loss_as_derivative(rule):
             logits, labels, weights=weights, reduction="sum", rule=rule
         )
 
-    value, (d_weights, d_logits) = jax.value_and_grad(f, argnums=(0, 1))(jnp.zeros(4), logits)
+    @jax.jit
+    def run(*arrays):
+        # The second is what a meta-gradient differentiates: the logits' gradient at weight 0
+        # depends on the weight.
+        return (
+            jax.value_and_grad(f, argnums=(0, 1))(*arrays),
+            jax.jacobian(jax.grad(f, argnums=1))(*arrays),
+        )
+
+    (value, (d_weights, d_logits)), mixed = run(np.zeros(4, np.float32), logits)
     assert value == 0
     assert (np.asarray(d_logits) == 0).all()
     assert_close(d_weights[0], oracle.loss(logits[0], labels[0]))
     assert (np.asarray(d_weights[1:]) == 0).all()
-    # A meta-gradient differentiates the logits' gradient, which depends on the weight at 0 too.
-    mixed = jax.jacobian(jax.grad(f, argnums=1))(jnp.zeros(4), logits)
     assert_close(mixed[0, :, 0], oracle.gradient(logits[0], labels[0]))
 
 
-@every_rule
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@one_in(2, rule=RULES, reduction=["mean", "sum"])
 def test_nothing_counts(reduction, rule):
-    for options in (
+    each = (
         {"where": np.zeros(3, bool)},
         {"weights": np.zeros(3, np.float32)},
         {"ignore_index": 2},
         {"class_weights": np.array([1, 1, 0, 1], np.float32)},
-    ):
-        f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, rule=rule)
-        labels = np.full(3, 2)
-        value, gradient = jax.value_and_grad(f)(normal(3, 4), labels, **options)
+    )
+    f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, rule=rule)
+    labels = np.full(3, 2)
+
+    @jax.jit
+    def run(logits):
+        return [
+            (
+                jax.value_and_grad(f)(logits, labels, **options),
+                f(logits, labels, return_metrics=True, **options)[1],
+            )
+            for options in each
+        ]
+
+    for (value, gradient), metrics in run(normal(3, 4)):
         assert value == 0
         assert (np.asarray(gradient) == 0).all()
-        _, metrics = f(normal(3, 4), labels, return_metrics=True, **options)
         assert metrics.loss_sum == metrics.weight_sum == 0
 
 
@@ -482,13 +511,22 @@ def mean_of(head, labels, **options):
 def test_negative_weights(head, rule):
     logits, labels = normal(4, 5), np.array([1, 0, 4, 3])
     weights, g = np.array([1, -2, 0.5, -1], np.float32), normal(4)
-    for reduction in ("mean", "sum", "none"):
+    cotangents = {"mean": g[0], "sum": g[0], "none": g}
+
+    @jax.jit
+    def run(x, cotangents):
+        found = {}
+        for reduction, cotangent in cotangents.items():
+            f = mean_of(head, labels, rule=rule, weights=weights, reduction=reduction)
+            value, pullback = jax.vjp(f, x)
+            found[reduction] = value, *pullback(cotangent)
+        return found
+
+    for reduction, (value, gradient) in run(logits, cotangents).items():
         options = {"weights": weights, "reduction": reduction}
-        cotangent = g if reduction == "none" else g[0]
-        value, pullback = jax.vjp(mean_of(head, labels, rule=rule, **options), logits)
         assert_close(value, oracle.loss(logits, labels, **options))
-        expected = oracle.gradient(logits, labels, cotangent, **options)
-        assert_close(pullback(jnp.asarray(cotangent))[0], expected)
+        expected = oracle.gradient(logits, labels, cotangents[reduction], **options)
+        assert_close(gradient, expected)
 
 
 @both_losses
@@ -497,17 +535,24 @@ def test_a_mean_over_rows_whose_weights_sum_to_zero_is_nan(head, rule):
     logits, labels = jnp.asarray(normal(4, 5)), np.array([1, 0, 4, 3])
     where = np.array([True, True, True, False])
     f = mean_of(head, labels, rule=rule, where=where)
-    weights = jnp.array([1, -3, 2, 5.0])
-    value, gradients = jax.value_and_grad(lambda x, w: f(x, weights=w), (0, 1))(logits, weights)
+    weights = np.array([1, -3, 2, 5], np.float32)
+
+    @jax.jit
+    def run(x, w):
+        return (
+            jax.value_and_grad(lambda x, w: f(x, weights=w), (0, 1))(x, w),
+            jax.jacobian(jax.grad(lambda x: f(x, weights=w)))(x),
+            f(x, weights=w, reduction="sum"),
+            f(x, weights=w, return_metrics=True)[1],
+        )
+
+    (value, gradients), hessian, total, metrics = run(logits, weights)
     assert np.isnan(value)
     assert np.isnan(gradients[0][:3]).all()
     assert np.isnan(gradients[1][:3]).all()
-    hessian = jax.jit(jax.jacobian(jax.grad(lambda x: f(x, weights=weights))))(logits)
     assert np.isnan(hessian[0, :, 0]).all()
-    total = f(logits, weights=weights, reduction="sum")
     expected = oracle.loss(logits, labels, weights=weights, where=where, reduction="sum")
     assert_close(total, expected)
-    _, metrics = f(logits, weights=weights, return_metrics=True)
     assert metrics.weight_sum == 0
     assert_close(metrics.loss_sum, expected)
 
@@ -531,31 +576,28 @@ def test_a_mean_over_labels_of_class_weight_zero(head, rule):
     class_weights = jnp.array([1, 0, 1, 1, 1.0])
     f = mean_of(head, labels, rule=rule, class_weights=class_weights)
     off = {"label_smoothing": jnp.float32(0), "z_loss": jnp.float32(0)}
-    grad = jax.jit(jax.value_and_grad(lambda x, options: f(x, **options)))
-    for options in ({}, off):
-        value, gradient = grad(logits, options)
+    each = ({}, off, {"label_smoothing": 0.1}, {"z_loss": 0.1})
+    grad = jax.value_and_grad(lambda x, options: f(x, **options))
+    found = jax.jit(lambda x, each: [grad(x, options) for options in each])(logits, each)
+    for value, gradient in found[:2]:
         assert value == 0
         assert (np.asarray(gradient) == 0).all()
-    for options in ({"label_smoothing": 0.1}, {"z_loss": 0.1}):
-        value, gradient = grad(logits, options)
+    for value, gradient in found[2:]:
         assert np.isnan(value)
         assert np.isnan(gradient).all()
 
 
-@pytest.mark.parametrize("rule", ["vjp", "jvp", "autodiff"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("classes", [64, 1024])
+@one_in(3, rule=RULES, reduction=["mean", "none"], classes=[64, 1024])
 def test_a_nan_in_a_row_of_weight_0(classes, reduction, rule):
     """XLA's CPU backend may lose a NaN in a maximum over many classes."""
     options = {"reduction": reduction, "rule": rule}
     labels, weights = jnp.arange(4), jnp.array([1.0, 2.0, 0.0, 0.5])
-    # The third row has inf - inf, other rows have a class that cannot occur.
-    hidden, kernel = (
-        jnp.asarray(normal(4, 2), jnp.float32),
-        jnp.full((2, classes), 1e-3).at[:, 50].set(3),
-    )
-    hidden, bias = hidden.at[2].set(3e38), jnp.zeros(classes).at[50].set(-jnp.inf)
-    logits = hidden @ kernel + bias[None]
+    # In the third row inf - inf, and in others a class that cannot occur.
+    hidden, kernel = normal(4, 2), np.full((2, classes), 1e-3, np.float32)
+    bias = np.zeros(classes, np.float32)
+    hidden[2], kernel[:, 50], bias[50] = 3e38, 3, -INF
+    with np.errstate(over="ignore", invalid="ignore"):
+        logits = hidden @ kernel + bias
     assert np.isnan(logits[2, 50])
 
     def of_head(hidden):
@@ -566,8 +608,9 @@ def test_a_nan_in_a_row_of_weight_0(classes, reduction, rule):
         return jnp.sum(sxe.softmax_cross_entropy(logits, labels, weights=weights, **options))
 
     for loss, given in ((of_logits, logits), (of_head, hidden)):
-        found = jax.jit(jax.value_and_grad(loss))(given)
-        expected = jax.value_and_grad(loss)(given.at[2].set(0))
+        run, finite = jax.jit(jax.value_and_grad(loss)), given.copy()
+        finite[2] = 0
+        found, expected = run(given), run(finite)
         for a, b in zip(found, expected, strict=True):
             assert_close(a, b)
 
@@ -584,19 +627,30 @@ def test_debug_nans_passes_a_weighted_mean_over_nothing(head):
             grad(logits, jnp.zeros(3))
 
 
-@every_rule
-@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@one_in(
+    2,
+    shape=[(0, 5), (0, 3, 5), (2, 0, 5)],
+    dense={"integer": False, "dense": True},
+    rule=RULES,
+)
 def test_empty_batch(shape, dense, rule):
     logits = np.zeros(shape, np.float32)
     labels = logits if dense else np.zeros(shape[:-1], int)
-    for reduction in ("mean", "sum"):
-        f = functools.partial(sxe.softmax_cross_entropy, reduction=reduction, rule=rule)
-        value, gradient = jax.value_and_grad(f)(logits, labels)
-        assert value == 0
+    f = sxe.softmax_cross_entropy
+
+    @jax.jit
+    def run(*arrays):
+        gradients = [
+            jax.value_and_grad(functools.partial(f, reduction=reduction, rule=rule))(*arrays)
+            for reduction in ("mean", "sum")
+        ]
+        return gradients, f(*arrays, reduction="none"), f(*arrays, return_metrics=True)
+
+    gradients, rows, (value, metrics) = run(logits, labels)
+    for total, gradient in gradients:
+        assert total == 0
         assert gradient.shape == shape
-    assert sxe.softmax_cross_entropy(logits, labels, reduction="none").shape == shape[:-1]
-    value, metrics = sxe.softmax_cross_entropy(logits, labels, return_metrics=True)
+    assert rows.shape == shape[:-1]
     assert value == metrics.weight_sum == 0
     assert metrics.lse.shape == metrics.predictions.shape == shape[:-1]
 
@@ -683,28 +737,33 @@ def test_a_masked_class_is_a_logit_of_minus_infinity(rule):
 @every_rule
 def test_zero_log_zero_in_value_and_every_derivative(rule):
     """A target of 0 for a class that cannot occur adds 0 to all derivatives, for all arguments."""
-    logits = jnp.array([1.0, -INF, 0.5, -1.0])
-    targets = jnp.array([0.25, 0.0, 0.75, 0.0])
+    logits = np.array([1.0, -INF, 0.5, -1.0], np.float32)
+    targets = np.array([0.25, 0.0, 0.75, 0.0], np.float32)
     f = functools.partial(sxe.softmax_cross_entropy, rule=rule)
-    value, (d_logits, d_targets) = jax.value_and_grad(f, argnums=(0, 1))(logits, targets)
+    labels = jnp.array(2)
+
+    @jax.jit
+    def run(logits, targets, class_weights):
+        return (
+            jax.value_and_grad(f, argnums=(0, 1))(logits, targets),
+            jax.hessian(f)(logits, targets),
+            jax.grad(lambda c: f(logits, labels, class_weights=c, reduction="sum"))(class_weights),
+        )
+
+    (value, (d_logits, d_targets)), hessian, d_class_weights = run(logits, targets, jnp.ones(4))
     keep = np.array([0, 2, 3])
     assert_close(value, oracle.loss(logits[keep], targets[keep]))
     assert_close(d_logits[keep], oracle.gradient(logits[keep], targets[keep]))
     q = np.exp(np.asarray(logits, np.float64)[keep])
     assert_close(d_targets[keep], -np.log(q / q.sum()))
     assert d_logits[1] == d_targets[1] == 0
-    hessian = jax.hessian(f)(logits, targets)
     assert np.isfinite(hessian).all()
     assert (np.asarray(hessian[1]) == 0).all()
-    labels = jnp.array(2)
-    d_class_weights = jax.grad(lambda c: f(logits, labels, class_weights=c, reduction="sum"))(
-        jnp.ones(4)
-    )
     assert np.isfinite(d_class_weights).all()
 
 
-@every_rule
-def test_zero_log_zero_is_exact_when_compiled(rule):
+@one_in(3, rule=RULES, reduction=["none", "mean", "sum"])
+def test_zero_log_zero_is_exact_when_compiled(rule, reduction):
     """If XLA fuses a product into the sum that cancels it, a rounding error must not remain."""
     rng = np.random.default_rng(4)
     logits, hidden, kernel = normal(64, 7), normal(64, 5), normal(5, 7)
@@ -717,16 +776,15 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
     g = jnp.asarray(normal(64))
 
     def losses(targets, class_weights):
-        for reduction in ("mean", "sum", "none"):
-            options = {"reduction": reduction, "rule": rule}
-            scale = g if reduction == "none" else g[0]
-            for loss, args in (
-                (sxe.softmax_cross_entropy, (logits,)),
-                (functools.partial(sxe.linear_softmax_cross_entropy, bias=bias), (hidden, kernel)),
-            ):
-                yield (scale * loss(*args, targets, **options)).sum()
-                smoothed = options | {"class_weights": class_weights, "label_smoothing": 0.1}
-                yield (scale * loss(*args, labels, **smoothed)).sum()
+        options = {"reduction": reduction, "rule": rule}
+        scale = g if reduction == "none" else g[0]
+        for loss, args in (
+            (sxe.softmax_cross_entropy, (logits,)),
+            (functools.partial(sxe.linear_softmax_cross_entropy, bias=bias), (hidden, kernel)),
+        ):
+            yield (scale * loss(*args, targets, **options)).sum()
+            smoothed = options | {"class_weights": class_weights, "label_smoothing": 0.1}
+            yield (scale * loss(*args, labels, **smoothed)).sum()
 
     run = jax.jit(jax.jacobian(lambda *args: jnp.stack(list(losses(*args))), argnums=(0, 1)))
     d_targets, d_class_weights = run(targets, class_weights)
@@ -734,12 +792,11 @@ def test_zero_log_zero_is_exact_when_compiled(rule):
     assert (np.asarray(d_class_weights[..., 3]) == 0).all()
     rest = np.delete(logits, 3, axis=1).astype(np.float64)
     nll = -rest + np.log(np.exp(rest).sum(-1, keepdims=True))
-    assert_close(np.delete(d_targets[8], 3, axis=-1), np.asarray(g)[:, None] * nll)
+    share = {"none": np.asarray(g)[:, None], "mean": np.float64(g[0]) / 64, "sum": np.float64(g[0])}
+    assert_close(np.delete(d_targets[0], 3, axis=-1), share[reduction] * nll)
 
 
-@every_rule
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("head", [False, True])
+@one_in(2, smoothing=[0.0, 0.1], head=[False, True], rule=RULES)
 def test_the_derivative_by_class_weights_is_what_they_weigh(head, smoothing, rule):
     """The derivative of sum_i g_i loss_i by c_k is sum_i g_i ((1 - a) [k = y_i] + a / K) nll_ik."""
     N, D, K = 13, 5, 7
@@ -755,11 +812,11 @@ def test_the_derivative_by_class_weights_is_what_they_weigh(head, smoothing, rul
         options = {"label_smoothing": smoothing, "reduction": "none", "rule": rule}
         return loss(*inputs, labels, class_weights=class_weights, **options)
 
-    _, pullback = jax.vjp(weighted, jnp.asarray(class_weights))
+    pulled_back = jax.jit(lambda c, g: jax.vjp(weighted, c)[1](g)[0])
     nll = np.log(np.exp(logits).sum(-1, keepdims=True)) - logits
     shares = (1 - smoothing) * np.eye(K)[labels] + smoothing / K
     expected = (g[:, None] * shares * nll).sum(0)
-    assert_close(pullback(jnp.asarray(g))[0], expected)
+    assert_close(pulled_back(class_weights, g), expected)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -857,13 +914,14 @@ def test_a_z_loss_is_right_where_the_square_of_lse_overflows(head, rule):
     def f(scale, z, *arrays):
         return scale * loss(*arrays, labels, z_loss=z, rule=rule)
 
+    run = jax.jit(jax.value_and_grad(f, argnums=(1, 2)))
     for scale in (1.0, 0.0):  # 0 times an infinite lse^2 as well
-        value, (by_z, by_logits) = jax.value_and_grad(f, argnums=(1, 2))(scale, z, *arrays)
+        value, (by_z, by_logits) = run(scale, z, *arrays)
         np.testing.assert_allclose(value, scale * 9e18, rtol=LOSS_BAR)
         np.testing.assert_allclose(by_logits, [[scale * 0.6, 0]], rtol=LOSS_BAR)
         assert by_z == (INF if scale else 0)
     for scale in (1.0, 0.0):
-        _, (_, by_logits) = jax.value_and_grad(f, argnums=(1, 2))(scale, 0 * z, *arrays)
+        _, (_, by_logits) = run(scale, 0 * z, *arrays)
         assert (np.asarray(by_logits) == 0).all()
     if not head:
         value, gradient = sxe.softmax_cross_entropy_with_gradient(logits, labels, z_loss=z)
@@ -872,9 +930,9 @@ def test_a_z_loss_is_right_where_the_square_of_lse_overflows(head, rule):
 
 
 def test_eager_and_jitted_agree():
-    logits = normal(6, 5) * 30
+    logits = normal(3, 5) * 30  # the shape of other tests without jit, which share operations
     logits[2, 1] = -INF
-    labels = np.array([0, 1, 1, 9, 4, 2])
+    labels = np.array([1, 9, 4])
     f = jax.value_and_grad(lambda x: sxe.softmax_cross_entropy(x, labels, reduction="none").sum())
     eager, jitted = f(logits), jax.jit(f)(logits)
     with jax.disable_jit():

@@ -1,5 +1,6 @@
 """Tests of the functions of rows: states, merge, D0 and D7, and the implementations of each."""
 
+import functools
 import itertools
 
 import fresh
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from option_cases import one_in
 from tolerances import SMALLEST
 
 from sxe._backend import Backend
@@ -109,8 +111,7 @@ def test_twins_of_the_normalizer_are_equal(backend, dtype, classes):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 11, 33])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@one_in(2, rows=[1, 2, 7, 11, 33], dtype=["float32", "bfloat16"])
 def test_blocks_of_rows_are_one_tile(monkeypatch, rows, dtype):
     monkeypatch.setattr(cpu, "rows_per_block", lambda shape, backend: rows)
     monkeypatch.setattr(cpu, "FEW_CLASSES", 0)
@@ -156,13 +157,17 @@ def test_derivatives_of_the_state_are_those_of_the_plain_twin(monkeypatch, backe
     def plain(x):
         return jnp.sum(g * normalizer.normalize_tile(x, backend, scale=1).log1p_r)
 
-    for derivative in (
-        lambda f: jax.jvp(f, (x,), (x_dot,))[1],
-        lambda f: jax.grad(f)(x),
-        lambda f: jax.jvp(jax.grad(f), (x,), (x_dot,))[1],
-        lambda f: jax.grad(lambda x: jnp.sum(jax.grad(f)(x) * x_dot))(x),
-    ):
-        np.testing.assert_allclose(derivative(f), derivative(plain), rtol=1e-5, atol=1e-6)
+    def derivatives(f, x):
+        return (
+            jax.jvp(f, (x,), (x_dot,))[1],
+            jax.grad(f)(x),
+            jax.jvp(jax.grad(f), (x,), (x_dot,))[1],
+            jax.grad(lambda x: jnp.sum(jax.grad(f)(x) * x_dot))(x),
+        )
+
+    found, expected = (jax.jit(functools.partial(derivatives, each))(x) for each in (f, plain))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 # Merging states
@@ -205,9 +210,14 @@ def test_states_are_a_commutative_monoid(dtype, data):
 def test_a_merge_is_the_state_of_all_classes(dtype, x64):
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(dtype) * 30
     x[0, :20], x[1], x[2, 5], x[2, 30] = -np.inf, -np.inf, 200, 200
-    for split in (1, 17, 39):
-        parts = (jnp.asarray(part) for part in (x[:, :split], x[:, split:]))
-        state = merge(*(normalizer.normalize_tile(part, LOCAL_CPU) for part in parts))
+    splits = (1, 17, 39)
+
+    @jax.jit
+    def merged(x):
+        parts = [(x[:, :split], x[:, split:]) for split in splits]
+        return [merge(*(normalizer.normalize_tile(x, LOCAL_CPU) for x in pair)) for pair in parts]
+
+    for state in merged(x):
         expected = [true_state(row) for row in x]
         np.testing.assert_array_equal(state.m, [m for m, _ in expected])
         rtol = 1e-6 if dtype == "float32" else 1e-14
@@ -258,28 +268,33 @@ def some_targets(kind, rng, rows, classes, backend=LOCAL_CPU):
 KINDS = ("labels", "dense", "smoothed", "sparse", "smoothed, sparse")
 
 
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
+@one_in(2, backend=BACKENDS, kind=KINDS)
 def test_d0_and_d7_of_a_row(backend, kind):
     rng = np.random.default_rng(3)
     x = np.float32(rng.normal(size=(13, 37)) * rng.choice([1, 30], size=(13, 1)))
     t, dense = some_targets(kind, rng, *x.shape, backend)
     g = Results(*(jnp.asarray(rng.normal(size=13), jnp.float32) for _ in range(2)))
     f = CrossEntropy(None, backend)
-    results, state = results_and_state(f, jnp.asarray(x), t)
+
+    @jax.jit
+    def run(x, t, g):
+        results, state = results_and_state(f, x, t)
+        gradients = [
+            f.gradient(x, t, state, g._replace(lse=lse)) for lse in (g.lse, None, 0 * g.lse)
+        ]
+        return results, gradients
+
+    results, (gradient, without_lse, zero) = run(x, t, g)
     log_q = log_softmax(x)
     np.testing.assert_allclose(results.loss, -np.sum(dense * log_q, -1), rtol=2e-6)
     q, total = np.exp(log_q), dense.sum(-1, keepdims=True)
     g_loss, g_lse = (np.asarray(a, np.float64)[:, None] for a in g[:2])
     expected = g_loss * (total * q - dense) + g_lse * q
-    gradient = f.gradient(jnp.asarray(x), t, state, g)
     unit = np.abs(g_loss) * (q * (total - dense) + dense * (1 - q)) + np.abs(g_lse) * q
     errors = np.abs(gradient - expected) / unit
     if "sparse" in kind:  # the targets' sum exceeds 1, so compare only entries of some size
         errors = errors[unit > SMALLEST]
     assert np.max(errors) < 2e-5
-    without_lse = f.gradient(jnp.asarray(x), t, state, g._replace(lse=None))
-    zero = f.gradient(jnp.asarray(x), t, state, g._replace(lse=jnp.zeros(13)))
     np.testing.assert_allclose(without_lse, zero, rtol=1e-6)
 
 
@@ -293,7 +308,7 @@ def test_the_gradient_of_a_row_is_its_transposed_tangent(kind):
     # The cotangent of the largest probability has no effect, because it has no derivative.
     g = Results(*(jnp.asarray(rng.normal(size=5), jnp.float32) for _ in range(3)))
 
-    def gradient(rule):
+    def gradient(rule, x, t, g):
         def of_floats(x, label_target, dense, sparse):
             d = None if dense is None else t.dense._replace(t=dense)
             s = t.sparse
@@ -307,8 +322,9 @@ def test_the_gradient_of_a_row_is_its_transposed_tangent(kind):
         results, vjp = jax.vjp(of_floats, x, t.label_target, dense, sparse)
         return jax.tree.leaves((results, vjp(type(results)(*g))))
 
+    by_rule = jax.jit(lambda *arrays: {rule: gradient(rule, *arrays) for rule in RULES})(x, t, g)
     for rule in ("jvp", "autodiff"):
-        for a, b in zip(gradient("vjp"), gradient(rule), strict=True):
+        for a, b in zip(by_rule["vjp"], by_rule[rule], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -352,7 +368,7 @@ for dtype in (jnp.float32, jnp.bfloat16):
     compiled = jax.jit(jax.value_and_grad(f)).lower(x).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < 16 * 2**20 < n * k * 4, (dtype, temporaries)
-    value, gradient = jax.value_and_grad(f)(x)
+    value, gradient = compiled(x)
     x = np.asarray(x, np.float64)
     q = np.exp(x - x.max(-1, keepdims=True))
     q /= q.sum(-1, keepdims=True)

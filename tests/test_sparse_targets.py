@@ -18,7 +18,7 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
-from option_cases import FORWARD_RULES, every_rule, in_fours, vjp_by_default
+from option_cases import FORWARD_RULES, RULES, in_fours, one_in, vjp_by_default
 from oracle import assert_close, naming
 from problems import cotangent, floats, head_problem, logits_problem, with_gradients
 from programs import all_of, quick_jit
@@ -31,7 +31,10 @@ from sxe._backend import Backend
 HEAD, LOGITS = sxe.linear_softmax_cross_entropy, sxe.softmax_cross_entropy
 N, D, K, M = 8, 3, 24, 5
 NAN, INF = float("nan"), float("inf")
-both_losses = pytest.mark.parametrize("loss", [HEAD, LOGITS], ids=["head", "logits"])
+LOSSES = {"head": HEAD, "logits": LOGITS}
+both_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+# The head shares the arithmetic of targets with the loss of logits.
+rules_in_turn = one_in(2, loss=LOSSES, rule=RULES)
 
 
 def sparse(rows, classes, *, labels=M, dtype="float32", seed=0):
@@ -101,29 +104,30 @@ CASES = {
 
 @vjp_by_default
 @both_losses
-def test_options(loss, rule):
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_options(loss, half, rule):
     """The value and all gradients, in combination with other options."""
-    for i, case in enumerate(dict.fromkeys(CASES[loss])):
+    for i, case in enumerate(dict.fromkeys(CASES[loss][12 * half : 12 * (half + 1)]), 12 * half):
         reduction = ("mean", "sum", "none")[i % 3]
         p, right = problem(loss, *case, seed=i, labels=(M, 20)[i % 4 == 3])
         g = cotangent(p, reduction, seed=i)
         static = {"reduction": reduction, "rule": rule}
         static |= {"chunk_size": 3} if loss is HEAD else {}
-        run = quick_jit(with_gradients(lambda p, static=static: loss(**p, **static)))
-        value, gradients = run(p, g)
-        with naming(case, reduction):
-            assert_close(value, truth_of(loss)(**right, reduction=reduction))
-            for name, d in gradients_of(loss, right, g, reduction=reduction).items():
-                if name in gradients:
-                    assert_close(gradients[name], d, scale=max(1, np.abs(d).max()))
-        # Compare the other gradients with those of a call with dense targets.
         of_w = dense_of(p["labels"], K)
 
         def by_dense(p, of_w=of_w, static=static):
             p = dict(p)
             return loss(**p | {"labels": of_w(p.pop("label_weights"))}, **static)
 
-        _, expected = quick_jit(with_gradients(by_dense))(p, g)
+        both = [lambda p, static=static: loss(**p, **static), by_dense]
+        found = quick_jit(all_of(map(with_gradients, both)))([(p, g)] * 2)
+        (value, gradients), (_, expected) = found
+        with naming(case, reduction):
+            assert_close(value, truth_of(loss)(**right, reduction=reduction))
+            for name, d in gradients_of(loss, right, g, reduction=reduction).items():
+                if name in gradients:
+                    assert_close(gradients[name], d, scale=max(1, np.abs(d).max()))
+        # The other gradients equal those of the loss of dense targets.
         assert expected.keys() == gradients.keys()
         for name, d in expected.items():
             with naming(case, reduction, name):
@@ -149,8 +153,13 @@ def test_the_derivative_by_a_label_weight_is_its_labels_cost(loss):
     assert_close(gradients["label_weights"], expected)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@both_losses
+@one_in(
+    2,
+    indirect=["x64"],
+    loss=LOSSES,
+    dtype=["bfloat16", "float16", "float32", "float64"],
+    x64=[False, True],
+)
 def test_dtypes(loss, dtype, x64):
     """Each gradient has the dtype of its input, whatever integer dtype the labels have."""
     if dtype == "float64" and not x64:
@@ -174,8 +183,7 @@ def value_dtype(dtype):
     return jnp.float64 if dtype == "float64" else jnp.float32
 
 
-@pytest.mark.parametrize("axis", [0, 1, -2, (1,), (0, 2), (2, 0), (0, 1, 2)])
-@pytest.mark.parametrize("labels", [3, 2, 20])
+@one_in(3, axis=[0, 1, -2, (1,), (0, 2), (2, 0), (0, 1, 2)], labels=[3, 2, 20])
 def test_the_labels_axis_is_the_last_wherever_the_classes_are(axis, labels):
     rng = np.random.default_rng(4)
     logits = rng.normal(size=(3, 5, 2)).astype(np.float32)
@@ -274,9 +282,7 @@ def value_and_gradient(loss, x, y, w, **options):
     return each, gradient
 
 
-@every_rule
-@both_losses
-@pytest.mark.parametrize("labels", [4, 20])
+@one_in(2, labels=[4, 20], loss=LOSSES, rule=RULES)
 def test_digits(loss, labels, rule):
     """For a label with nearly all weight, T - t is the sum of the others, not a difference."""
     x, y, w = extreme_rows(np.float32)
@@ -293,8 +299,7 @@ def test_digits(loss, labels, rule):
             assert_exact(*found, x, targets, (LOSS_BAR, GRADIENT_BAR))
 
 
-@every_rule
-@both_losses
+@rules_in_turn
 def test_digits_in_float64(loss, rule):
     with jax.enable_x64(True):
         x, y, w = extreme_rows(np.float64)
@@ -306,9 +311,7 @@ def test_digits_in_float64(loss, rule):
 # Invalid labels and infinite values
 
 
-@every_rule
-@both_losses
-@pytest.mark.parametrize("bad", [5, -1, -100, 2**31 - 1, -(2**31)])
+@one_in(2, bad=[5, -1, -100, 2**31 - 1, -(2**31)], loss=LOSSES, rule=RULES)
 def test_a_label_out_of_range_is_padding_or_nan(loss, bad, rule):
     """It is padding if its weight is 0. Otherwise its row is NaN, and no other row."""
     x = np.float32(np.random.default_rng(0).normal(size=(4, 5)))
@@ -326,8 +329,7 @@ def test_a_label_out_of_range_is_padding_or_nan(loss, bad, rule):
         assert_close(gradient[jnp.array(rows)], expected[rows])
 
 
-@every_rule
-@both_losses
+@rules_in_turn
 def test_padding_has_no_derivative(loss, rule):
     p, _ = problem(loss, "label_smoothing", "class_weights")
     p["label_weights"][0] = 0
@@ -339,9 +341,7 @@ def test_padding_has_no_derivative(loss, rule):
     np.testing.assert_array_equal(gradients["label_weights"] != 0, is_class)
 
 
-@every_rule
-@both_losses
-@pytest.mark.parametrize("reason", ["where", "weights"])
+@one_in(2, reason=["where", "weights"], loss=LOSSES, rule=RULES)
 def test_a_row_that_does_not_count_contributes_nothing(loss, reason, rule):
     p, right = problem(loss, reason, "class_weights", "label_smoothing")
     counts = p[reason] != 0
@@ -360,9 +360,7 @@ def test_a_row_that_does_not_count_contributes_nothing(loss, reason, rule):
     np.testing.assert_array_equal(gradients["label_weights"][~counts], 0)
 
 
-@every_rule
-@both_losses
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@one_in(2, bad=[NAN, INF, -INF], loss=LOSSES, rule=RULES)
 def test_weights_that_are_not_finite_are_nan_in_their_row(loss, bad, rule):
     x = np.float32(np.random.default_rng(0).normal(size=(3, 5)))
     y, w = np.array([[1, 2], [0, 4], [3, 3]]), np.full((3, 2), 0.5, np.float32)
@@ -373,8 +371,7 @@ def test_weights_that_are_not_finite_are_nan_in_their_row(loss, bad, rule):
         assert np.isnan(gradient).all(-1).tolist() == [False, True, False]
 
 
-@every_rule
-@pytest.mark.parametrize("labels", [3, 20])
+@one_in(2, labels=[3, 20], rule=RULES)
 def test_a_logit_of_minus_infinity(labels, rule):
     """0 log 0 is 0. With a weight above 0 the loss is inf. Gradients agree with dense targets."""
     x = np.array([[0, 1, -INF, 2]] * 3, np.float32)
@@ -386,9 +383,12 @@ def test_a_logit_of_minus_infinity(labels, rule):
         each = LOGITS(x, y, label_weights=w, reduction="none", rule=rule)
         return each.sum(), each
 
-    (d_x, d_w), each = jax.grad(total, (0, 1), has_aux=True)(x, w)
-    t = jnp.asarray(dense(y, w, 4), jnp.float32)
-    theirs, d = jax.value_and_grad(lambda x: LOGITS(x, t, reduction="none").sum())(x)
+    @jax.jit
+    def run(x, w, t):
+        by_dense = jax.value_and_grad(lambda x: LOGITS(x, t, reduction="none").sum())(x)
+        return jax.grad(total, (0, 1), has_aux=True)(x, w), by_dense
+
+    ((d_x, d_w), each), (theirs, d) = run(x, w, np.float32(dense(y, w, 4)))
     assert np.isinf(theirs)
     assert_close(each[0], oracle.loss(x[:1], dense(y, w, 4)[:1], reduction="sum"))
     assert np.isposinf(each[1:]).all()
@@ -399,8 +399,7 @@ def test_a_logit_of_minus_infinity(labels, rule):
         assert np.isposinf(d_w[2, :2]).all()
 
 
-@every_rule
-@both_losses
+@rules_in_turn
 def test_no_labels_are_no_targets(loss, rule):
     p, _ = problem(loss, "z_loss")
     p |= {"labels": p["labels"][:, :0], "label_weights": p["label_weights"][:, :0]}
@@ -463,9 +462,7 @@ def assert_trees_close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * (1 + np.max(np.abs(b))))
 
 
-@every_rule
-@both_losses
-@pytest.mark.parametrize("labels", [M, 20])
+@one_in(3, labels=[M, 20], loss=LOSSES, rule=RULES)
 @pytest.mark.usefixtures("double")
 def test_second_derivatives(loss, labels, rule):
     """With respect to all floating arguments, and in forward mode if the rule supports it."""
@@ -492,10 +489,11 @@ def test_hessian_by_label_weights():
     assert_trees_close(*found)
 
 
-@both_losses
-@pytest.mark.parametrize("labels", [M, 20])
-@pytest.mark.parametrize(
-    "mapped", [("labels", "label_weights"), ("labels",), ("label_weights",), ()], ids=str
+@one_in(
+    2,
+    labels=[M, 20],
+    loss=LOSSES,
+    mapped=[("labels", "label_weights"), ("labels",), ("label_weights",), ()],
 )
 def test_vmap_over_any_argument(loss, labels, mapped):
     name = "hidden" if loss is HEAD else "logits"
@@ -530,8 +528,7 @@ def test_checkpoint_in_a_scan(loss):
         assert_close(found[name], np.asarray(d))
 
 
-@both_losses
-@pytest.mark.parametrize("labels", [M, 20])
+@one_in(2, loss=LOSSES, labels=[20, M])
 def test_export(loss, labels):
     p, right = problem(loss, "class_weights", labels=labels)
     run = jax.jit(with_gradients(lambda p: loss(**p)))
@@ -543,8 +540,7 @@ def test_export(loss, labels):
     assert_trees_alike((value, gradients), run(*given))
 
 
-@both_losses
-@pytest.mark.parametrize("options", [(), ("label_smoothing", "class_weights")], ids=str)
+@one_in(2, loss=LOSSES, options=[("label_smoothing", "class_weights"), ()])
 def test_export_with_sizes_that_are_open(loss, options):
     """The numbers of rows, classes, labels and hidden units are symbolic."""
     p, right = problem(loss, *options)
@@ -574,19 +570,24 @@ def arrays_of(loss, *options, labels=M):
 
 
 def on_one_device(loss, p, g, static):
-    return quick_jit(with_gradients(lambda p: loss(**p, **static)))(p, g)
+    return program_of_one_device(loss, **static)(p, g)
+
+
+@functools.cache
+def program_of_one_device(loss, **static):
+    return quick_jit(with_gradients(lambda p: loss(**p, **static)))
 
 
 MESHES = [((1, 8), AxisType.Auto), ((2, 4), AxisType.Explicit), ((4, 2), AxisType.Auto)]
 slow = pytest.mark.slow
 
 
-@both_losses
+@one_in(2, mesh=MESHES, loss=LOSSES)
 @vjp_by_default
-@pytest.mark.parametrize(("shape", "kind"), MESHES, ids=str)
 @pytest.mark.parametrize("labels", [M, pytest.param(20, marks=slow), pytest.param(K, marks=slow)])
-def test_over_a_mesh(loss, shape, kind, labels, rule):
+def test_over_a_mesh(loss, mesh, labels, rule):
     """The labels of a row are not sharded, even if there are as many labels as classes."""
+    shape, kind = mesh
     p = arrays_of(loss, labels=labels)
     over = sxe.over_mesh(loss, make_mesh(*shape, kind=kind), batch="data", classes="model")
     static = [{"reduction": r, "rule": rule} for r in ("mean", "none")]
@@ -606,8 +607,7 @@ def assert_meshes_alike(found, expected):
             assert_close(gradients[name], d, scale=max(8 if d.ndim == 0 else 1, np.abs(d).max()))
 
 
-@both_losses
-@pytest.mark.parametrize("labels", [M, 20])
+@one_in(2, loss=LOSSES, labels=[20, M])
 def test_types_of_an_explicit_mesh(loss, labels):
     p = arrays_of(loss, labels=labels)
     mesh = make_mesh(2, 4, kind=AxisType.Explicit)
@@ -652,19 +652,24 @@ def test_shards_of_the_classes(loss, check_vma, rule):
     specs = {"logits": P("data", "model"), "hidden": P("data"), "kernel": P(None, "model")}
     specs |= {"class_weights": P("model"), "label_smoothing": P()}
     specs = {name: specs.get(name, P("data")) for name in p}
-    for reduction in ("mean", "none"):
-        static = {"reduction": reduction, "rule": rule}
-        axes = {"axis_name": "model", "batch_axis_name": "data"}
+    axes = {"axis_name": "model", "batch_axis_name": "data"}
+    reductions, calls = ("mean", "none"), []
+    for reduction in reductions:
         of_shard = jax.shard_map(
-            lambda p, static=static, axes=axes: loss(**p, **static, **axes),
+            functools.partial(
+                lambda p, **static: loss(**p, **static), reduction=reduction, rule=rule, **axes
+            ),
             mesh=mesh,
             in_specs=(specs,),
             out_specs=P("data") if reduction == "none" else P(),
             check_vma=check_vma,
         )
-        g = cotangent(p, reduction)
-        found = quick_jit(with_gradients(of_shard))(p, g)
-        assert_meshes_alike(found, on_one_device(loss, p, g, static))
+        calls.append(with_gradients(of_shard))
+    each = [(p, cotangent(p, reduction)) for reduction in reductions]
+    found = quick_jit(all_of(calls))(each)
+    for result, given, reduction in zip(found, each, reductions, strict=True):
+        expected = on_one_device(loss, *given, {"reduction": reduction, "rule": rule})
+        assert_meshes_alike(result, expected)
 
 
 def test_shards_of_the_classes_along_an_axis_of_vmap():
