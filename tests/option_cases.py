@@ -72,6 +72,34 @@ def one_in(n, indirect=(), **factors):
     return pytest.mark.parametrize(tuple(factors), params, indirect=indirect)
 
 
+def each_value(**values):
+    """Parametrize a test over the product of these values, with each value once by default.
+
+    It runs fewer cases than ``one_in``: all lists are read in step, and a shorter list starts again
+    at its end. The other cases are slow. The values of a factor may be a dict by name.
+    """
+    named = [
+        v if isinstance(v, dict) else dict(zip(map(str, v), v, strict=True))
+        for v in values.values()
+    ]
+    longest = max(map(len, named))
+    default = {tuple(list(v)[i % len(v)] for v in named) for i in range(longest)}
+    cases = [
+        pytest.param(
+            *(v[id_] for v, id_ in zip(named, ids, strict=True)),
+            id="-".join(ids),
+            marks=() if ids in default else pytest.mark.slow,
+        )
+        for ids in itertools.product(*named)
+    ]
+    return pytest.mark.parametrize(tuple(values), cases)
+
+
+def slow(*values):
+    """A parameter of the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def with_row_scale(case):
     """The case with one logit_scale per row, if it has a logit_scale."""
     return tuple("row_scale" if name == "logit_scale" else name for name in case)
@@ -116,32 +144,3 @@ def in_pairs(*factors):
     assert len(factors) <= len(fours), factors
     on = dict(zip(factors, fours, strict=False))
     return [compatible(name for name in factors if row in on[name]) for row in range(7)]
-
-
-def each_value(**values):
-    """Parametrizes a test over every combination of these values.
-
-    By default the test runs for the fewest combinations in which each value occurs: all lists are
-    read in step, and a shorter list starts again at its end. The other combinations are marked
-    slow, and CI runs them. A value is a list, or a dictionary of ids and values.
-    """
-    named = [
-        v if isinstance(v, dict) else dict(zip(map(str, v), v, strict=True))
-        for v in values.values()
-    ]
-    longest = max(map(len, named))
-    default = {tuple(list(v)[i % len(v)] for v in named) for i in range(longest)}
-    cases = [
-        pytest.param(
-            *(v[id_] for v, id_ in zip(named, ids, strict=True)),
-            id="-".join(ids),
-            marks=() if ids in default else pytest.mark.slow,
-        )
-        for ids in itertools.product(*named)
-    ]
-    return pytest.mark.parametrize(tuple(values), cases)
-
-
-def slow(*values):
-    """A parameter of the slow tests."""
-    return pytest.param(*values, marks=pytest.mark.slow)

@@ -4,7 +4,16 @@ import itertools
 
 import option_cases
 import pytest
-from option_cases import HEAD, LOGITS, compatible, in_fours, in_pairs, of_logits
+from option_cases import (
+    HEAD,
+    LOGITS,
+    compatible,
+    each_value,
+    in_fours,
+    in_pairs,
+    of_logits,
+    one_in,
+)
 
 ELEVEN = tuple("abcdefghijk")
 
@@ -62,3 +71,30 @@ def test_every_option_goes_with_every_other():
     for every in (option_cases.EVERY_OF_LOGITS, option_cases.EVERY_OF_HEAD):
         assert compatible((*every, "dense")) == (*every, "dense")
         assert compatible((*every, "ignore_index")) == (*every, "ignore_index")
+
+
+FACTORS = {"a": [1, 2, 3, 4, 5], "b": {"x": 10, "y": 20}, "c": ["u", "v", "w"]}
+
+
+def by_default(mark):
+    """The cases of a parametrized test that are not slow, and the number of all cases."""
+    names, cases = mark.args
+    assert names == tuple(FACTORS)
+    return [case.values for case in cases if not case.marks], len(cases)
+
+
+@pytest.mark.parametrize("cases", [each_value(**FACTORS), one_in(2, **FACTORS)])
+def test_each_value_occurs_by_default(cases):
+    some, number = by_default(cases)
+    assert number == 5 * 2 * 3
+    for i, values in enumerate(FACTORS.values()):
+        values = values.values() if isinstance(values, dict) else values
+        assert {case[i] for case in some} == set(values)
+
+
+def test_one_case_in_n_runs_by_default():
+    """Every combination of values that leaves out a factor of n values or more occurs."""
+    some, number = by_default(one_in(2, **FACTORS))
+    assert len(some) == number / 2
+    assert len({(a, c) for a, _, c in some}) == 5 * 3
+    assert len(by_default(each_value(**FACTORS))[0]) == 5
