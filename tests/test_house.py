@@ -8,7 +8,7 @@ import sxe
 
 PACKAGE = Path(sxe.__file__).parent
 # The layers, lowest first. A folder is a layer. Its modules may import one another without cycles.
-FLOORS = (
+LAYERS = (
     ("derivation.py", "_errors.py", "_backend.py"),
     ("_arrays.py",),
     ("_primitives.py",),
@@ -30,9 +30,9 @@ FLOORS = (
 FACTS = ("default_backend", "device_count", "__version_info__", "platform")
 
 
-def floor_of(path):
+def layer_of(path):
     top = path.relative_to(PACKAGE).parts[0]
-    return next(i for i, rooms in enumerate(FLOORS) if top in rooms)
+    return next(i for i, rooms in enumerate(LAYERS) if top in rooms)
 
 
 def modules():
@@ -58,13 +58,13 @@ def imported(path):
                 yield from (each for each in found if each.exists() and parts[1:])
 
 
-def test_a_module_imports_from_floors_below_it():
+def test_a_module_imports_from_layers_below_it():
     wrong = [
         (str(path.relative_to(PACKAGE)), str(other.relative_to(PACKAGE)))
         for path in modules()
         for other in imported(path)
-        if floor_of(other) > floor_of(path)
-        or (floor_of(other) == floor_of(path) and other.parent == PACKAGE == path.parent)
+        if layer_of(other) > layer_of(path)
+        or (layer_of(other) == layer_of(path) and other.parent == PACKAGE == path.parent)
     ]
     assert wrong == []
 
