@@ -82,7 +82,7 @@ def test_every_document_is_a_page(pages):
 
 def test_the_home_page_is_the_readme(pages):
     home = pages["index.html"]
-    assert {"set-up", "use"} <= home.anchors
+    assert {"install", "use"} <= home.anchors
     assert "collapse.png" in home.targets
     assert "api/losses/#sxe.linear_softmax_cross_entropy" in home.targets
 
