@@ -59,11 +59,11 @@ def rules_in_float64(monkeypatch):
     """
     right = check_module.check_rules
 
-    def check_rules(problem):
+    def check_rules(problem, show):
         with pytest.MonkeyPatch.context() as patch:
             tolerances = {"float64": against_autodiff.TOLERANCES["float64"]}
             patch.setattr(against_autodiff, "TOLERANCES", tolerances)
-            return right(problem)
+            return right(problem, show)
 
     monkeypatch.setattr(check_module, "check_rules", check_rules)
 
