@@ -413,6 +413,7 @@ def test_with_all_optimizations():
     fresh.run_tests(__file__, XLA_FLAGS=flags)
 
 
+@pytest.mark.slow
 def test_on_one_device():
     """The same tests on one device, where confident rows use their second largest logit."""
     flags = "--xla_force_host_platform_device_count=1"

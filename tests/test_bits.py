@@ -94,7 +94,8 @@ def test_a_row_has_the_same_bits_wherever_it_stands(dtype):
     check_all(dtype)
 
 
-@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_one_device(dtype):
     """On one device, rows are computed in blocks. This runs in a separate process."""
     path = f"{fresh.ROOT}{os.pathsep}{fresh.ROOT / 'tests'}"

@@ -15,10 +15,10 @@ import pytest
 from jax.experimental import checkify
 from option_cases import (
     EVERY_OF_HEAD,
-    FORWARD_RULES,
     RULES,
     each_value,
     in_fours,
+    slow,
     vjp_by_default,
     with_row_scale,
 )
@@ -140,10 +140,13 @@ EVERY = [(*EVERY_OF_HEAD, "ignore_index"), (*with_row_scale(EVERY_OF_HEAD), "den
     [
         *(
             # Any three factors meet in the first half. In both, any four do.
-            pytest.param(case, size, "vjp", marks=() if i < 12 else pytest.mark.slow)
+            (case, size, "vjp") if i < 12 else slow(case, size, "vjp")
             for i, (case, size) in enumerate(zip(CASES, itertools.cycle(CHUNK_SIZES)))
         ),
-        *((case, 4, rule) for case in EVERY for rule in FORWARD_RULES),
+        (EVERY[0], 4, "jvp"),
+        (EVERY[1], 4, "autodiff"),
+        slow(EVERY[0], 4, "autodiff"),
+        slow(EVERY[1], 4, "jvp"),
     ],
 )
 def test_option_cases(case, chunk_size, rule):

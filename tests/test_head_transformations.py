@@ -199,7 +199,9 @@ def test_gradient_of_vmap_over_labels_alone(rule):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize(("rule", "dense"), [("jvp", False), ("autodiff", True)])
+@pytest.mark.parametrize(
+    ("rule", "dense"), [("jvp", False), pytest.param("autodiff", True, marks=slow)]
+)
 def test_forward_mode(rule, dense):
     """jvp, linearize and its transpose, and jacfwd, for every argument."""
     p, g = problem(dense, "float64"), cotangents(dtype="float64")

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from distributions import FUNCTIONS, MODES
-from option_cases import RULES, each_value, in_pairs, vjp_by_default
+from option_cases import RULES, each_value, in_pairs, slow, vjp_by_default
 from oracle import assert_close, naming
 from problems import cotangent, divergence_problem, floats, normal, with_gradients
 from programs import all_of, quick_jit
@@ -20,6 +20,8 @@ INF, NAN = np.inf, np.nan
 OPTIONS = ("where", "where_class", "weights", "class_mask")
 OPTIONS += ("logit_scale", "target_row_scale", "none", "sum", "axis")
 every_mode = pytest.mark.parametrize("mode", MODES)
+# For tests of what all modes share.
+one_mode = pytest.mark.parametrize("mode", [*map(slow, MODES[:2]), MODES[2]])
 
 
 def static_of(mode, rule="vjp", reduction="none"):
@@ -207,7 +209,7 @@ def test_a_row_that_does_not_count_contributes_nothing(mode, rule, reduction):
 
 
 @vjp_by_default
-@every_mode
+@one_mode
 def test_second_derivatives_of_a_row_that_does_not_count(mode, rule):
     p, static = divergence_problem(shape=(N, K)), static_of(mode, rule)
     g, v = normal(N), normal(2, N, K)
@@ -250,7 +252,7 @@ def test_a_weight_of_zero_has_its_divergence_as_derivative(mode, rule):
 
 
 @vjp_by_default
-@every_mode
+@one_mode
 def test_nothing_counts(mode, rule):
     p = divergence_problem(shape=(N, K))
     rows, weights, classes = np.full(N, True), np.ones(N, np.float32), np.full(K, True)
@@ -268,7 +270,7 @@ def test_nothing_counts(mode, rule):
                 assert not np.asarray(gradients[name]).any()
 
 
-@every_mode
+@one_mode
 def test_weights_of_both_signs(mode):
     p = divergence_problem(shape=(4, K))
     for weights in ([1, -2, 0.5, -1], [0, 1, 1, 2]):

@@ -109,6 +109,7 @@ def test_values_and_gradients(rule):
     check(run_all([with_gradients(divergence(static)) for _, static in calls], calls), calls)
 
 
+@pytest.mark.slow
 def test_a_device_that_skips_rows_that_do_not_count():
     """With one device, whole chunks run without a mask, and the remaining rows in parts."""
     run_fresh(
@@ -329,7 +330,7 @@ def test_a_side_that_is_not_differentiated_costs_its_logits():
         ({"target_hidden": None, "target_kernel": None}, TypeError, "none of them$"),
         ({"target_logits": np.zeros((N, K))}, TypeError, "target_kernel and target_logits$"),
         ({"target_hidden": np.zeros((N, 5))}, ValueError, "^target_kernel: .*D = 5"),
-        ({"target_hidden": np.zeros((N + 1, TARGET_D))}, ValueError, "^target_hidden: .*row axes of hidden"),
+        ({"target_hidden": np.zeros((N + 1, TARGET_D))}, ValueError, "^target_hidden: .*row axes"),
         ({"target_kernel": np.zeros((TARGET_D, 7))}, ValueError, "^target_kernel: .*K = 24"),
         ({"target_bias": np.zeros(7)}, ValueError, "^target_bias: .*one value per class"),
         ({"target_logit_scale": np.zeros(7)}, ValueError, "^target_logit_scale: .*per row"),

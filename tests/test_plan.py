@@ -482,7 +482,7 @@ def test_the_smallest_class_split_that_fits():
         plan(1, memory_bytes=100)
 
 
-@pytest.mark.parametrize("step", [slow(1), 3])
+@pytest.mark.parametrize("step", [slow(1), 6])
 def test_memory_within_15_percent_of_the_compiled_program(step):
     """The process has one device, because only then blocks keep the memory small."""
     output = fresh.run(__file__, str(step))

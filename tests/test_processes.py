@@ -13,7 +13,6 @@ from pathlib import Path
 import fresh
 import numpy as np
 import pytest
-from option_cases import slow
 from tolerances import SAME_FLOAT32, ZERO
 
 pytestmark = pytest.mark.skipif(
@@ -114,7 +113,8 @@ def assert_same(run, right, **tolerance):
         np.testing.assert_allclose(a, right[name][-len(a) :], **tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("processes", [slow(1), 2, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_train_as_one_device(one_device, unbroken, processes):
     run = unbroken(processes)
     assert run["losses"].shape == (STEPS,)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 RECIPES = sorted(path.name for path in (ROOT / "examples" / "recipes").glob("*.py"))
-FAST = {"preference.py", "tied_embedding_linen.py"}
+FAST = {"tied_embedding_linen.py"}
 
 # Of what a recipe prints beside differences: a pattern, and the range of the numbers in it.
 LEARNS = [

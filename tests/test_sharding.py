@@ -13,7 +13,15 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, make_mesh, use_mesh
-from option_cases import EVERY_OF_LOGITS, RULES, each_value, every_rule, of_logits, slow
+from option_cases import (
+    EVERY_OF_LOGITS,
+    RULES,
+    each_value,
+    every_rule,
+    of_logits,
+    slow,
+    vjp_by_default,
+)
 from oracle import assert_close, naming
 from problems import apart, cotangent, logits_problem
 from programs import all_of, quick_jit
@@ -175,7 +183,7 @@ def numerical_gradient(f, x, step=1e-3):
 # 1. shard_map
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("shape", [slow((1, 8)), (4, 2), slow((8, 1))], ids=str)
 def test_every_mesh(shape):
     """All shapes except 2 x 4, which the other tests use."""
     calls = [
@@ -228,7 +236,7 @@ def mixed(rule="vjp", **options):
     ]
 
 
-@every_rule
+@vjp_by_default
 def test_gradient_inside(rule):
     run_and_check(inside, mixed(rule, seed=3), make_mesh(2, 4), "data", "model")
 
@@ -284,7 +292,7 @@ def test_other_dtypes(dtype):
         run_and_check(outside, calls, make_mesh(2, 4), "data", "model")
 
 
-@every_rule
+@vjp_by_default
 def test_without_varying_types(rule):
     """check_vma=False, with the gradient outside."""
     run_and_check(outside, mixed(rule, seed=5), make_mesh(2, 4), "data", "model", check_vma=False)
@@ -338,7 +346,7 @@ def expected_gradients_of_the_rest(call):
     return dense, {name: of_option(name) for name in call.options}
 
 
-@every_rule
+@vjp_by_default
 def test_gradients_of_the_rest(rule):
     """For dense targets, weights, class weights, label smoothing and z-loss."""
     mesh = make_mesh(2, 4)
@@ -410,7 +418,7 @@ def test_infinities_and_bad_labels(rule, dense):
             assert_close(actual[1], gradient)
 
 
-@every_rule
+@vjp_by_default
 def test_rows_that_do_not_count(rule):
     """Their contents have no influence, even if one device, or all, has no rows that count."""
     logits, labels, _, _, _, g = c = a_call(reduction="none", rule=rule, seed=8)

@@ -1,13 +1,4 @@
-"""The complete check.
-
->>> report = check(rows=4, classes=4)
->>> [line.name for line in report.lines if line.passed]
-['D0', 'D1', 'D2', 'D3', 'D4', 'D5', 'D6', 'D7', 'D8', 'D9']
->>> [line.name for line in report.row_lines if line.passed]
-['E0', 'E1', 'K0', 'K1', 'K2', 'K3', 'K4', 'K5']
->>> report.failures
-()
-"""
+"""The complete check."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
