@@ -127,7 +127,13 @@ def test_every_mesh(shape, kind):
 
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [slow("a", None), (("a", "c"), None), slow(None, ("b", "a")), (None, "a"), (("c", "b"), "a")],
+    [
+        slow("a", None),
+        (("a", "c"), None),
+        slow(None, ("b", "a")),
+        slow(None, "a"),
+        (("c", "b"), "a"),
+    ],
 )
 def test_one_axis_or_several(rows, classes):
     mesh = make_mesh(2, 2, 2, names=("a", "b", "c"))

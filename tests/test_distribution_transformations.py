@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 from jax.test_util import check_grads
-from option_cases import FORWARD_RULES, RULES, each_value, vjp_by_default
+from option_cases import FORWARD_RULES, RULES, each_value, slow, vjp_by_default
 from oracle import assert_close, naming
 from problems import at, floats, normal, wide_dtype, with_gradients
 from programs import all_of, quick_jit
@@ -319,7 +319,7 @@ def test_checkpoint(f, rule):
     f.assert_matches(quick_jit(with_gradients(jax.checkpoint(f(rule=rule))))(p, g), p, g)
 
 
-@pytest.mark.parametrize("name", ["logits", "head", "forward"])
+@pytest.mark.parametrize("name", [slow("logits"), "head", slow("forward")])
 def test_control_flow(name):
     """A scan, a map whose batch size does not divide the examples, and a cond."""
     f = FUNCTIONS[name]
@@ -410,7 +410,7 @@ def test_composition(name, rule, options, inner, outer):
 # Modes of JAX, and export
 
 
-@every_function
+@some_functions
 def test_float32_stays_float32_where_x64_is_on(f):
     with jax.enable_x64(True):
         p = f.problem()
@@ -424,7 +424,7 @@ def test_float32_stays_float32_where_x64_is_on(f):
         f.assert_matches(quick_jit(with_gradients(f()))(p, g), p, g, dtype="float32")
 
 
-@every_function
+@some_functions
 def test_export(f):
     """Export for all platforms, with serialization, including the gradient."""
     p = f.problem(rows=(8,))

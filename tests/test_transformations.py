@@ -754,7 +754,7 @@ def test_composition(rule, kind, options, inner, outer):
         assert_matches(at(out, i), at(p, i), g[i])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["vjp", slow("jvp"), slow("autodiff")])
 def test_the_gradient_of_two_parts_is_rounded_once(rule):
     """The gradients of the loss and its z-loss for one logit almost cancel."""
     x = np.asarray(jnp.array([[5.3, 5.1, -3.0]], "bfloat16"))
