@@ -360,7 +360,6 @@ def by_example(p, mapped):
     return [{name: a[i] if name in mapped else a for name, a in p.items()} for i in range(B)]
 
 
-@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 def mapped_and_reductions():
     """Every second entry of MAPPED by default, with "mean" and "none" in turn."""
     for i, names in enumerate(MAPPED):
@@ -369,6 +368,7 @@ def mapped_and_reductions():
             yield pytest.param(names, reduction, id="-".join((*names, reduction)), marks=marks)
 
 
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mapped", "reduction"), list(mapped_and_reductions()))
 def test_vmap_over_any_arguments(mapped, reduction, dense):
     """The values, a gradient of the vmap, and a vmap of the gradient, checked per example."""
