@@ -154,7 +154,7 @@ def kl_divergence(
       mode: distillation minimizes "forward", which makes q cover all classes that are likely in p.
         "reverse" keeps a policy close to a reference: it makes q avoid classes that are unlikely in
         p. "jensen_shannon" lies between them.
-      beta: above 0 and below 1, for "jensen_shannon".
+      beta: above 0 and below 1, only for "jensen_shannon"; another mode raises ValueError.
       logit_scale: a factor for the logits, such as 1 / temperature: a number, a scalar array, or
         float [...], one per row.
       target_logit_scale: likewise, a factor for the target logits.

@@ -254,7 +254,7 @@ def linear_kl_divergence(
       target_logits: [..., K], the target's logits if they exist already. Pass them in place of
         target_hidden and target_kernel.
       mode: "forward", "reverse" or "jensen_shannon", as for ``kl_divergence``.
-      beta: above 0 and below 1, for "jensen_shannon".
+      beta: above 0 and below 1, only for "jensen_shannon"; another mode raises ValueError.
       bias: float [K].
       target_bias: float [K], likewise.
       logit_scale: a factor for hidden @ kernel: a number, a scalar array, or float [...], one per
