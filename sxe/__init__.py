@@ -7,7 +7,8 @@ from sxe._linear_kl_divergence import linear_kl_divergence
 from sxe._linear_softmax_cross_entropy import linear_softmax_cross_entropy
 from sxe._log_prob_and_entropy import linear_log_prob_and_entropy, log_prob_and_entropy
 from sxe._mesh import over_mesh
-from sxe._plan.plan import Plan, plan
+from sxe._plan.plan import plan
+from sxe._plan.result import Plan
 from sxe._softmax_cross_entropy import softmax_cross_entropy, softmax_cross_entropy_with_gradient
 
 __all__ = [  # what python -m pydoc sxe documents

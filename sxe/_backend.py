@@ -23,13 +23,13 @@ class ChunkLimits(NamedTuple):
     Attributes:
       logits_bytes: the size of a chunk's logits, which determines its number of rows.
       wanted_rows: the least number of rows for an efficient matmul, which reads the whole kernel.
-        A chunk has at least this many rows, unless ``most_chunks`` prevents it.
-      most_chunks: ``wanted_rows`` never makes the number of chunks smaller than this.
+        A chunk has at least this many rows, unless ``fewest_chunks`` prevents it.
+      fewest_chunks: ``wanted_rows`` never makes the number of chunks smaller than this.
     """
 
     logits_bytes: int
     wanted_rows: int
-    most_chunks: int
+    fewest_chunks: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +235,8 @@ class Backend:
             # 1,120 rows while it moves the kernel. Chunks in float32 have not been compared.
             rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
             return ChunkLimits(32 * MIB, rows, 8)
-        # Together with other arrays of its size, a chunk needs less than 64 MiB. In JAX 0.10, XLA
-        # copies the logits for some options.
+        # With logits of 48 MiB, a chunk has 50 to 57 MiB of temporaries. In JAX 0.10, XLA copies
+        # the logits for some options.
         return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
 
 

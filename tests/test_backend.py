@@ -85,10 +85,10 @@ def test_limits_of_chunks():
     for backend, dtype in itertools.product(BACKENDS, FLOATS):
         if backend.platform == "cpu":
             bytes_of_logits = 24 if backend.jax_version == VERSIONS[0] else 48
-            expected = ChunkLimits(bytes_of_logits * MIB, wanted_rows=128, most_chunks=16)
+            expected = ChunkLimits(bytes_of_logits * MIB, wanted_rows=128, fewest_chunks=16)
         else:
             rows = 2048 if dtype in ("float16", "bfloat16") else 512
-            expected = ChunkLimits(32 * MIB, wanted_rows=rows, most_chunks=8)
+            expected = ChunkLimits(32 * MIB, wanted_rows=rows, fewest_chunks=8)
         assert backend.chunk_limits(jnp.dtype(dtype)) == expected, (backend, dtype)
 
 

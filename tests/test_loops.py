@@ -109,7 +109,7 @@ def test_any_chunks(rows, classes, chunk_size, dtype, backend):
         of_a_row = classes * (8 if dtype == np.float64 else 4)
         # The logits are small enough; or a matmul needs these rows and there are enough chunks.
         few = size * of_a_row <= limits.logits_bytes
-        wanted = size <= limits.wanted_rows and chunks >= limits.most_chunks
+        wanted = size <= limits.wanted_rows and chunks >= limits.fewest_chunks
         assert few or wanted or size == 1
         if rows * of_a_row <= limits.logits_bytes:
             assert chunks == 1

@@ -54,12 +54,12 @@ def _rows_per_chunk(rows: int, classes: int, dtype: DTypeLike, backend: Backend)
 
     A fixed number of bytes for a chunk's logits makes the memory independent of the number of rows.
     With many classes, the rows that fit may be too few for an efficient matmul. A chunk then has as
-    many rows as the matmul needs, but at most a fixed share of all rows. On a CPU, a chunk then
-    takes a tenth of the memory of all logits.
+    many rows as the matmul needs, but at most a fixed share of all rows: an eighth, or a sixteenth
+    on a CPU.
     """
     itemsize = 8 if dtype == jnp.float64 else 4
     limits = backend.chunk_limits(dtype)
-    wanted = min_dim(limits.wanted_rows, rows // limits.most_chunks)
+    wanted = min_dim(limits.wanted_rows, rows // limits.fewest_chunks)
     return max_dim(max_dim(limits.logits_bytes // (itemsize * classes), wanted), 1)
 
 

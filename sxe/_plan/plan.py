@@ -3,10 +3,9 @@
 from __future__ import annotations  # so that help() names types shortly
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -19,7 +18,8 @@ from sxe._call.options import REDUCTIONS, Implementation
 from sxe._call.options import chunk_size as parse_chunk_size
 from sxe._call.options import implementation as parse_implementation
 from sxe._errors import ArgumentTypeError, ArgumentValueError
-from sxe._plan.memory import temporaries
+from sxe._plan.per_device import plan_of, smallest_class_split
+from sxe._plan.result import Plan
 from sxe._plan.work import (
     INPUTS,
     MODEL,
@@ -31,124 +31,7 @@ from sxe._plan.work import (
     Side,
     Work,
 )
-from sxe._rows.gpu_choice import has_state_kernel
 from sxe._rows.rules import RULES
-
-VALUE = "value alone"
-
-
-class Collective(NamedTuple):
-    """A collective operation in a call and its gradient.
-
-    Attributes:
-      kind: "all-reduce", "all-gather" or "reduce-scatter".
-      of: the array or arrays that the devices exchange.
-      devices: the number of devices in each group.
-      bytes: the size of the whole array on each device: before a scatter, or after a gather.
-    """
-
-    kind: str
-    of: str
-    devices: int
-    bytes: int
-
-    @property
-    def link_bytes(self) -> float:
-        """A lower bound on the bytes that each device sends. An all-reduce sends them twice."""
-        times = 2 if self.kind == "all-reduce" else 1
-        return times * self.bytes * (self.devices - 1) / self.devices
-
-
-class Floor(NamedTuple):
-    """Lower bounds on the seconds that a call and its gradient take on each device.
-
-    The largest of the three is the lower bound on the time.
-
-    Attributes:
-      matmul: for the matrix products.
-      memory: for reading and writing the data that does not stay in a cache.
-      links: for sending data to other devices.
-    """
-
-    matmul: float
-    memory: float
-    links: float
-
-
-class Plan(NamedTuple):
-    """The work of a call of the head, and of its gradient, on each device.
-
-    The head is the fused final linear layer and loss. For a divergence, the numbers for hidden,
-    kernel and logits include both sides.
-
-    Attributes:
-      implementation: "xla" or "mosaic_gpu": what computes results and gradients from the logits.
-      reason: why this implementation is used, and how often it reads the logits of a chunk.
-      path: "value alone"; "gradients in the forward pass", where nothing is computed twice; or
-        "logits again in the backward pass".
-      chunk_size: the number of rows in a chunk.
-      chunks: the number of chunks.
-      padding: the number of rows that are added so that all chunks have the same size.
-      rows_run: the number of rows in the chunks, and parts of chunks, that are run. Fewer are run
-        if some rows do not count because they are masked out, ignored, or of weight 0.
-      gradient_dtype: the dtype in which the gradient of the logits is multiplied with hidden and
-        kernel.
-      flops: the floating-point operations of the matrix products, for all rows that are run.
-      terms: an estimate of the memory that XLA allocates in addition to arguments and results, at
-        the moment of peak memory: the bytes of each array, by name. An array that uses the memory
-        of a result not yet computed is left out.
-      temporary_bytes: the sum of the terms.
-      peak_bytes: an estimate of the peak memory, including arguments and results.
-      kept_bytes: the size of the residuals: the arrays that the forward pass keeps for the backward
-        pass, in addition to hidden and kernel. If the gradient of a ``lax.scan`` or ``lax.map`` is
-        taken outside of it, these arrays are kept for each step.
-      logits_bytes: the size of the [N, K] logits in the dtype in which they are computed.
-      logits_peak_bytes: a lower bound on the peak memory of a program that stores these logits:
-        arguments, results and logits.
-      traffic_bytes: a lower bound on the bytes that the matrix products, and the steps between
-        them, read from memory and write to it.
-      mesh: the number of devices along each mesh axis.
-      collectives: the collective operations between devices.
-    """
-
-    implementation: str
-    reason: str
-    path: str
-    chunk_size: int
-    chunks: int
-    padding: int
-    rows_run: int
-    gradient_dtype: str
-    flops: int
-    terms: Mapping[str, int]
-    temporary_bytes: int
-    peak_bytes: int
-    kept_bytes: int
-    logits_bytes: int
-    logits_peak_bytes: int
-    traffic_bytes: int
-    mesh: Mapping[str, int]
-    collectives: tuple[Collective, ...]
-
-    def __hash__(self) -> int:
-        return hash(tuple(frozenset(a.items()) if isinstance(a, Mapping) else a for a in self))
-
-    def floor(
-        self, flops_per_second: float, bytes_per_second: float, link_bytes_per_second: float
-    ) -> Floor:
-        """Lower bounds on the time, from the matmul rate, memory and link bandwidth of a device."""
-        for name, rate in (
-            ("flops_per_second", flops_per_second),
-            ("bytes_per_second", bytes_per_second),
-            ("link_bytes_per_second", link_bytes_per_second),
-        ):
-            if not rate > 0:
-                raise ArgumentValueError(name, f"expected a number above 0, got {rate!r}")
-        return Floor(
-            self.flops / flops_per_second,
-            self.traffic_bytes / bytes_per_second,
-            sum(c.link_bytes for c in self.collectives) / link_bytes_per_second,
-        )
 
 
 def plan(
@@ -312,8 +195,8 @@ def plan(
     if memory_bytes is not None and not isinstance(memory_bytes, numbers.Real):
         raise ArgumentTypeError("memory_bytes", f"expected a number or None, got {memory_bytes!r}")
     if memory_bytes is None:
-        return _plan(call, sizes, **axes)
-    return _smallest_class_split(call, sizes, memory_bytes, **axes)
+        return plan_of(call, sizes, **axes)
+    return smallest_class_split(call, sizes, memory_bytes, **axes)
 
 
 def _dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -366,130 +249,3 @@ def _check_mesh(sizes: dict[str, int], axes: dict[str, AxisName], rule: str) -> 
             seen.add(name)
     if sizes and rule != "vjp":
         raise ArgumentValueError("rule", f"expected 'vjp' with a mesh, got {rule!r}")
-
-
-def _smallest_class_split(
-    call: Work, sizes: dict[str, int], memory_bytes: float, **axes: AxisName
-) -> Plan:
-    for argument in ("axis_name", "batch_axis_name"):
-        if len(axis_names(axes[argument])) != 1:
-            raise ArgumentValueError(
-                argument,
-                "expected one axis of mesh, because memory_bytes divides the devices of the mesh "
-                f"between rows and classes, got {axes[argument]!r}",
-            )
-    (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
-    devices = sizes[model] * sizes[data]
-    least = math.inf
-    for split in range(1, devices + 1):
-        if devices % split:
-            continue
-        try:
-            found = _plan(call, sizes | {model: split, data: devices // split}, **axes)
-        except ValueError:  # this mesh does not divide the sizes
-            continue
-        if found.peak_bytes <= memory_bytes:
-            return found
-        least = min(least, found.peak_bytes)
-    if least == math.inf:
-        raise ArgumentValueError(
-            "mesh",
-            f"expected {devices} devices that can divide {call.rows} rows and {call.classes} "
-            f"classes, got {sizes}; pad rows or classes",
-        )
-    raise ArgumentValueError(
-        "memory_bytes",
-        f"expected at least {least:.3g} for the head on {devices} devices, got {memory_bytes:.3g}",
-    )
-
-
-def _plan(
-    call: Work,
-    sizes: dict[str, int],
-    *,
-    axis_name: AxisName,
-    batch_axis_name: AxisName,
-    fsdp: AxisName,
-) -> Plan:
-    def devices_along(axes: AxisName) -> int:
-        return math.prod(sizes[name] for name in axis_names(axes))
-
-    shards, groups = devices_along(axis_name), devices_along(batch_axis_name)
-    gathered = devices_along(fsdp)
-    for argument, size, parts, axes in (
-        ("rows", call.rows, groups, batch_axis_name),
-        ("classes", call.classes, shards, axis_name),
-        *((side.hidden, side.size, gathered, fsdp) for side in call.sides),
-    ):
-        if size % parts:
-            raise ArgumentValueError(
-                argument, f"expected a multiple of {parts}, the devices along {axes}, got {size}"
-            )
-    work = dataclasses.replace(
-        call,
-        rows=call.rows // groups,
-        classes=call.classes // shards,
-        row_groups=groups,
-        class_shards=shards,
-        kernel_parts=gathered,
-    )
-    chunks, size, padding = work.tiling
-    terms = temporaries(work)
-    temporary, others = sum(terms.values()), work.argument_bytes + work.result_bytes
-    return Plan(
-        implementation=work.implementation,
-        reason=_reason(work),
-        path=work.path or VALUE,
-        chunk_size=size,
-        chunks=chunks,
-        padding=padding,
-        rows_run=work.steps.rows,
-        gradient_dtype=str(work.gradient_dtype),
-        flops=work.flops,
-        terms=terms,
-        temporary_bytes=temporary,
-        peak_bytes=others + temporary,
-        kept_bytes=work.kept_bytes,
-        logits_bytes=work.logits_bytes,
-        logits_peak_bytes=others + work.logits_bytes,
-        traffic_bytes=work.traffic_bytes,
-        mesh=sizes,
-        collectives=_collectives(work),
-    )
-
-
-def _reason(work: Work) -> str:
-    """Why this implementation is used, and how often it reads the logits of a chunk."""
-    reads = ("once", "twice", "three times", "four times")[work.reads_of_logits - 1]
-    if not work.backend.uses_row_kernels:
-        return f"XLA, unless the kernels are requested; a chunk's logits are read {reads}"
-    if work.makes_gradient_with_state:
-        return f"requested; one kernel reads a chunk's logits {reads} and writes their gradient"
-    if not has_state_kernel(work.classes):
-        return f"requested, but run by XLA for so few classes; a chunk's logits are read {reads}"
-    return f"requested; with a kernel for the state of rows, a chunk's logits are read {reads}"
-
-
-def _collectives(work: Work) -> tuple[Collective, ...]:
-    groups, shards, parts = work.row_groups, work.class_shards, work.kernel_parts
-    wide = work.wide_itemsize
-    sums = {"mean": 2, "sum": 1, "none": 0}[work.reduction]
-    statistics = wide * work.rows * work.statistics
-    exchanged = [
-        Collective("all-reduce", "sums of losses and weights", groups, wide * sums),
-        Collective("all-reduce", "statistics of rows", shards, statistics),
-    ]
-    itemsize = wide if work.backend.widens_what_it_exchanges else work.dtype.itemsize
-    for side in work.sides:
-        of_hidden, of_kernel = f"gradient of {side.hidden}", f"gradient of {side.kernel}"
-        d_hidden, d_kernel = (
-            wide * work.elements[name] * (name in work.differentiate) for name in side.inputs
-        )
-        gathered = itemsize * work.elements[side.kernel]
-        exchanged += [
-            Collective("all-reduce", of_hidden, shards, d_hidden),
-            Collective("all-gather", side.kernel, parts, gathered),
-            Collective("reduce-scatter", of_kernel, parts, d_kernel),
-            Collective("all-reduce", of_kernel, groups // parts, d_kernel // parts),
-        ]
-    return tuple(c for c in exchanged if c.devices > 1 and c.bytes)

@@ -12,7 +12,7 @@ from sxe._arrays import axis_names
 from sxe._backend import PLATFORMS
 from sxe._call.options import IMPLEMENTATIONS, REDUCTIONS
 from sxe._errors import ArgumentError
-from sxe._plan.plan import Plan
+from sxe._plan.result import Plan
 from sxe._plan.work import INPUTS, TARGET_INPUTS, TILE_OPTIONS
 from sxe._rows.rules import RULES
 from sxe._tools.arguments import PROGRAM, positive, size
