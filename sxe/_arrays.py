@@ -87,6 +87,12 @@ def pmax(x: Array, axis_name: AxisName) -> Array:
     return x if axis_name is None else lax.pmax(x, axis_name)
 
 
+def any_class(x: Array, axis_name: AxisName) -> Array:
+    """Whether x holds for any class of the row, on any shard: from [..., K] to [...]."""
+    # jax.experimental.jet has no rule for jnp.any.
+    return pmax(jnp.max(x.astype(jnp.int32), axis=-1), axis_name) > 0
+
+
 def varying(x: Array) -> frozenset[str]:
     """The mesh axes along which x varies in shard_map, according to its type."""
     return jax.typeof(x).manual_axis_type.varying

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from sxe._arrays import AxisName, keep, reshard, sharding, vary, varying, wide_dtype
+from sxe._arrays import AxisName, any_class, keep, reshard, sharding, vary, varying, wide_dtype
 from sxe._backend import backend_of, rounded
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.layout import Layout, join_shards
 from sxe._call.options import Options, Reduction, Rule, parse
-from sxe._call.rows import any_class, masked_classes, weight_and_mask
+from sxe._call.rows import masked_classes, weight_and_mask
 from sxe._rows.kl_divergence import KLDivergence, Mode
-from sxe._rows.normalizer import has_loss
+from sxe._rows.normalizer import has_softmax
 from sxe._rows.rules import RULES
 
 
@@ -47,17 +47,6 @@ def _alike(x: Array, z: Array) -> tuple[Array, Array]:
     return x, z
 
 
-def _is_infinite(x: Array, z: Array, options: Options) -> Array:
-    """Whether the divergence of each row is +inf, [...].
-
-    KL(p || q) is +inf if a class is possible in p but not in q.
-    """
-    if options.mode == "jensen_shannon":
-        return jnp.zeros(x.shape[:-1], bool)
-    first, second = (z, x) if options.mode == "forward" else (x, z)
-    return any_class((first > -jnp.inf) & (second == -jnp.inf), options.axis_name)
-
-
 def _result(inputs: _Inputs) -> Array:
     given, options = inputs.logits, inputs.options
     class_axes = axes.class_axes(options.axis, given.ndim)
@@ -72,11 +61,11 @@ def _result(inputs: _Inputs) -> Array:
         possible = jnp.broadcast_to(any_class(class_mask, options.axis_name), x.shape[:-1])
         mask = possible if mask is None else mask & possible
     x, z = _alike(x, z)
-    are_finite = [has_loss(a, options.axis_name, backend) for a in (x, z)]
-    finite = are_finite[0] & are_finite[1] & ~_is_infinite(x, z, options)
-    weight, mask = weight_and_mask(options, mask, finite, dtype)
-    x, z = keep(mask, x), keep(mask, z)
+    have_softmax = [has_softmax(a, options.axis_name, backend) for a in (x, z)]
     f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
+    is_finite = have_softmax[0] & have_softmax[1] & ~f.is_infinite(x, z)
+    weight, mask = weight_and_mask(options, mask, is_finite, dtype)
+    x, z = keep(mask, x), keep(mask, z)
     weighed = f.weigh(RULES[options.rule](f, x, z), weight, None).value
     return reduction.reduce_rows(weighed, weight, options)
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from sxe._arrays import AxisName, sharding
+from sxe._arrays import AxisName, any_class, sharding
 from sxe._backend import backend_of
 from sxe._call import arguments, axes, checks, reduction
 from sxe._call.layout import Layout, join_shards, layout_of
@@ -30,7 +30,7 @@ from sxe._call.linear import (
     wide_of,
 )
 from sxe._call.options import Options, Reduction, Rule, parse
-from sxe._call.rows import any_class, weight_and_mask
+from sxe._call.rows import weight_and_mask
 from sxe._errors import ArgumentTypeError, ArgumentValueError
 from sxe._head.chunk import Shared
 from sxe._head.examples import outcome_of_examples
@@ -73,8 +73,8 @@ def _result(inputs: _Inputs) -> Array:
     if options.class_mask is not None:
         possible = jnp.broadcast_to(any_class(options.class_mask, options.axis_name), shape)
         mask = possible if mask is None else mask & possible
-    have_loss = [side.has_loss(options.axis_name, backend) for side in sides]
-    weight, mask = weight_and_mask(options, mask, have_loss[0] & have_loss[1], wide_of(sides))
+    have_softmax = [side.has_softmax(options.axis_name, backend) for side in sides]
+    weight, mask = weight_and_mask(options, mask, have_softmax[0] & have_softmax[1], wide_of(sides))
     f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
     projections, hidden = projections_of(sides, options)
     rows = flat_rows(Rows(None, weight, None, mask), shape)

@@ -56,7 +56,7 @@ def _prepare(inputs: _Inputs) -> tuple[Prepared, Rows]:
     check_rule(options.rule, backend)
     finite = None
     if options.weights is not None:
-        finite = side.has_loss(options.axis_name, backend)
+        finite = side.has_softmax(options.axis_name, backend)
     rows = make_rows(labels, options, backend, shape=shape, dtype=dtype, finite=finite)
     targets, dense = rows.targets, None
     labels_of_rows = None if targets.labels is None else targets.labels.label

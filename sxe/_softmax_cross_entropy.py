@@ -44,7 +44,7 @@ from sxe._call.reduction import Metrics
 from sxe._call.rows import make_rows, masked_classes
 from sxe._rows.cross_entropy import CrossEntropy, Results
 from sxe._rows.gpu_choice import has_gradient_kernel
-from sxe._rows.normalizer import has_loss
+from sxe._rows.normalizer import has_softmax
 from sxe._rows.predictions import rank
 from sxe._rows.rules import RULES, results_and_state
 from sxe._rows.targets import Rows, Targets
@@ -72,34 +72,36 @@ def _masked(inputs: _Inputs) -> tuple[_Inputs, Array | None]:
     return _Inputs(logits, labels, options), class_mask
 
 
-def _prepare(inputs: _Inputs, backend: Backend, *, by_kernel: bool) -> tuple[Array, Rows]:
+def _prepare(f: CrossEntropy, inputs: _Inputs, *, by_kernel: bool) -> tuple[Array, Rows]:
     """The logits [..., K] and the rows of a call.
 
     With ``by_kernel``, one GPU kernel computes the results and the gradient of the logits. It finds
-    by itself which rows of weight 0 have a loss. ``finite`` then serves only the derivatives of the
-    weights: if they are not needed, XLA drops its read of the logits. The kernel takes dense
-    targets unmasked and in their own dtype, because XLA would write a copy of them otherwise.
+    by itself which rows of weight 0 have a finite loss. ``with_loss`` then serves only the
+    derivatives of the weights: if they are not needed, XLA drops its reads of the logits. The
+    kernel takes dense targets unmasked and in their own dtype, because XLA would write a copy of
+    them otherwise.
     """
     logits, labels, options = inputs
     finite = None
     if options.weights is not None:
-        finite = has_loss(logits, options.axis_name, backend)
-    known = None if by_kernel else finite
+        finite = has_softmax(logits, f.axis_name, f.backend)
     rows = make_rows(
         labels.astype(_dense_dtype(inputs)) if by_kernel and is_dense(labels) else labels,
         options,
-        backend,
+        f.backend,
         shape=logits.shape,
         dtype=logits.dtype,
-        finite=known,
+        finite=None if by_kernel else finite,
         as_given=by_kernel,
     )
-    if by_kernel and finite is not None:
-        with_loss = finite | (rows.weight != 0)
-        weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
-        rows = rows._replace(weight=weight, norm=norm)
-    x, targets = _typed_alike(logits, rows.targets, options.axis_name)
-    return x, rows._replace(targets=targets)
+    x, targets = _typed_alike(logits, rows.targets, f.axis_name)
+    rows = rows._replace(targets=targets)
+    if finite is None:
+        return x, rows
+    with_loss = rows.with_loss(finite & ~f.is_infinite(x, targets))
+    weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
+    mask = rows.mask if by_kernel else with_loss
+    return x, rows._replace(weight=weight, norm=norm, mask=mask)
 
 
 def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
@@ -151,7 +153,7 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     backend = choose(options.implementation, backend_of(given), dtype=given.dtype, shape=shape)
     f = CrossEntropy(options.axis_name, backend, with_entropy=options.needs_entropy)
     by_kernel = class_mask is None and _has_gradient_kernel(f, inputs, with_gradient=with_gradient)
-    x, rows = _prepare(inputs, backend, by_kernel=by_kernel)
+    x, rows = _prepare(f, inputs, by_kernel=by_kernel)
     if by_kernel:
         return _result_of_kernel(f, inputs, x, rows, like=given if with_gradient else None)
     x, targets, mask = _counted(x, rows, backend)

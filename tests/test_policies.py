@@ -12,7 +12,7 @@ from flax import nnx
 from jax.experimental import checkify
 from option_cases import RULES, every_rule, one_in, vjp_by_default
 from oracle import assert_close
-from problems import normal
+from problems import floats, normal
 from tolerances import CLOSENESS, GRADIENT_BAR, LOSS_BAR, SAME_FLOAT32, ZERO
 
 import sxe
@@ -420,6 +420,67 @@ def test_a_row_that_does_not_count_contributes_nothing(reason, content, reductio
     assert_close(value, oracle.loss(logits, labels, reduction=reduction, **options))
     assert_close(gradient, oracle.gradient(logits, labels, g, reduction=reduction, **options))
     assert (np.asarray(gradient[2]) == 0).all()
+
+
+def _rows_of_which_one_is_infinite(head, targets):
+    """Arguments of a call with three rows, and the names of those with an entry for each row.
+
+    The loss of row 1 is infinite, because its label cannot occur.
+    """
+    labels = np.array([0, 3, 1])
+    if head:
+        p = {
+            "hidden": normal(3, 2),
+            "kernel": normal(2, 4),
+            "bias": np.array([0.5, 0, 1, -INF], "f"),
+        }
+    else:
+        p = {"logits": normal(3, 4)}
+        p["logits"][1, 3] = -INF
+    p |= {
+        "class weights": {"labels": labels, "class_weights": np.array([1.5, 0.5, 1, 2], "f")},
+        "label weights": {
+            "labels": labels[:, None],
+            "label_weights": np.array([[1.5], [2], [1]], "f"),
+        },
+        "dense": {"labels": np.eye(4, dtype="f")[labels]},
+        "smoothing": {"labels": labels, "label_smoothing": np.float32(0.1)},
+    }[targets]
+    names = ("hidden", "logits", "labels", "label_weights", "weights", "where")
+    return p, [name for name in names if name in p]
+
+
+@one_in(
+    4,
+    head=[False, True],
+    targets=["class weights", "label weights", "dense", "smoothing"],
+    reason=["where", "weights"],
+    reduction=["sum", "none"],
+    rule=RULES,
+)
+def test_a_row_of_infinite_loss_that_does_not_count(head, targets, reason, reduction, rule):
+    """Every gradient is that of a call without this row, and 0 in this row."""
+    if head and targets == "smoothing":
+        pytest.skip("with a bias of -inf, smoothing makes every row infinite")
+    loss = sxe.linear_softmax_cross_entropy if head else sxe.softmax_cross_entropy
+    p, of_rows = _rows_of_which_one_is_infinite(head, targets)
+    p[reason] = np.array([1, 0, 2], "f") if reason == "weights" else np.array([True, False, True])
+    of_rows.append(reason)
+    some = p | {name: p[name][[0, 2]] for name in of_rows}
+    options = {"chunk_size": 1} if head else {}
+
+    def value_and_gradients(p):
+        f = lambda q: jnp.sum(loss(**(p | q), reduction=reduction, rule=rule, **options))  # noqa: E731
+        return jax.jit(jax.value_and_grad(f))(floats(p))
+
+    (value, d), (expected, d_some) = value_and_gradients(p), value_and_gradients(some)
+    assert_close(value, expected)
+    for name, gradient in d.items():
+        if name in of_rows:
+            assert (np.asarray(gradient[1]) == 0).all(), name
+            gradient = gradient[np.array([0, 2])]
+        assert np.isfinite(d_some[name]).sum() >= d_some[name].size - 1  # -inf where a class has it
+        assert_close(gradient, d_some[name])
 
 
 @every_rule

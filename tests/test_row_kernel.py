@@ -840,6 +840,33 @@ def test_rows_of_weight_0(classes):
 
 @needs_pallas
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("targets", ["class weights", "smoothing", "dense"])
+def test_a_row_of_weight_0_with_an_infinite_loss(targets):
+    """It adds nothing to the gradients of what all rows share, or of the other rows."""
+    logits, labels = problem(3, 64, "float32")
+    logits = logits.at[1, labels[1]].set(-jnp.inf)
+    weights, smoothing = jnp.array([1.0, 0, 2]), jnp.float32(0.1)
+    given = {
+        "class weights": (labels, {"class_weights": jnp.linspace(0.5, 2, 64)}),
+        "smoothing": (labels, {"label_smoothing": smoothing}),
+        "dense": (jax.nn.one_hot(labels, 64), {}),
+    }[targets]
+
+    def gradients(f):
+        def loss(logits, targets, weights, options):
+            return f(logits, targets, weights=weights, **options)
+
+        which = (0, 2, 3) if targets != "dense" else (0, 1, 2)
+        return jax.jit(jax.value_and_grad(loss, which))(logits, given[0], weights, given[1])
+
+    ours, xla = (jax.tree.leaves(gradients(f)) for f in (kernel_loss, sxe.softmax_cross_entropy))
+    for a, b in zip(ours, xla, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-9)
+
+
+@needs_pallas
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_under_a_loss_scale(reduction):
     """The gradient is rounded after the scale, which keeps values below the range of float16."""

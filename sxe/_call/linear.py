@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from sxe._arrays import AxisName, axis_names, vary, varying, wide_dtype
+from sxe._arrays import AxisName, any_class, axis_names, vary, varying, wide_dtype
 from sxe._backend import Backend
 from sxe._call.options import Options, of_each_row
-from sxe._call.rows import any_class
 from sxe._head.chunk import Head, Hidden, Projection, Shared
 from sxe._head.chunked import HiddenRows
 from sxe._head.path import gradient_path, skips_rows
 from sxe._head.projection import Products, Transform, gather_rows, product_precision
-from sxe._rows.normalizer import has_loss
+from sxe._rows.normalizer import has_softmax
 from sxe._rows.rules import RowFunction
 from sxe._rows.targets import Rows
 
@@ -51,10 +50,10 @@ class Linear(NamedTuple):
     def row_scale(self) -> Array | None:
         return of_each_row(self.logit_scale)
 
-    def has_loss(self, axis_name: AxisName, backend: Backend) -> Array:
-        """Rows that have a loss, as far as is known before the product, bool [...]."""
+    def has_softmax(self, axis_name: AxisName, backend: Backend) -> Array:
+        """Rows that have a softmax, as far as is known before the product, bool [...]."""
         if self.kernel is None:
-            found = has_loss(self.hidden, axis_name, backend)
+            found = has_softmax(self.hidden, axis_name, backend)
         else:
             found = jnp.all(jnp.isfinite(self.hidden), axis=-1)
         return found if self.row_scale is None else found & jnp.isfinite(self.row_scale)

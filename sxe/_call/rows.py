@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 
 from sxe._arrays import (
     AxisName,
+    any_class,
     is_dense,
     keep,
-    pmax,
     psum,
     reshard,
     sharding,
@@ -25,12 +25,6 @@ from sxe._call.label_check import checked
 from sxe._call.options import Options
 from sxe._rows.targets import Dense, Rows, Sparse, Targets, is_label
 from sxe._rows.twins import dense_targets
-
-
-def any_class(x: Array, axis_name: AxisName) -> Array:
-    """Whether x holds for any class of the row, on any shard: from [..., K] to [...]."""
-    # jax.experimental.jet has no rule for jnp.any.
-    return pmax(jnp.max(x.astype(jnp.int32), axis=-1), axis_name) > 0
 
 
 def _both(a: Array | None, b: Array) -> Array:
@@ -146,8 +140,8 @@ def weight_and_mask(
     weight = jnp.ones(has_loss.shape, dtype)
     if options.weights is not None:
         weight = options.weights.astype(dtype)
-        # Mask rows of weight 0 that have no loss, so that no NaN leaks. A row of weight 0 that has
-        # a loss is kept, because the loss is the derivative for its weight.
+        # Mask rows of weight 0 without a finite loss, so that no NaN leaks. A row of weight 0 that
+        # has one is kept, because the loss is the derivative for its weight.
         mask = _both(mask, (weight != 0) | has_loss)
     return keep(mask, weight), mask
 

@@ -23,7 +23,7 @@ from sxe._head.projection import Products, Transform, transform, transform_bwd
 from sxe._rows.blocks import in_row_blocks
 from sxe._rows.cross_entropy import CrossEntropy
 from sxe._rows.gpu_choice import has_gradient_kernel
-from sxe._rows.normalizer import has_loss
+from sxe._rows.normalizer import has_softmax
 from sxe._rows.predictions import Ranking, rank
 from sxe._rows.rules import RowFunction, Weighed, own_targets, results_and_state
 from sxe._rows.targets import Dense, Rows
@@ -160,26 +160,41 @@ def tile_of(
     scales, rows = scales_and_rows
     mask, by = rows.mask, _transforms(shared, scales)
     if head.has_weights and not by_kernel:
-        have_loss = (
-            has_loss(transform(u, each), head.f.axis_name, head.f.backend)
-            for u, each in zip(us, by, strict=True)
-        )
-        mask = rows.with_loss(functools.reduce(jnp.logical_and, have_loss))
+        xs = tuple(transform(u, each) for u, each in zip(us, by, strict=True))
+        have_softmax = (has_softmax(x, head.f.axis_name, head.f.backend) for x in xs)
+        is_infinite = head.f.is_infinite(xs[0], _targets(shared, rows, xs))
+        has_loss = functools.reduce(jnp.logical_and, have_softmax, ~is_infinite)
+        mask = rows.with_loss(has_loss)
     kept = keep_rows(mask, us)
     kept_by = _transforms(shared, keep_rows(mask, scales))
     # For a GPU kernel, XLA would write out a masked copy of u. So mask the gradients instead. But
     # if XLA computes the gradient for targets that all rows share, it sums over rows: mask u then.
     masks_late = by_kernel or (head.f.backend.uses_row_kernels and shared.dense is None)
     late_mask = mask if masks_late else None
-    parts = zip(kept if late_mask is None else us, kept_by, strict=True)
-    x, *of_target = (transform(u, each) for u, each in parts)
+    if late_mask is not None:
+        xs = tuple(transform(u, each) for u, each in zip(us, kept_by, strict=True))
+    else:
+        parts = zip(kept, kept_by, strict=True)
+        xs = tuple(_kept_transform(mask, u, each) for u, each in parts)
     ranking = None
     if head.predicts:
-        ranking = rank(x, rows.targets.label if head.ranks else None, head.f.axis_name)
-    targets: Any = of_target[0] if of_target else rows.targets
-    if shared.dense is not None:
-        targets = targets._replace(dense=shared.dense)
-    return Tile(x, targets, kept, kept_by, mask, late_mask, ranking)
+        ranking = rank(xs[0], rows.targets.label if head.ranks else None, head.f.axis_name)
+    targets = _targets(shared, rows, xs)
+    return Tile(xs[0], targets, kept, kept_by, mask, late_mask, ranking)
+
+
+def _kept_transform(mask: Array | None, u: Array, by: Transform) -> Array:
+    """The logits of u, where u is 0 in rows that do not count. There, all logits are finite."""
+    x = transform(u, by)
+    # A bias of -inf, or a class that is masked, would make the loss of such a row infinite.
+    return x if by.bias is None and by.class_mask is None else keep(mask, x)
+
+
+def _targets(shared: Shared, rows: Rows, xs: tuple[Array, ...]) -> Any:
+    """The targets of the row function: those of the rows, or the target's logits."""
+    if len(xs) == 2:
+        return xs[1]
+    return rows.targets if shared.dense is None else rows.targets._replace(dense=shared.dense)
 
 
 def _transforms(shared: Shared, scales: tuple[Array | None, ...]) -> tuple[Transform, ...]:

@@ -141,7 +141,9 @@ def _results(
     arrays = shared, (), (hidden, rows)
     _, (parts, ranking) = over_chunks(chunk, arrays, head.chunks, runs=_runs(head, rows))
     results, state = head.f.merge(parts, rows.targets)
-    mask = rows.with_loss(state.has_loss) if head.has_weights else rows.mask
+    mask = rows.mask
+    if head.has_weights:
+        mask = rows.with_loss(state.has_softmax & ~jnp.isinf(results[0]))
     return Outcome(None, keep_rows(mask, results), ranking), keep_rows(mask, state), mask
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import AxisName, psum, vary_like, wide
+from sxe._arrays import AxisName, any_class, psum, vary_like, wide
 from sxe._backend import Backend, apart
 from sxe._rows import twins
 from sxe._rows.entropy import entropy, gap_sum, mean_gap, slope
@@ -85,8 +85,8 @@ class State(NamedTuple):
     mean_gap: Array | None = None
 
     @property
-    def has_loss(self) -> Array:
-        return self.normalizer.has_loss
+    def has_softmax(self) -> Array:
+        return self.normalizer.has_softmax
 
 
 def scaled_difference(e: Array, t_and_others: tuple[Array, Array], r: Array) -> Array:
@@ -136,6 +136,18 @@ class CrossEntropy:
     axis_name: AxisName
     backend: Backend
     with_entropy: bool = False
+
+    def is_infinite(self, x: Array, targets: Targets) -> Array:
+        x, targets = lax.stop_gradient((x, targets))
+        cannot_occur = jnp.zeros((*x.shape[:-1], 1), jnp.bool_)
+        if (labels := targets.labels) is not None:
+            found, inside = take_labels(x, labels.label)
+            cannot_occur = inside & (found == -jnp.inf) & (labels.target != 0)
+        infinite = any_class(cannot_occur, self.axis_name)
+        if targets.dense is not None:
+            cannot_occur = (x == -jnp.inf) & (targets.dense.t != 0)
+            infinite |= any_class(cannot_occur, self.axis_name)
+        return infinite
 
     def tile(self, x: Array, targets: Targets) -> Part:
         state = twins.normalize(x, self.backend)

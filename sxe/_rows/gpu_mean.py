@@ -18,7 +18,7 @@ from sxe._rows import twins
 from sxe._rows.cross_entropy import CrossEntropy, Part, Results, State
 from sxe._rows.gpu_gradient import state_and_gradient
 from sxe._rows.gpu_terms import Found, RowTerms, spread
-from sxe._rows.normalizer import has_loss
+from sxe._rows.normalizer import has_softmax
 from sxe._rows.rules import instantiate, results_and_state, values_and_wanted
 from sxe._rows.targets import Dense, Rows, Targets, dense_cost, gap, take_labels
 
@@ -176,9 +176,10 @@ def forward(
     True for them.
     """
     terms = _terms(rows, g, z_loss)
-    known = rows.with_loss(has_loss(x, None, f.backend))  # XLA removes it if it is not used
+    known = has_softmax(x, None, f.backend) & ~f.is_infinite(x, rows.targets)
+    known = rows.with_loss(known)  # XLA removes it if it is not used
     found = _of_rows(f, x, known, terms, d_dtype)
-    state, with_loss = found.state, rows.with_loss(found.state.has_loss)
+    state, with_loss = found.state, rows.with_loss(_has_finite_loss(found, rows.targets))
     # As elsewhere, the lse of a row of -inf alone is -inf.
     found = found._replace(state=state._replace(r=jnp.where(state.m == -jnp.inf, -1, state.r)))
     masked = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), found._replace(d=None))
@@ -190,6 +191,14 @@ def forward(
     part = Part(masked.state, cost, None, f.gap_sum(kept, masked.state.m))
     results, _ = f.merge(part, targets)  # D0
     return Forward(results, found.d, d_targets)
+
+
+def _has_finite_loss(found: Found, targets: Targets) -> Array:
+    """Whether each row has a finite loss, [...]. If its label is invalid, this is arbitrary."""
+    has_loss: Array = found.state.has_softmax
+    if targets.label_target is not None:
+        has_loss &= (found.x_label > -jnp.inf) | (targets.label_target == 0)
+    return has_loss if found.gap is None else has_loss & ~jnp.isinf(found.gap)
 
 
 def _of_targets(
@@ -249,7 +258,7 @@ def mean(f: CrossEntropy, x: Array, rows: Rows, share: Share) -> tuple[Array, Re
     if targets.dense is not None:
         targets = targets._replace(dense=targets.dense._replace(t=wide(targets.dense.t)))
     results, state = results_and_state(f, x, targets)
-    with_loss = rows.with_loss(state.has_loss)
+    with_loss = rows.with_loss(state.has_softmax)
     results = jax.tree.map(lambda a: jnp.where(with_loss, a, 0), results)
     return _mean(f, results, rows, share), results
 

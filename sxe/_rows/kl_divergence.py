@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from sxe._arrays import AxisName, are_known, psum, vary_like, wide
+from sxe._arrays import AxisName, any_class, are_known, psum, vary_like, wide
 from sxe._backend import Backend, apart
 from sxe._rows import twins
 from sxe._rows.blocks import Tiles, in_row_blocks
@@ -83,9 +83,9 @@ class State(NamedTuple):
     of_q: Sums | None
 
     @property
-    def has_loss(self) -> Array:
-        """Whether x and z both have a distribution, bool [...]."""
-        return self.of_x.has_loss & self.of_z.has_loss
+    def has_softmax(self) -> Array:
+        """Whether x and z both have a softmax, bool [...]."""
+        return self.of_x.has_softmax & self.of_z.has_softmax
 
 
 class Side(NamedTuple):
@@ -240,6 +240,14 @@ class KLDivergence:
     backend: Backend
     mode: Mode
     beta: float
+
+    def is_infinite(self, x: Array, z: Array) -> Array:
+        # KL(p || q) is +inf if a class can occur in p but not in q.
+        x, z = lax.stop_gradient((x, z))
+        if self.mode == "jensen_shannon":
+            return jnp.zeros(x.shape[:-1], jnp.bool_)
+        p, q = (z, x) if self.mode == "forward" else (x, z)
+        return any_class((p > -jnp.inf) & (q == -jnp.inf), self.axis_name)
 
     def tile(self, x: Array, z: Array) -> State:
         # The terms of a class depend on the states of whole rows, so merge the shards' states here.

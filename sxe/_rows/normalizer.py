@@ -39,12 +39,12 @@ class Normalizer(NamedTuple):
 
     @property
     def max_probability(self) -> Array:
-        """The largest q_k, [...], or NaN where ``has_loss`` is False."""
+        """The largest q_k, [...], or NaN where ``has_softmax`` is False."""
         # m - m is 0, or NaN where m is infinite.
         return 1 / (1 + self.r) + (self.m - self.m)
 
     @property
-    def has_loss(self) -> Array:
+    def has_softmax(self) -> Array:
         """Whether the largest logit is finite and none is NaN, bool [...]."""
         return jnp.isfinite(self.m) & ~jnp.isnan(self.r)
 
@@ -77,8 +77,8 @@ def finite_shift(m: Array) -> Array:
     return jnp.where(m == -jnp.inf, 0, m)
 
 
-def has_loss(x: Array, axis_name: AxisName, backend: Backend) -> Array:
-    """``Normalizer.has_loss`` from logits [..., K] instead of their state, bool [...]."""
+def has_softmax(x: Array, axis_name: AxisName, backend: Backend) -> Array:
+    """``Normalizer.has_softmax`` from logits [..., K] instead of their state, bool [...]."""
     x = wide(lax.stop_gradient(x))
     m = jnp.max(x, axis=-1)
     if backend.loses_nan_in_maximum:

@@ -49,6 +49,12 @@ class RowFunction(Protocol):
     def backend(self) -> Backend:
         """The backend that the function runs on."""
 
+    def is_infinite(self, x: Array, targets: Any, /) -> Array:
+        """Whether a row that has a softmax has an infinite result, bool [...].
+
+        Such a row has a class that cannot occur, although its target is not 0.
+        """
+
     def tile(self, x: Array, targets: Any, /) -> Any:
         """The part: what the classes of a tile contribute to each row. ``merge`` takes it."""
 

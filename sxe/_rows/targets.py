@@ -87,7 +87,7 @@ class Targets(NamedTuple):
 class Rows(NamedTuple):
     """The targets and the weights of rows, [...].
 
-    Where the mask is False, the targets and the weight are 0, and ``keep`` sets the logits to 0.
+    Where the mask is False, the weight is 0, and ``keep`` sets the logits to 0.
 
     Attributes:
       targets: the targets of the row function. None in the head (the fused final linear layer and
@@ -95,7 +95,7 @@ class Rows(NamedTuple):
       weight: the factor of the row's results.
       norm: the row's part of the denominator of the mean, or None if it is not needed.
       mask: bool, False for rows that are masked out or ignored, or None if there are none. A row of
-        weight 0 stays True if it may have a loss: its loss is the derivative for its weight.
+        weight 0 stays True if it may have a finite loss, which is the derivative for its weight.
     """
 
     targets: Any
@@ -104,7 +104,7 @@ class Rows(NamedTuple):
     mask: Array | None
 
     def with_loss(self, has_loss: Array) -> Array:
-        """The unmasked rows that have a nonzero weight or a loss, bool [...]."""
+        """The unmasked rows that have a nonzero weight or a finite loss, bool [...]."""
         with_loss = (self.weight != 0) | has_loss
         return with_loss if self.mask is None else self.mask & with_loss
 
