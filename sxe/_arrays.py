@@ -18,9 +18,9 @@ SplitAxes = tuple[AxisName, ...]  # for each axis of an array, the mesh axes it 
 T = TypeVar("T")
 
 
-def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype that the losses compute in: float64 for float64, and float32 for all others."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+def wide_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """The dtype that a loss of such arrays computes in: float64 if any is float64, else float32."""
+    return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
 
 
 def wide(x: Array) -> Array:

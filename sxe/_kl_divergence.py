@@ -53,7 +53,7 @@ def _result(inputs: _Inputs) -> Array:
     backend = backend_of(given, inputs.target_logits)
     options, class_mask = masked_classes(given, options, class_axes)
     mask = options.where
-    dtype = wide_dtype(jnp.result_type(given, inputs.target_logits))
+    dtype = wide_dtype(given.dtype, inputs.target_logits.dtype)
     x, z = (axes.classes_last(a, class_axes).astype(dtype) for a in (given, inputs.target_logits))
     x, z = _scaled(x, options.logit_scale), _scaled(z, options.target_logit_scale)
     if class_mask is not None:
@@ -103,8 +103,9 @@ def divergence_of_logits(
     inputs = _Inputs(
         arguments.array("logits", logits), arguments.array("target_logits", target_logits), parsed
     )
-    checks.check_jet(inputs, parsed)
-    return _call(inputs)
+    with checks.explained_jet(inputs, parsed):
+        result = _call(inputs)
+    return result
 
 
 def kl_divergence(

@@ -204,8 +204,9 @@ def divergence_of_hidden(
         array("target_logits", target_logits),
         parsed,
     )
-    checks.check_jet(inputs, parsed)
-    return _call(inputs)
+    with checks.explained_jet(inputs, parsed, of_logits="sxe.kl_divergence"):
+        result = _call(inputs)
+    return result
 
 
 def linear_kl_divergence(

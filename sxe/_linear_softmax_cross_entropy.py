@@ -28,7 +28,6 @@ from sxe._call.linear import Linear, flat_rows, head_of, projections_of, typed_a
 from sxe._call.options import HeadOptions, Implementation, Options, Reduction, Rule, parse
 from sxe._call.reduction import Metrics
 from sxe._call.rows import make_rows
-from sxe._errors import ArgumentValueError
 from sxe._head.chunk import Head, Shared
 from sxe._head.chunked import HiddenRows
 from sxe._head.examples import outcome_of_examples
@@ -149,18 +148,9 @@ def loss_of_hidden(
         arguments.array("labels", labels, parsed.ignore_index),
         parsed,
     )
-    jet_traces = checks.check_jet(inputs, parsed)
-    try:
-        return _call(inputs)
-    except KeyError as error:  # from jet, for a primitive that it has no rule for
-        if not jet_traces or str(error) not in ("scan", "while"):
-            raise
-        raise ArgumentValueError(
-            "hidden",
-            "expected rows that fit into one chunk, because jax.experimental.jet cannot "
-            f"differentiate a loop over chunks, got shape {inputs.hidden.shape}; "
-            "raise chunk_size to the number of rows, or pass logits to sxe.softmax_cross_entropy",
-        ) from error
+    with checks.explained_jet(inputs, parsed):
+        result = _call(inputs)
+    return result
 
 
 def log_prob_of_hidden(

@@ -99,9 +99,11 @@ def _prepare(f: CrossEntropy, inputs: _Inputs, *, by_kernel: bool) -> tuple[Arra
     if finite is None:
         return x, rows
     with_loss = rows.with_loss(finite & ~f.is_infinite(x, targets))
-    weight, norm = (keep_tangent(with_loss, a) for a in (rows.weight, rows.norm))
+    # Both weights are 0 without a finite loss. ``keep`` and ``keep_tangent`` set their derivatives
+    # to 0, too. XLA can drop only ``keep_tangent`` from the values.
+    of_rows = functools.partial(keep_tangent if by_kernel else keep, with_loss)
     mask = rows.mask if by_kernel else with_loss
-    return x, rows._replace(weight=weight, norm=norm, mask=mask)
+    return x, rows._replace(weight=of_rows(rows.weight), norm=of_rows(rows.norm), mask=mask)
 
 
 def _counted(x: Array, rows: Rows, backend: Backend) -> tuple[Array, Targets, Array | None]:
@@ -281,22 +283,24 @@ def _divided(
     return layout.run(result, inputs, class_axes, ndim=ndim, out=out)
 
 
-def _inputs(logits: ArrayLike, labels: ArrayLike, options: Options) -> _Inputs:
+def _run(
+    logits: ArrayLike, labels: ArrayLike, options: Options, *, with_gradient: bool = False
+) -> Any:
     inputs = _Inputs(
         arguments.array("logits", logits),
         arguments.array("labels", labels, options.ignore_index),
         options,
     )
-    checks.check_jet(inputs, options)
-    return inputs
+    with checks.explained_jet(inputs, options):
+        result = _call(inputs, with_gradient=with_gradient)
+    return result
 
 
 def loss_of_logits(
     logits: ArrayLike, labels: ArrayLike, *, layout: Layout | None = None, **options: Any
 ) -> Any:
     """``softmax_cross_entropy``; with a layout, for global arrays on a mesh."""
-    inputs = _inputs(logits, labels, parse(layout=layout, **options))
-    return _call(inputs, with_gradient=False)
+    return _run(logits, labels, parse(layout=layout, **options))
 
 
 def log_prob_of_logits(logits: ArrayLike, labels: ArrayLike, **options: Any) -> Any:
@@ -309,8 +313,7 @@ def loss_and_gradient(
 ) -> Any:
     """``softmax_cross_entropy_with_gradient``; with a layout, for global arrays on a mesh."""
     arguments.one_of("reduction", options["reduction"], ("mean", "sum"))
-    inputs = _inputs(logits, labels, parse(layout=layout, **options))
-    return _call(inputs, with_gradient=True)
+    return _run(logits, labels, parse(layout=layout, **options), with_gradient=True)
 
 
 @overload

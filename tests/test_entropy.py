@@ -244,6 +244,15 @@ def test_nothing_counts(f):
         assert not np.asarray(a).any()
 
 
+@both
+def test_a_bad_label_makes_the_gradient_of_the_entropy_nan_by_autodiff(f):
+    p = f.problem("none")
+    p["labels"] = p["labels"].at[2].set(-1)
+    (_, gradients), _ = run(f, p, rule="autodiff")
+    gradient = gradients["hidden" if f is HEAD else "logits"]
+    assert np.isnan(gradient).all(-1).tolist() == [i == 2 for i in range(len(gradient))]
+
+
 @pytest.mark.parametrize("bad", [7, 8, -1, -7, -100, 2**31 - 1, -(2**31)])
 @vjp_by_default
 @both

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 
 import fresh
@@ -192,6 +193,17 @@ def test_leading_dimensions(shape, width, classes, rule):
         assert not gradients["kernel"].any()
     else:
         check((value, gradients), p, g)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_axes_of_size_0_in_several_chunks(rule):
+    hidden, kernel, labels = jnp.ones((4, 2)), jnp.ones((2, 3)), np.array([0, 1, 2, 0])
+    f = functools.partial(sxe.linear_softmax_cross_entropy, chunk_size=2, rule=rule)
+    none = np.zeros((4, 0))
+    assert f(hidden, kernel, none.astype(int), label_weights=jnp.asarray(none)) == 0
+    assert_close(f(hidden[:, :0], kernel[:0], labels), math.log(3))
+    gradient = jax.grad(f)(hidden[:, :0], kernel[:0], labels)
+    assert gradient.shape == (4, 0)
 
 
 def test_lse_where_logits_are_computed_twice():

@@ -426,6 +426,34 @@ def test_examples_that_share_the_kernel_are_rows_of_one_call(mapped):
     assert (f"tensor<{B}x{D}x{K}xf32>" not in text) == MAPPED[mapped]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mapped", ["z_loss", "labels", "class_weights", "weights"])
+def test_gradient_of_a_vmap_over_what_some_results_do_not_depend_on(mapped, reduction):
+    p = head_problem("z_loss", "class_weights", "weights", shape=(5, D, K))
+    several = head_problem("z_loss", "class_weights", "weights", shape=(5, D, K), lead=(2,))[mapped]
+
+    def loss(hidden, z_loss, some):
+        options = {"chunk_size": 2, "reduction": reduction, "return_metrics": True}
+        given = p | {"hidden": hidden, "z_loss": z_loss, mapped: some}
+        value, metrics = sxe.linear_softmax_cross_entropy(**given, **options)
+        return jnp.sum(value), metrics
+
+    def total(hidden, z_loss, several):
+        values, metrics = jax.vmap(loss, (None, None, 0))(hidden, z_loss, several)
+        return jnp.sum(values), metrics
+
+    def one_by_one(hidden, z_loss, several):
+        return sum(loss(hidden, z_loss, some)[0] for some in several)
+
+    given = p["hidden"], p["z_loss"], several
+    which = (0, 2) if mapped != "labels" else (0, 1)
+    found, metrics = jax.grad(total, which, has_aux=True)(*given)
+    for a, b in zip(found, jax.grad(one_by_one, which)(*given), strict=True):
+        assert_close(a, b)
+    each = [loss(*given[:2], some)[1] for some in several]
+    jax.tree.map(np.testing.assert_allclose, metrics, jax.tree.map(lambda *a: jnp.stack(a), *each))
+
+
 @pytest.mark.parametrize(("inside", "outside"), [*itertools.product((False, True), repeat=2)])
 def test_nested_vmaps(inside, outside):
     """The gradient is inside, outside, or between the two vmaps, jitted or not."""

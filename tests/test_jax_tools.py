@@ -120,6 +120,20 @@ def test_jet_under_a_softcap_says_what_to_do():
         jet.jet(lambda x: f(x, jnp.ones((D, K)), LABELS), (x,), ((x,),))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_softcap": 3.0}, r"^target_softcap: expected None .*jet.*sxe\.kl_divergence"),
+        ({"chunk_size": 1}, r"^hidden: expected rows that fit into one chunk, .*kl_divergence"),
+    ],
+)
+def test_jet_of_a_divergence_says_what_to_do(options, message):
+    x, kernel = jnp.ones((N, D)), jnp.ones((D, K))
+    f = functools.partial(sxe.linear_kl_divergence, rule="autodiff", **options)
+    with pytest.raises(ValueError, match=message):
+        jet.jet(lambda x: f(x, kernel, x, kernel), (x,), ((x,),))
+
+
 def test_jet_of_a_loop_and_of_the_value_with_gradient_says_what_to_do():
     x = jnp.ones((N, D))
     f = functools.partial(sxe.linear_softmax_cross_entropy, rule="autodiff", chunk_size=1)

@@ -348,6 +348,18 @@ def test_a_row_without_a_distribution_is_nan_alone(mode, rule, classes):
         assert_close(gradients[name], np.where(bad[:, None], NAN, right_gradients[name]))
 
 
+def test_a_narrow_model_beside_a_wide_target():
+    """Even where JAX does not promote dtypes: no operation takes both sides."""
+    wide = normal(3, 5), normal(3, 5, seed=1)
+    narrow = jnp.asarray(wide[0], jnp.bfloat16)
+    expected = sxe.kl_divergence(jnp.asarray(narrow, jnp.float32), wide[1])
+    with jax.numpy_dtype_promotion("strict"):
+        assert_close(sxe.kl_divergence(narrow, wide[1]), expected)
+        eye = jnp.eye(5, dtype=jnp.bfloat16)
+        of_hidden = sxe.linear_kl_divergence(narrow, eye, wide[1], jnp.eye(5))
+    assert_close(of_hidden, expected)
+
+
 @every_mode
 def test_disjoint_distributions(mode):
     """The Jensen-Shannon divergence is bounded. The others are not."""
@@ -408,6 +420,7 @@ ERRORS = [
     of("beta", ValueError, mode="jensen_shannon", beta=0.0),
     of("beta", ValueError, mode="jensen_shannon", beta=1),
     of("beta", ValueError, mode="jensen_shannon", beta=-0.1),
+    of("beta", ValueError, mode="jensen_shannon", beta=1e-21),
     of("beta", ValueError, mode="jensen_shannon", beta=1.5),
     of("beta", ValueError, mode="jensen_shannon", beta=NAN),
     of("beta", ValueError, mode="reverse", beta=0.3),

@@ -144,6 +144,7 @@ def test_rows_without_a_distribution():
     rank = (logits[5] > logits[5, 3]).sum()
     for way, found in ways(logits, labels, head=False):  # the head cannot have these logits here
         assert list(found.label_rank) == [5, 5, 5, 3, 0, rank], way
+        assert list(np.asarray(found.predictions) < 0) == [True] * 3 + [False] * 3, way
         p = np.asarray(found.max_probability)
         assert list(np.isnan(p)) == [True] * 3 + [False] * 3, way
         assert p[4] == 1, way
@@ -165,7 +166,7 @@ def test_hidden_states_without_a_distribution(head, chunk_size):
     _, found = quick_jit(run)(hidden, kernel, labels)
     assert list(np.flatnonzero(np.isnan(found.max_probability))) == [1, 5]
     assert list(np.flatnonzero(np.asarray(found.label_rank) == K)) == [1, 4, 5]
-    assert list(np.flatnonzero(np.asarray(found.predictions) < 0)) == [4]
+    assert list(np.flatnonzero(np.asarray(found.predictions) < 0)) == [1, 4, 5]
     some = np.array([0, 2, 3, 6])
     x = hidden.astype(np.float64)[some] @ kernel
     found = found._replace(**{name: getattr(found, name)[some] for name in found._fields[2:]})

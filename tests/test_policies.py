@@ -183,6 +183,20 @@ def test_a_label_beyond_32_bits_is_not_ignored_as_the_largest(dtype, largest, x6
         assert value[1] == 0
 
 
+@pytest.mark.parametrize("ignored", [-(2**40), 2**31])
+def test_an_ignore_index_that_jax_cannot_hold(ignored, x64):
+    """Wide labels are replaced with integers that JAX can hold, so it could match none of them."""
+    f = functools.partial(sxe.softmax_cross_entropy, ignore_index=ignored, reduction="none")
+    for labels in (np.array([0, ignored]), [0, ignored]):
+        if x64:
+            assert f(normal(2, 5), labels)[1] == 0
+            continue
+        with pytest.raises(ValueError, match=r"^ignore_index: expected an int from -2147483648 to"):
+            f(normal(2, 5), labels)
+    assert np.isfinite(f(normal(1, 5), np.array([1], np.int32))).all()  # which it cannot be
+    assert np.isfinite(f(normal(1, 5), np.array([1], np.uint64))).all() or ignored > 0
+
+
 def test_an_integer_of_more_than_32_bits_among_floats_keeps_its_value():
     targets = [[2**40, 0.5, 0.0], [0.0, 0.5, -(2**40)]]
     logits = normal(2, 3)
@@ -481,6 +495,22 @@ def test_a_row_of_infinite_loss_that_does_not_count(head, targets, reason, reduc
             gradient = gradient[np.array([0, 2])]
         assert np.isfinite(d_some[name]).sum() >= d_some[name].size - 1  # -inf where a class has it
         assert_close(gradient, d_some[name])
+
+
+@every_rule
+def test_weights_whose_sum_is_too_large_for_a_float(rule):
+    f = functools.partial(sxe.softmax_cross_entropy, rule=rule, weights=np.full(3, 2e38, "f"))
+    value, gradient = jax.value_and_grad(f)(normal(3, 5), np.array([0, 1, 2]))
+    assert np.isnan(value)
+    assert np.isnan(gradient).all()
+
+
+@every_rule
+def test_a_bad_label_with_a_single_class(rule):
+    f = functools.partial(sxe.softmax_cross_entropy, reduction="none", rule=rule)
+    value, pull = jax.vjp(lambda x: f(x, np.array([0, -1, 1])), jnp.ones((3, 1)))
+    for found in (value, pull(jnp.ones(3))[0][:, 0]):
+        assert np.isnan(found).tolist() == [False, True, True]
 
 
 @every_rule

@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from sxe._arrays import AxisName
-from sxe._errors import ArgumentTypeError, ArgumentValueError
+from sxe._errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 
 
 def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
@@ -31,6 +31,8 @@ def _wrong_type(name: str, expected: str, value: Any) -> TypeError:
 def array(name: str, x: ArrayLike, ignore_index: int | None = None) -> Array:
     try:
         return jnp.asarray(x if isinstance(x, Array) else _held(x, ignore_index))
+    except ArgumentError:
+        raise
     except (TypeError, ValueError, OverflowError) as error:  # JAX does not name the argument
         plain = isinstance(x, np.ndarray | list | tuple | dict | str | numbers.Number | None)
         got = reprlib.repr(x) if plain else f"an object of type {type(x).__name__}"
@@ -79,6 +81,14 @@ def _fit(x: Any, ignore_index: int | None) -> Any:
     if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
         return x
     held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int if number else x.dtype))
+    if ignore_index is not None and not held.min <= ignore_index <= held.max:
+        own = held if number else jnp.iinfo(x.dtype)
+        if number or own.min <= ignore_index <= own.max:
+            raise ArgumentValueError(
+                "ignore_index",
+                f"expected an int from {held.min} to {held.max}, because JAX holds integers of "
+                f"{held.bits} bits, got {ignore_index}; set jax_enable_x64 for 64 bits",
+            )
     other = held.max - (ignore_index == held.max)
     if number:
         return x if held.min <= x <= held.max else other
@@ -125,7 +135,10 @@ def number(
     if _is_numpy_scalar(value):
         value = float(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        given = float(value)
+        try:
+            given = float(value)
+        except OverflowError:  # from an int of more than 1024 bits
+            given = math.nan
         if not fits(given):
             raise ArgumentValueError(name, f"expected {expected}, got {value}")
         return None if given == off else given

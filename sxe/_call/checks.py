@@ -1,6 +1,8 @@
 """Check that the arguments of a call fit together. The errors say what would fit."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -367,13 +369,17 @@ def _check_where(
     )
 
 
-def check_jet(inputs: Any, options: Options) -> bool:
-    """Whether ``jax.experimental.jet`` differentiates a call with these inputs.
+@contextlib.contextmanager
+def explained_jet(
+    inputs: Any, options: Options, *, of_logits: str = "sxe.softmax_cross_entropy"
+) -> Iterator[None]:
+    """Run a call. If ``jax.experimental.jet`` can't differentiate it, raise an error that says why.
 
-    Raises an error with the reason for calls in which jet would fail without giving the reason.
+    ``of_logits`` is the function of logits that computes the same as the function of the call.
     """
     if not any(isinstance(x, jet.JetTracer) for x in jax.tree.leaves(inputs)):
-        return False
+        yield
+        return
     reason = (
         "in a call that jax.experimental.jet differentiates, because jet cannot differentiate "
         "functions with custom rules"
@@ -381,13 +387,22 @@ def check_jet(inputs: Any, options: Options) -> bool:
     if options.rule != "autodiff":
         raise ArgumentValueError(
             "rule",
-            f"expected 'autodiff' {reason}, got {options.rule!r}; sxe.softmax_cross_entropy "
-            "and sxe.linear_softmax_cross_entropy take rule='autodiff'",
+            f"expected 'autodiff' {reason}, got {options.rule!r}; all functions but "
+            "sxe.softmax_cross_entropy_with_gradient take rule='autodiff'",
         )
-    if options.softcap is not None:
+    for name in ("softcap", "target_softcap"):
+        if (cap := getattr(options, name)) is not None:
+            raise ArgumentValueError(
+                name, f"expected None {reason}, got {cap!r}; pass capped logits to {of_logits}"
+            )
+    try:
+        yield
+    except KeyError as error:  # from jet, for a primitive that it has no rule for
+        if str(error) not in ("scan", "while"):
+            raise
         raise ArgumentValueError(
-            "softcap",
-            f"expected None {reason}, got {options.softcap!r}; pass capped logits to "
-            "sxe.softmax_cross_entropy",
-        )
-    return True
+            "hidden",
+            "expected rows that fit into one chunk, because jax.experimental.jet cannot "
+            f"differentiate a loop over chunks, got shape {inputs.hidden.shape}; "
+            f"raise chunk_size to the number of rows, or pass logits to {of_logits}",
+        ) from error

@@ -86,7 +86,7 @@ def _dtypes(sides: Sequence[Linear]) -> list[jnp.dtype]:
 
 def wide_of(sides: Sequence[Linear]) -> jnp.dtype:
     """The dtype of logits and results."""
-    return wide_dtype(jnp.result_type(*(side.dtype for side in sides)))
+    return wide_dtype(*(side.dtype for side in sides))
 
 
 def projections_of(

@@ -93,8 +93,12 @@ def _softcap(name: str, value: ArrayLike | None) -> Array | float | None:
     return arguments.number(name, value, expected, fits=lambda c: c > 0, off=math.inf)
 
 
+LEAST_BETA = 1e-20  # a smaller share of the mixture could fall below the numbers of float32
+
+
 def _beta(name: str, value: Any) -> float:
-    beta = arguments.number(name, value, "a number above 0 and below 1", fits=_is_share, off=0)
+    expected = f"a number from {LEAST_BETA} to below 1"
+    beta = arguments.number(name, value, expected, fits=_is_share, off=0)
     if not isinstance(beta, float):
         raise ArgumentTypeError(
             name, f"expected a Python number, got {value!r}; it is static under jax.jit"
@@ -103,7 +107,7 @@ def _beta(name: str, value: Any) -> float:
 
 
 def _is_share(a: float) -> bool:
-    return 0 < a < 1
+    return LEAST_BETA <= a < 1
 
 
 def _mode(name: str, value: str) -> str:

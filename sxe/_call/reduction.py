@@ -32,7 +32,8 @@ class Metrics(NamedTuple):
         mean. To average over shards or accumulation steps, sum both first, then divide.
       lse: log sum_k exp(logits_k) of each row, [...]; 0 where the row does not count.
       predictions: the class of each row's largest logit, the first of equal ones, int32 [...];
-        -2**31 where the row does not count. So ``sum(predictions >= 0)`` counts the rows.
+        -2**31 where the row does not count or has no softmax. ``sum(predictions >= 0)`` is the
+        number of all other rows.
       max_probability: the probability of the predicted class, [...]; 0 where the row does not
         count, and NaN where its logits contain NaN or +inf, or are all -inf, and so have no
         softmax.
@@ -104,13 +105,14 @@ def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
 def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
     """The divisor of the sum of losses, from ``sum_weights``.
 
-    A mean over no rows is 0, with a gradient of 0. A mean over rows whose weights sum to 0 is NaN,
-    with a gradient of NaN.
+    A mean over no rows is 0, with a gradient of 0. A mean over rows whose weights sum to 0, or to
+    more than a float can hold, is NaN, with a gradient of NaN.
     """
     if reduction == "sum":
         return jnp.ones_like(weight)
     if parts is None:
         return jnp.where(weight == 0, jnp.inf, weight)
+    weight = weight + (weight - weight)
     weight = jnp.where(parts == 0, jnp.inf, weight)
     # NaN is computed as 0 / 0: a constant NaN would trip debug_nans even if the sum is not 0.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
@@ -158,7 +160,7 @@ def metrics(
     return Metrics(
         *lax.stop_gradient((sums.loss, sums.weight)),
         lse=jnp.where(counts, lse, 0),
-        predictions=jnp.where(counts, predictions, NO_CLASS),
+        predictions=jnp.where(counts & ~jnp.isnan(p), predictions, NO_CLASS),
         max_probability=jnp.where(counts, p, 0),
         label_rank=label_rank,
         entropy=jnp.where(counts, entropy, 0),

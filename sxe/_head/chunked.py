@@ -179,6 +179,15 @@ def _possible_classes(by: Projection) -> Projection:
     return by._replace(kernel=keep_classes(by.transform.class_mask, by.kernel))
 
 
+def _mapped_like(like: Array, x: T) -> T:
+    """x, which jax.vmap maps wherever it maps ``like``: a scalar, or one number per row, as in x.
+
+    The forward pass of a rule is a single call, of which jax.vmap maps every result or none. So a
+    function with a rule has to return results of which the same holds. XLA removes the select.
+    """
+    return jax.tree.map(lambda a: jnp.where(like == 0, a, a), x)
+
+
 def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
     zeros = jax.tree.map(lambda a: zeros_like(a, a.shape), shared)
     return zeros_like(rows.weight, ()), only(head.wanted[0], zeros)
@@ -191,8 +200,8 @@ def _zero_sums(head: Head, shared: Shared, rows: Rows) -> Sums:
 def weighted_sum(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """The sum of the rows' weighted results, and the results, which have no gradient here."""
     outcome, _, _ = _results(head, *_narrow(head, shared, hidden), rows)
-    weighed = head.f.weigh(outcome.results, rows.weight, shared.z_loss)
-    return outcome._replace(value=jnp.sum(weighed.value))
+    value = jnp.sum(head.f.weigh(outcome.results, rows.weight, shared.z_loss).value)
+    return Outcome(value, *_mapped_like(value, (outcome.results, outcome.ranking)))
 
 
 def _sums_fwd(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> tuple[Sums, Any]:
@@ -244,7 +253,10 @@ weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def single_rows(head: Head, shared: Shared, hidden: HiddenRows, rows: Rows) -> Outcome:
     """The results of each row."""
-    return _results(head, *_narrow(head, shared, hidden), rows)[0]
+    outcome, _, _ = _results(head, *_narrow(head, shared, hidden), rows)
+    for like in (outcome.results[0], rows.weight, shared.z_loss):
+        outcome = outcome if like is None else _mapped_like(like, outcome)
+    return outcome
 
 
 def _single_rows_fwd(

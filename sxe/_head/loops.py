@@ -135,13 +135,16 @@ def over_chunks(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry: Carry, i: Array) -> tuple[Carry, Any]:
         def take(x: Array) -> Array:
-            x = x.reshape(-1, chunks, *x.shape[1:])
+            # For a symbolic number of rows, JAX infers the quotient. It can't with an axis of 0.
+            size = x.shape[0] // chunks if are_known(x.shape[0]) else -1
+            x = x.reshape(size, chunks, *x.shape[1:])
             return lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
 
         return body(shared, carry, jax.tree.map(take, rows), False)
 
     carry, outputs = lax.scan(step, carry, jnp.arange(chunks))
-    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:]), outputs)
+    outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), outputs)
+    return carry, jax.tree.map(lambda y: lax.collapse(y, 0, 2), outputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

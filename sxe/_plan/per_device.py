@@ -26,13 +26,14 @@ def smallest_class_split(
             )
     (model,), (data,) = axis_names(axes["axis_name"]), axis_names(axes["batch_axis_name"])
     devices = sizes[model] * sizes[data]
-    least = math.inf
+    least, indivisible = math.inf, None
     for split in range(1, devices + 1):
         if devices % split:
             continue
         try:
             found = plan_of(call, sizes | {model: split, data: devices // split}, **axes)
-        except ArgumentValueError:  # this mesh does not divide the sizes
+        except ArgumentValueError as error:  # this mesh does not divide the sizes
+            indivisible = error
             continue
         if found.peak_bytes <= memory_bytes:
             return found
@@ -41,8 +42,8 @@ def smallest_class_split(
         raise ArgumentValueError(
             "mesh",
             f"expected {devices} devices that can divide {call.rows} rows and {call.classes} "
-            f"classes, got {sizes}; pad rows or classes",
-        )
+            f"classes, got {sizes}; for the last division tried: {indivisible}",
+        ) from indivisible
     raise ArgumentValueError(
         "memory_bytes",
         f"expected at least {least:.3g} for the head on {devices} devices, got {memory_bytes:.3g}",

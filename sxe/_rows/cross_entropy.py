@@ -231,7 +231,8 @@ class CrossEntropy:
         # have two parts, each multiplied by a cotangent and rounded before they cancel.
         lse, zero = state.lse, jnp.zeros_like(state.r)
         total = lax.stop_gradient(targets.total)
-        loss = (total - total) * lse  # 0, or NaN in value and derivative for an invalid label
+        nothing = total - total  # 0, or NaN for an invalid label: a factor also makes gradients NaN
+        loss = nothing * (origin + lse)  # with a single class, only the origin depends on x
         if (labels := targets.labels) is not None:
             cost = jnp.sum(labels.target * label_gap(labels, x, lse, zero), axis=-1)
             loss = loss + psum(cost, self.axis_name)
@@ -246,7 +247,7 @@ class CrossEntropy:
         # Take the value from the scaled sum, where nothing underflows, and the derivative from the
         # plain sum.
         gaps = psum(plain + (scaled - lax.stop_gradient(plain)), self.axis_name)
-        return Results(loss, *of_row, entropy(state, gaps / (1 + state.r)))
+        return Results(loss, *of_row, (1 + nothing) * entropy(state, gaps / (1 + state.r)))
 
     def weigh(self, results: Results, weight: Array, z_loss: Array | None) -> Weighed:
         """w_i (loss_i + z lse_i^2)."""
