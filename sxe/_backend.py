@@ -34,7 +34,7 @@ class ChunkLimits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Where a program will run.
+    """Where a program will run, and by which implementation.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
@@ -127,6 +127,64 @@ class Backend:
         return self.platform == "cpu" and self.jax_version < (0, 11)
 
     @property
+    def needs_for_row_kernels(self) -> str | None:
+        """What the GPU row kernels need and this backend does not have, or None.
+
+        Older versions of JAX lack features of Pallas, and XLA can't partition a kernel over
+        devices.
+        """
+        if self.platform != "gpu":
+            return f"a program for a GPU, got one for a {self.platform}"
+        if self.jax_version < (0, 11, 2):
+            return f"JAX 0.11.2 or newer, got {'.'.join(map(str, self.jax_version))}"
+        if not self.is_local:
+            return "rows on one device; with several devices, use jax.shard_map or sxe.over_mesh"
+        return None
+
+    @property
+    def cores(self) -> int:
+        """The number of multiprocessors of a GPU, among which the row kernels divide the rows.
+
+        An H100 and an H200 have 132. On another GPU, some are idle or some take two turns.
+        """
+        return 132
+
+    def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """The dtype in which hidden states and kernel are multiplied for the logits, without loss.
+
+        It is their own dtype, except for float16 on a CPU, which XLA would convert to float32
+        anyway.
+        """
+        widened = dtype == jnp.float16 and self.platform == "cpu"
+        return jnp.dtype(jnp.float32 if widened else dtype)
+
+    def gradient_dtype(self, dtype: DTypeLike) -> jnp.dtype:
+        """The dtype in which the gradient of the logits is multiplied with hidden and kernel.
+
+        An accelerator multiplies bfloat16 only with bfloat16, so the gradient is rounded to it. A
+        CPU would gain little from this. Float16 would lose every probability below 6e-8.
+        """
+        if dtype == jnp.bfloat16 and self.platform != "cpu":
+            return jnp.dtype(jnp.bfloat16)
+        return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+    def chunk_limits(self, dtype: DTypeLike) -> ChunkLimits:
+        """The limits for hidden states and a kernel of this dtype."""
+        if self.platform != "cpu":
+            # Each chunk reads the kernel twice, and reads and writes its gradient, in float32. In
+            # bfloat16, at 16384 x 4096 x 131072, chunks of 1024, 2048, 4096 and 8192 rows took an
+            # NVIDIA H200 94, 84 to 87, 89 and 88 ms, with 2.5, 2.8, 4.3 and 8.3 GiB of temporaries.
+            # By its data sheet a TPU v6e (1.64 TB/s, 918 TFLOP/s) computes the three products of
+            # 1,120 rows while it moves the kernel. Chunks in float32 have not been compared.
+            rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
+            return ChunkLimits(32 * MIB, rows, 8)
+        # With logits of 48 MiB, a chunk has 50 to 57 MiB of temporaries. In JAX 0.10, XLA copies
+        # the logits for some options.
+        return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
+
+    # Only ``sxe.plan`` uses the rest: how XLA compiles the programs of the losses.
+
+    @property
     def writes_out_transformed_logits(self) -> bool:
         """Whether XLA writes out a block of logits after a bias, scale, softcap or mask.
 
@@ -176,68 +234,12 @@ class Backend:
         return 1 if self.platform == "gpu" else 0
 
     @property
-    def needs_for_row_kernels(self) -> str | None:
-        """What the GPU row kernels need and this backend does not have, or None.
-
-        Older versions of JAX lack features of Pallas, and XLA can't partition a kernel over
-        devices.
-        """
-        if self.platform != "gpu":
-            return f"a program for a GPU, got one for a {self.platform}"
-        if self.jax_version < (0, 11, 2):
-            return f"JAX 0.11.2 or newer, got {'.'.join(map(str, self.jax_version))}"
-        if not self.is_local:
-            return "rows on one device; with several devices, use jax.shard_map or sxe.over_mesh"
-        return None
-
-    @property
-    def cores(self) -> int:
-        """The number of multiprocessors of a GPU, among which the row kernels divide the rows.
-
-        An H100 and an H200 have 132. On another GPU, some are idle or some take two turns.
-        """
-        return 132
-
-    @property
     def class_multiple(self) -> int:
         """XLA pads the operands of a 16-bit product to a multiple of this number of classes.
 
         cuBLAS needs rows of a multiple of 16 bytes.
         """
         return 8 if self.platform == "gpu" else 1
-
-    def product_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """The dtype in which hidden states and kernel are multiplied for the logits, without loss.
-
-        It is their own dtype, except for float16 on a CPU, which XLA would convert to float32
-        anyway.
-        """
-        widened = dtype == jnp.float16 and self.platform == "cpu"
-        return jnp.dtype(jnp.float32 if widened else dtype)
-
-    def gradient_dtype(self, dtype: DTypeLike) -> jnp.dtype:
-        """The dtype in which the gradient of the logits is multiplied with hidden and kernel.
-
-        An accelerator multiplies bfloat16 only with bfloat16, so the gradient is rounded to it. A
-        CPU would gain little from this. Float16 would lose every probability below 6e-8.
-        """
-        if dtype == jnp.bfloat16 and self.platform != "cpu":
-            return jnp.dtype(jnp.bfloat16)
-        return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-    def chunk_limits(self, dtype: DTypeLike) -> ChunkLimits:
-        """The limits for hidden states and a kernel of this dtype."""
-        if self.platform != "cpu":
-            # Each chunk reads the kernel twice, and reads and writes its gradient, in float32. In
-            # bfloat16, at 16384 x 4096 x 131072, chunks of 1024, 2048, 4096 and 8192 rows took an
-            # NVIDIA H200 94, 84 to 87, 89 and 88 ms, with 2.5, 2.8, 4.3 and 8.3 GiB of temporaries.
-            # By its data sheet a TPU v6e (1.64 TB/s, 918 TFLOP/s) computes the three products of
-            # 1,120 rows while it moves the kernel. Chunks in float32 have not been compared.
-            rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
-            return ChunkLimits(32 * MIB, rows, 8)
-        # With logits of 48 MiB, a chunk has 50 to 57 MiB of temporaries. In JAX 0.10, XLA copies
-        # the logits for some options.
-        return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
 
 
 def backend_of(*arrays: Array) -> Backend:

@@ -23,6 +23,7 @@ from sxe._call.rows import masked_classes, weight_and_mask
 from sxe._rows.kl_divergence import KLDivergence, Mode
 from sxe._rows.normalizer import has_softmax
 from sxe._rows.rules import RULES
+from sxe._rows.targets import Rows
 
 
 class _Inputs(NamedTuple):
@@ -61,13 +62,14 @@ def _result(inputs: _Inputs) -> Array:
         possible = jnp.broadcast_to(any_class(class_mask, options.axis_name), x.shape[:-1])
         mask = possible if mask is None else mask & possible
     x, z = _alike(x, z)
-    have_softmax = [has_softmax(a, options.axis_name, backend) for a in (x, z)]
     f = KLDivergence(options.axis_name, backend, options.mode, options.beta)
-    is_finite = have_softmax[0] & have_softmax[1] & ~f.is_infinite(x, z)
-    weight, mask = weight_and_mask(options, mask, is_finite, dtype)
+    has_loss = has_softmax(x, f.axis_name, backend, unless=f.is_infinite(x, z))
+    has_loss &= has_softmax(z, f.axis_name, backend)
+    weight, mask = weight_and_mask(options, mask, has_loss, dtype)
     x, z = keep(mask, x), keep(mask, z)
     weighed = f.weigh(RULES[options.rule](f, x, z), weight, None).value
-    return reduction.reduce_rows(weighed, weight, options)
+    value, _ = reduction.reduced(weighed, Rows(None, weight, weight, mask), options)
+    return value
 
 
 @functools.partial(jax.jit, inline=True)
@@ -144,7 +146,7 @@ def kl_divergence(
       mode: distillation minimizes "forward", which makes q cover all classes that are likely in p.
         "reverse" keeps a policy close to a reference: it makes q avoid classes that are unlikely in
         p. "jensen_shannon" lies between them.
-      beta: above 0 and below 1, only for "jensen_shannon"; another mode raises ValueError.
+      beta: from 1e-20 to below 1, only for "jensen_shannon"; another mode raises ValueError.
       logit_scale: a factor for the logits, such as 1 / temperature: a number, a scalar array, or
         float [...], one per row.
       target_logit_scale: likewise, a factor for the target logits.
@@ -183,7 +185,7 @@ def kl_divergence(
 
     Raises:
       TypeError: if a dtype is none of the above, or an option has a wrong type.
-      ValueError: if shapes differ, a mode is unknown, or beta is not between 0 and 1; and as for
+      ValueError: if shapes differ, a mode is unknown, or beta is outside of its range; and as for
         ``softmax_cross_entropy``.
 
     Source:

@@ -84,10 +84,9 @@ def _result(inputs: _Inputs) -> Array:
     outcome = outcome_of_examples(head_of(f, sides, options), shared, hidden, rows)
     weighed = outcome.value
     if weighed is None:
-        weighed = f.weigh(outcome.results, rows.weight, None).value
-    if options.reduction == "none":
-        weighed = weighed.reshape(shape)
-    return reduction.reduce_rows(weighed, weight, options)
+        weighed = f.weigh(outcome.results, rows.weight, None).value.reshape(shape)
+    value, _ = reduction.reduced(weighed, Rows(None, weight, weight, mask), options)
+    return value
 
 
 @functools.partial(jax.jit, inline=True)
@@ -255,7 +254,7 @@ def linear_kl_divergence(
       target_logits: [..., K], the target's logits if they exist already. Pass them in place of
         target_hidden and target_kernel.
       mode: "forward", "reverse" or "jensen_shannon", as for ``kl_divergence``.
-      beta: above 0 and below 1, only for "jensen_shannon"; another mode raises ValueError.
+      beta: from 1e-20 to below 1, only for "jensen_shannon"; another mode raises ValueError.
       bias: float [K].
       target_bias: float [K], likewise.
       logit_scale: a factor for hidden @ kernel: a number, a scalar array, or float [...], one per

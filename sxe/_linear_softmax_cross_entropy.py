@@ -82,15 +82,10 @@ def _result(inputs: _Inputs) -> Any:
 
     if options.returns_log_prob:
         return reduction.log_prob_and_entropy(jax.tree.map(rows_of, outcome.results), rows)
-    loss = outcome.value
-    if loss is None:
-        loss = head.f.weigh(outcome.results, flat.weight, shared.z_loss).value
-    # Divide after the sum. If each row were divided first, the small loss or gradient of a row
-    # could fall below float32's normal numbers and be flushed to 0.
-    sums = reduction.sum_rows(jnp.sum(loss), rows, options)
-    value = sums.loss / reduction.denominator(sums.weight, sums.parts, options.reduction)
-    if options.reduction == "none":
-        value = rows_of(loss)
+    weighed = outcome.value
+    if weighed is None:
+        weighed = rows_of(head.f.weigh(outcome.results, flat.weight, shared.z_loss).value)
+    value, sums = reduction.reduced(weighed, rows, options)
     if outcome.ranking is None:
         return value
     results, ranking = jax.tree.map(rows_of, (outcome.results, outcome.ranking))

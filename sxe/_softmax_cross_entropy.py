@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from sxe._arrays import (
     AxisName,
+    any_class,
     axis_names,
     is_dense,
     keep,
@@ -98,7 +99,8 @@ def _prepare(f: CrossEntropy, inputs: _Inputs, *, by_kernel: bool) -> tuple[Arra
     rows = rows._replace(targets=targets)
     if finite is None:
         return x, rows
-    with_loss = rows.with_loss(finite & ~f.is_infinite(x, targets))
+    is_infinite = any_class(f.is_infinite(x, targets)[..., None], f.axis_name)
+    with_loss = rows.with_loss(finite & ~is_infinite)
     # Both weights are 0 without a finite loss. ``keep`` and ``keep_tangent`` set their derivatives
     # to 0, too. XLA can drop only ``keep_tangent`` from the values.
     of_rows = functools.partial(keep_tangent if by_kernel else keep, with_loss)
@@ -167,14 +169,13 @@ def _result(inputs: _Inputs, *, with_gradient: bool) -> Any:
     if options.returns_log_prob:
         return reduction.log_prob_and_entropy(results, rows)
     z = None if options.z_loss is None else jnp.asarray(options.z_loss, results.loss.dtype)
-    loss = f.weigh(results, rows.weight, z).value
-    sums = reduction.sum_rows(jnp.sum(loss), rows, options)
-    divisor = reduction.denominator(sums.weight, sums.parts, options.reduction)
-    value: Any = loss if options.reduction == "none" else sums.loss / divisor
+    loss, sums = reduction.reduced(f.weigh(results, rows.weight, z).value, rows, options)
+    value: Any = loss
     if options.return_metrics:
         value = value, _metrics(inputs, x, rows, (sums, results))
     if not with_gradient:
         return value
+    divisor = reduction.denominator(sums.weight, sums.parts, options.reduction)
     g = f.weigh(results, rows.weight / divisor, z).g
     gradient = keep(mask, f.gradient(x, targets, state, g))  # D7
     if class_mask is not None:
@@ -236,8 +237,7 @@ def _result_of_kernel(
         mean, results = gpu_mean.mean(f, x, weighted, share)
     value: Any = axes.sum_over(mean, options.batch_axis_name)
     if options.return_metrics:
-        loss = f.weigh(results, rows.weight, z).value
-        sums = reduction.sum_rows(jnp.sum(loss), rows, options)
+        sums = reduction.sum_rows(f.weigh(results, rows.weight, z).value, rows, options)
         value = value, _metrics(inputs, x, rows, (sums, results))
     if like is None:
         return value
@@ -406,9 +406,9 @@ def softmax_cross_entropy(
       reduction: "sum" is sum_i w_i loss_i over the rows that count, with row weights w_i. "mean"
         is this sum divided by sum_i v_i. If each row has one integer label, v_i is w_i times the
         class weight of this label. Otherwise v_i is w_i. The mean is 0 if no row counts. The mean
-        and its gradient are NaN if rows count but sum_i v_i is 0. In a mean, a row whose label has
-        class weight 0 counts only if label smoothing or z_loss gives it a loss. "none" is
-        w_i loss_i, [...], and 0 in rows that do not count.
+        and its gradient are NaN if rows count but sum_i v_i is 0, or if it overflows. In a mean, a
+        row whose label has class weight 0 counts only if label smoothing or z_loss gives it a loss.
+        "none" is w_i loss_i, [...], and 0 in rows that do not count.
       return_metrics: also return ``sxe.Metrics``, computed in the same pass and without gradient.
         Pass ``has_aux=True`` to ``jax.value_and_grad``.
       axis_name: inside ``jax.shard_map``, the mesh axis, or axes, along which the classes are

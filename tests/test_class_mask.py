@@ -177,17 +177,22 @@ def test_no_class_that_can_occur(loss, rule):
         assert not np.asarray(a).any()
 
 
+LOWEST = np.finfo(np.float32).min
+
+
 @BOTH
 def test_predictions_name_no_masked_class(loss):
-    """Not even if all other logits are -inf. A row that does not count has prediction -1."""
+    """Not even if all other logits are the lowest numbers. -2**31 if a row does not count."""
     p = problem(loss)
     mask = np.arange(K) >= 10
     if loss is LOGITS:
-        p["logits"][0] = -INF
+        p["logits"][0] = LOWEST
+        p["logits"][0, :10] = 0
     else:
         p["hidden"][0], p["kernel"] = 0, np.abs(p["kernel"])
         p["hidden"][1:] = np.abs(p["hidden"][1:])
-        p["bias"] = np.full(K, -INF, np.float32)
+        p["bias"] = np.full(K, LOWEST)
+        p["bias"][:10] = 0
     p |= {"class_mask": mask, "labels": np.full(N, 12), "where": np.arange(N) != 3}
     _, metrics = quick_jit(lambda p: loss(**p, return_metrics=True))(p)
     assert metrics.predictions[0] == 10

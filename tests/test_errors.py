@@ -1122,7 +1122,7 @@ NAMES = rf"expected a sequence of names among {SIDES}, got "
             "mesh",
             OF_DEVICES | {"rows": 7, "classes": 13, "memory_bytes": 1e9},
             ValueError,
-            "expected 4 devices that can divide 7 rows and 13 classes, got .* expected a multiple.*",
+            "expected 4 devices that can divide 7 rows and 13 classes, got .*expected a multiple.*",
         ),
         ("target_hidden", {"target_hidden": 0}, ValueError, "expected at least 1, got 0"),
         ("target_hidden", {"target_hidden": 2.0}, TypeError, "expected an int, got 2.0"),

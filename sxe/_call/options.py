@@ -1,4 +1,4 @@
-"""The options of a call, each declared once."""
+"""The options of a call, and how each is parsed."""
 
 import dataclasses
 import math

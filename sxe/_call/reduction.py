@@ -11,7 +11,7 @@ from sxe._call.axes import sum_over
 from sxe._call.options import Options
 from sxe._rows.cross_entropy import Results
 from sxe._rows.predictions import Ranking, best_of_shards
-from sxe._rows.targets import Rows, Targets
+from sxe._rows.targets import Rows
 
 # The prediction in a row that does not count. Padding often has the label -1, so -1 would make it
 # look like a correct prediction.
@@ -83,9 +83,23 @@ class Sums(NamedTuple):
     parts: Array | None
 
 
-def sum_rows(loss: Array, rows: Rows, options: Options) -> Sums:
-    """The sums of a call. ``loss`` is the sum of the weighted row losses on this device."""
-    return Sums(sum_over(loss, options.batch_axis_name), *sum_weights(rows, options))
+def sum_rows(weighed: Array, rows: Rows, options: Options) -> Sums:
+    """The sums of a call. ``weighed`` is w_i loss_i of each row, or its sum over all rows."""
+    total = sum_over(jnp.sum(weighed), options.batch_axis_name)
+    return Sums(total, *sum_weights(rows, options))
+
+
+def reduced(weighed: Array, rows: Rows, options: Options) -> tuple[Array, Sums]:
+    """The value that a call returns, and its sums. ``weighed`` is as for ``sum_rows``.
+
+    For the reduction "none", the value is w_i loss_i of each row.
+    """
+    sums = sum_rows(weighed, rows, options)
+    if options.reduction == "none":
+        return weighed, sums
+    # Divide after the sum. If each row were divided first, the small loss or gradient of a row
+    # could fall below float32's normal numbers and be flushed to 0.
+    return sums.loss / denominator(sums.weight, sums.parts, options.reduction), sums
 
 
 def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
@@ -94,10 +108,12 @@ def sum_weights(rows: Rows, options: Options) -> tuple[Array, Array | None]:
     weight = sum_over(jnp.sum(rows.norm), batch_axis_name)
     if options.weights is None and options.class_weights is None:
         return weight, None
-    # A row whose label has class weight 0 adds nothing to the denominator. With label smoothing or
-    # a z-loss it still adds to the loss, and is then counted in ``parts``.
-    z = 0 if options.z_loss is None else options.z_loss
-    has_part = (rows.norm != 0) | ((rows.weight != 0) & ((rows.targets.total != 0) | (z != 0)))
+    has_part = rows.norm != 0
+    if rows.targets is not None:
+        # A row whose label has class weight 0 adds nothing to the denominator. With label smoothing
+        # or a z-loss it still adds to the loss, and is then counted in ``parts``.
+        z = 0 if options.z_loss is None else options.z_loss
+        has_part |= (rows.weight != 0) & ((rows.targets.total != 0) | (z != 0))
     parts = jnp.sum(has_part, dtype=weight.dtype)
     return weight, sum_over(parts, batch_axis_name)
 
@@ -116,18 +132,6 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
     weight = jnp.where(parts == 0, jnp.inf, weight)
     # NaN is computed as 0 / 0: a constant NaN would trip debug_nans even if the sum is not 0.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
-
-
-def reduce_rows(weighed: Array, weight: Array, options: Options) -> Array:
-    """Reduce w_i value_i, in calls without labels, to the sum or mean; "none" returns it as it is.
-
-    ``weighed`` is w_i value_i of each row, or its sum over all rows. ``weight`` is w_i.
-    """
-    if options.reduction == "none":
-        return weighed
-    rows = Rows(Targets(None, None, None, jnp.ones_like(weight)), weight, weight, None)
-    sums = sum_rows(jnp.sum(weighed), rows, options)
-    return sums.loss / denominator(sums.weight, sums.parts, options.reduction)
 
 
 def ranks_labels(labels: Array, options: Options) -> bool:

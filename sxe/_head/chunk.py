@@ -10,7 +10,6 @@ logits. D0 and D7 are lines of ``sxe.derivation``. d u is the gradient of u.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
@@ -124,7 +123,7 @@ class Tile(NamedTuple):
       us: u of each projection, [C, K], with 0 in rows that do not count.
       by: the transform of each projection. A per-row logit_scale is 0 in rows that do not count.
       mask: the rows that count, or None if all do.
-      late_mask: the mask if x is not masked and the gradients have to be; otherwise None.
+      late_mask: the mask to apply to the gradients, if it was not applied to x; otherwise None.
       ranking: of the logits, or None if it is not requested.
     """
 
@@ -161,9 +160,11 @@ def tile_of(
     mask, by = rows.mask, _transforms(shared, scales)
     if head.has_weights and not by_kernel:
         xs = tuple(transform(u, each) for u, each in zip(us, by, strict=True))
-        have_softmax = (has_softmax(x, head.f.axis_name, head.f.backend) for x in xs)
+        of_f = head.f.axis_name, head.f.backend
         is_infinite = head.f.is_infinite(xs[0], _targets(shared, rows, xs))
-        has_loss = functools.reduce(jnp.logical_and, have_softmax, ~is_infinite)
+        has_loss = has_softmax(xs[0], *of_f, unless=is_infinite)
+        for x in xs[1:]:
+            has_loss &= has_softmax(x, *of_f)
         mask = rows.with_loss(has_loss)
     kept = keep_rows(mask, us)
     kept_by = _transforms(shared, keep_rows(mask, scales))

@@ -118,8 +118,8 @@ def over_chunks(
 ) -> tuple[Carry, Any]:
     """carry, outputs = body(shared, carry, rows, all_run) for each chunk of rows [N, ...], in turn.
 
-    The outputs of all chunks become arrays [N, ...]. With n chunks, each chunk takes every n-th
-    row. So if the rows are sharded, every device has some rows of each chunk.
+    The outputs of all chunks become arrays [N, ...]. With n chunks, chunk i has the rows i, i + n,
+    i + 2n and so on. So if the rows are sharded, every device has some rows of each chunk.
 
     ``runs``, bool [N], says which rows to run; None means all. If there are several chunks, the
     rows to run are gathered into chunks, and no other chunks are run. The outputs of rows in no

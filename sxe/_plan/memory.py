@@ -227,9 +227,9 @@ def _has_gradient_apart(work: Work, name: str) -> bool:
     if work.backend.copies_scaled_gradients:
         return summed or work.path == FORWARD
     if name in {side.hidden for side in work.sides}:
-        # This array has the rows in the order of the chunks, so it can't be the result itself. If
-        # devices sum it, the array that they sum lies between the two, and this one may lie in the
-        # result.
+        # The rows of this array are in the order of the chunks, so it is not the result itself. If
+        # devices sum the gradient, XLA makes a second array for the sum. This array can then use
+        # the memory of the result, and is not counted.
         return work.tiling.chunks > 1 and not summed
     # Likewise for a kernel: if devices sum a scaled gradient, the scaled array lies between.
     return work.kernel_parts > 1 or (summed and work.path == AGAIN)

@@ -65,12 +65,14 @@ def plan(
     the devices that share the classes.
 
     Nothing is compiled. On one CPU device and with rule "vjp", the estimates of memory are within
-    about 15 % of ``compiled.memory_analysis()``. The same holds for a TPU, from libtpu 0.0.51 on,
-    unless an array fits into a core's vector memory, which is not counted. Elsewhere the estimates
-    are the sizes of the parts into which the work is divided, and XLA may need more. On a CPU, two
-    things are left out: JAX 0.10 writes out the dense targets [C, K] of a chunk; and if both
-    kernels of a divergence have the same shape and all four inputs have gradients, the gradient of
-    one kernel may be stored twice.
+    about 15 % of ``compiled.memory_analysis()``, for a call without metrics that differentiates
+    only hidden states and kernels. Metrics, and gradients for other arguments, may add up to four
+    arrays of the size of a chunk's logits. The same holds for a TPU, from libtpu 0.0.51 on, unless
+    an array fits into a core's vector memory, which is not counted. Elsewhere the estimates are the
+    sizes of the parts into which the work is divided, and XLA may need more. On a CPU, two things
+    are left out: JAX 0.10 writes out the dense targets [C, K] of a chunk; and if both kernels of a
+    divergence have the same shape and all four inputs have gradients, the gradient of one kernel
+    may be stored twice.
 
     Args:
       rows, hidden, classes: N, D and K, over all devices.

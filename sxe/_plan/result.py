@@ -65,9 +65,9 @@ class Plan(NamedTuple):
       gradient_dtype: the dtype in which the gradient of the logits is multiplied with hidden and
         kernel.
       flops: the floating-point operations of the matrix products, for all rows that are run.
-      terms: an estimate of the memory that XLA allocates in addition to arguments and results, at
-        the moment of peak memory: the bytes of each array, by name. An array that uses the memory
-        of a result not yet computed is left out.
+      terms: the arrays that XLA holds at peak memory in addition to arguments and results, with an
+        estimate of their bytes. An array that fits into the memory of a result that is not computed
+        yet is left out.
       temporary_bytes: the sum of the terms.
       peak_bytes: an estimate of the peak memory, including arguments and results.
       kept_bytes: the size of the residuals: the arrays that the forward pass keeps for the backward

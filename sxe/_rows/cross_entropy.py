@@ -143,11 +143,11 @@ class CrossEntropy:
         if (labels := targets.labels) is not None:
             found, inside = take_labels(x, labels.label)
             cannot_occur = inside & (found == -jnp.inf) & (labels.target != 0)
-        infinite = any_class(cannot_occur, self.axis_name)
+        is_infinite = any_class(cannot_occur, None)
         if targets.dense is not None:
             cannot_occur = (x == -jnp.inf) & (targets.dense.t != 0)
-            infinite |= any_class(cannot_occur, self.axis_name)
-        return infinite
+            is_infinite |= any_class(cannot_occur, None)
+        return is_infinite
 
     def tile(self, x: Array, targets: Targets) -> Part:
         state = twins.normalize(x, self.backend)
@@ -172,8 +172,8 @@ class CrossEntropy:
             own = jnp.where(part.state.m == -jnp.inf, 0, part.state.m)
             cost = psum(cost + part.target * (state.m - own), self.axis_name)
         loss = cost + targets.total * state.log1p_r  # D0
-        # If jax.vmap maps only the targets, loss is batched but lse is not. The cotangent of lse
-        # would then be counted once per example. The select below makes all results batched.
+        # If jax.vmap maps only the targets, the loss has a batch axis and lse has none. JAX would
+        # then count the cotangent of lse once per example. The select gives all results the axis.
         of_logits = [state.lse, state.max_probability]
         gaps = None
         if part.gap_sum is not None:

@@ -36,6 +36,7 @@ from sxe._rows.normalizer import (
     Normalizer,
     exp_difference,
     finite_shift,
+    is_top,
     lost_in_difference,
     merge_over,
     normalize_tile,
@@ -206,11 +207,6 @@ def _pulled_back(g: Array, d: Array) -> Array:
     return g * jnp.where((g == 0) & jnp.isinf(d), 0, d)
 
 
-def _top(x: Array, state: Normalizer) -> Array:
-    """``Side.top``. If r < 3/4, all other logits are smaller by at least log(4/3)."""
-    return (x >= state.m[..., None] - 0.25) & (state.r < 0.75)[..., None]
-
-
 def _behind(states: tuple[Normalizer, Normalizer], after: Any) -> tuple[Normalizer, Normalizer]:
     """The states, placed after ``after`` by an optimization barrier.
 
@@ -247,7 +243,7 @@ class KLDivergence:
         if self.mode == "jensen_shannon":
             return jnp.zeros(x.shape[:-1], jnp.bool_)
         p, q = (z, x) if self.mode == "forward" else (x, z)
-        return any_class((p > -jnp.inf) & (q == -jnp.inf), self.axis_name)
+        return any_class((p > -jnp.inf) & (q == -jnp.inf), None)
 
     def tile(self, x: Array, z: Array) -> State:
         # The terms of a class depend on the states of whole rows, so merge the shards' states here.
@@ -353,7 +349,7 @@ class KLDivergence:
         x, z = wide(x), wide(z)
         of_x, of_z = (s._replace(m=apart(s.m, s.r, self.backend)) for s in (of_x, of_z))
         p, q = _probabilities(z, of_z), _probabilities(x, of_x)
-        u, tops = _log_ratio(x, z, of_x, of_z), (_top(z, of_z), _top(x, of_x))
+        u, tops = _log_ratio(x, z, of_x, of_z), (is_top(z, of_z), is_top(x, of_x))
         if self.mode != "jensen_shannon":
             return Side(p, u, q - p, tops[0]), Side(q, -u, p - q, tops[1])
         of_p, of_q = self.beta, 1 - self.beta

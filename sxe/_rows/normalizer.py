@@ -38,6 +38,14 @@ class Normalizer(NamedTuple):
         return self.m + self.log1p_r
 
     @property
+    def is_confident(self) -> Array:
+        """Whether the largest q_k exceeds 4/7, bool [...].
+
+        All other logits are then smaller by at least log(4/3).
+        """
+        return (self.r < 0.75) & (self.m > -jnp.inf)
+
+    @property
     def max_probability(self) -> Array:
         """The largest q_k, [...], or NaN where ``has_softmax`` is False."""
         # m - m is 0, or NaN where m is infinite.
@@ -47,6 +55,20 @@ class Normalizer(NamedTuple):
     def has_softmax(self) -> Array:
         """Whether the largest logit is finite and none is NaN, bool [...]."""
         return jnp.isfinite(self.m) & ~jnp.isnan(self.r)
+
+
+def is_near(x: Array, m: Array) -> Array:
+    """Whether logits x [..., K] are the maximum m [..., 1] or near it.
+
+    A test x == m might fail for all classes: XLA may compute the logits again for each use, and
+    round them differently.
+    """
+    return x >= m - 0.25
+
+
+def is_top(x: Array, state: Normalizer) -> Array:
+    """True at a class with a probability above 4/7, bool [..., K]."""
+    return is_near(x, state.m[..., None]) & state.is_confident[..., None]
 
 
 # Exponentials below the smallest normal number would be flushed to 0. This factor prevents that, so
@@ -77,13 +99,20 @@ def finite_shift(m: Array) -> Array:
     return jnp.where(m == -jnp.inf, 0, m)
 
 
-def has_softmax(x: Array, axis_name: AxisName, backend: Backend) -> Array:
-    """``Normalizer.has_softmax`` from logits [..., K] instead of their state, bool [...]."""
+def has_softmax(
+    x: Array, axis_name: AxisName, backend: Backend, *, unless: Array | None = None
+) -> Array:
+    """``Normalizer.has_softmax`` from logits [..., K] instead of their state, bool [...].
+
+    Also False where ``unless`` [...] is True on any shard of the classes.
+    """
     x = wide(lax.stop_gradient(x))
     m = jnp.max(x, axis=-1)
     if backend.loses_nan_in_maximum:
         # NaN propagates through a sum. The scale keeps a sum of finite logits from overflowing.
         m = jnp.where(jnp.isnan(jnp.sum(x * 2.0**-24, axis=-1)), jnp.inf, m)
+    if unless is not None:
+        m = jnp.where(unless, jnp.inf, m)  # one reduction over the shards serves both
     return jnp.isfinite(pmax(m, axis_name))
 
 
@@ -99,9 +128,8 @@ def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Norma
     shift = finite_shift(m)[..., None]
     e = exp_difference(x, shift, scale)
     # r is a sum plus a count minus 1. A class near the maximum adds e_k - 1 to the sum, which is 0
-    # for a maximal class, and 1 to the count. Other classes add e_k to the sum. A test x == m might
-    # fail for all classes: XLA may recompute the logits here, and round them differently.
-    near = x >= shift - 0.25
+    # for a maximal class, and 1 to the count. Other classes add e_k to the sum.
+    near = is_near(x, shift)
     rest = jnp.sum(e - jnp.where(near, scale, jnp.zeros_like(e)), axis=-1) / scale
     # If the maximum is the lowest finite number, all other logits are equal to it or -inf.
     # exp_difference treats -inf as that number, so set the rest to 0 here. Keep its derivative.

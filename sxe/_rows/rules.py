@@ -12,7 +12,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from sxe._arrays import AxisName, equal_shares, psum, sum_of_shares, vary_like, wide
 from sxe._backend import Backend
 from sxe._rows import twins
-from sxe._rows.normalizer import Normalizer, merge_over, normalize_tile
+from sxe._rows.normalizer import Normalizer, is_top, merge_over, normalize_tile
 from sxe._rows.targets import Sparse
 
 
@@ -50,9 +50,9 @@ class RowFunction(Protocol):
         """The backend that the function runs on."""
 
     def is_infinite(self, x: Array, targets: Any, /) -> Array:
-        """Whether a row that has a softmax has an infinite result, bool [...].
+        """Whether this tile makes a result infinite, for rows that have a softmax, bool [...].
 
-        Such a row has a class that cannot occur, although its target is not 0.
+        Such a row has a class in the tile that cannot occur, although its target is not 0.
         """
 
     def tile(self, x: Array, targets: Any, /) -> Any:
@@ -205,12 +205,9 @@ def move_confident(
     # 0, or NaN in a row that has no softmax. The product makes the derivative NaN in every shard.
     nothing = (state.m - state.m) + (state.r - state.r)
     x = jnp.where(x == -jnp.inf, x, x * (1 + nothing)[..., None])
-    # If r < 3/4, the largest probability exceeds 4/7, and all other logits are smaller by at least
-    # log(4/3). A test x == m might fail: XLA may recompute the logits and round them differently.
-    confident = (state.r < 0.75) & (state.m > -jnp.inf)
-    top = (x >= state.m[..., None] - 0.25) & confident[..., None]
+    top = is_top(x, state)
     largest = psum(jnp.sum(jnp.where(top, x, 0), axis=-1), axis_name)
-    origin = jnp.where(confident, largest, state.m)
+    origin = jnp.where(state.is_confident, largest, state.m)
     x = jnp.where(top, 0, x - vary_like(origin, x)[..., None])
     moved = merge_over(normalize_tile(x, backend, scale=1), axis_name)
     # The shift rounded x. So take the value of r from before the shift, and its derivative from
