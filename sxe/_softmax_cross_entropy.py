@@ -416,14 +416,9 @@ def softmax_cross_entropy(
         this device; labels are indices into all classes. An axis that does not shard the logits
         raises ValueError. With ``check_vma=False``, this mistake is not detected, and the value is
         wrong. ``axis_name`` may also be an axis of ``jax.pmap`` or ``jax.vmap``, where the mistake
-        is not detected either. A gradient taken outside of the mapped function is correct. A
-        gradient taken inside of ``jax.pmap``, ``jax.vmap``, or ``jax.shard_map`` with
-        ``check_vma=False`` is the gradient of the sum of all shards' losses, as with
-        ``jax.lax.psum``: with n shards, it is n times the correct one. If an argument is replicated
-        over the shards, such as the weights, each shard then gets a part of this gradient.
+        is not detected either.
       batch_axis_name: likewise, the mesh axis, or axes, along which the rows are sharded. "mean",
-        "sum" and the sums in the metrics are then over the global batch. A gradient taken inside of
-        the mapped function is affected in the same way as by ``axis_name``.
+        "sum" and the sums in the metrics are then over the global batch.
       rule: how the gradient is defined for JAX. "vjp": the closed form, by ``jax.custom_vjp``, for
         reverse mode, with the least memory; forward mode raises JAX's error "can't apply
         forward-mode autodiff (jvp) to a custom_vjp function". "jvp": the closed form, by
@@ -441,6 +436,12 @@ def softmax_cross_entropy(
         row, and XLA computes the gradient. float64, other platforms, and JAX before 0.11.2 raise
         ValueError. Calls on several devices raise it too, unless ``jax.shard_map``,
         ``sxe.over_mesh`` or an Explicit mesh shards the rows. None is currently "xla".
+
+    With ``axis_name`` or ``batch_axis_name``, a gradient taken outside of the mapped function is
+    correct. With n shards, a gradient taken inside of ``jax.pmap``, ``jax.vmap``, or
+    ``jax.shard_map`` with ``check_vma=False`` is n times the correct gradient, as for
+    ``jax.lax.psum``. For an argument that is replicated over the shards, such as the weights, each
+    shard gets a part of it.
 
     ``ignore_index``, ``axis``, ``reduction``, ``return_metrics``, the axis names, ``rule`` and
     ``implementation`` are static under ``jax.jit``: bind them with ``functools.partial``, or name

@@ -111,9 +111,9 @@ def has_softmax(
     if backend.loses_nan_in_maximum:
         # NaN propagates through a sum. The scale keeps a sum of finite logits from overflowing.
         m = jnp.where(jnp.isnan(jnp.sum(x * 2.0**-24, axis=-1)), jnp.inf, m)
-    if unless is not None:
-        m = jnp.where(unless, jnp.inf, m)  # one reduction over the shards serves both
-    return jnp.isfinite(pmax(m, axis_name))
+    # The maximum over shards may lose a NaN, as the one of NCCL does. One maximum serves all cases.
+    has_none = jnp.isnan(m) if unless is None else jnp.isnan(m) | unless
+    return jnp.isfinite(pmax(jnp.where(has_none, jnp.inf, m), axis_name))
 
 
 def normalize_tile(x: Array, backend: Backend, *, scale: float = SCALE) -> Normalizer:
