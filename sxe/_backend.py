@@ -178,8 +178,8 @@ class Backend:
             # 1,120 rows while it moves the kernel. Chunks in float32 have not been compared.
             rows = 2048 if jnp.dtype(dtype).itemsize == 2 else 512
             return ChunkLimits(32 * MIB, rows, 8)
-        # With logits of 48 MiB, a chunk has 50 to 57 MiB of temporaries. In JAX 0.10, XLA copies
-        # the logits for some options.
+        # On JAX 0.12, chunks with logits of 40 to 47 MiB had 49 to 55 MiB of temporaries. In JAX
+        # 0.10, XLA copies the logits for some options.
         return ChunkLimits((24 if self.jax_version < (0, 11) else 48) * MIB, 128, 16)
 
     # Only ``sxe.plan`` uses the rest: how XLA compiles the programs of the losses.

@@ -454,6 +454,27 @@ def test_gradient_of_a_vmap_over_what_some_results_do_not_depend_on(mapped, redu
     jax.tree.map(np.testing.assert_allclose, metrics, jax.tree.map(lambda *a: jnp.stack(a), *each))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_of_a_vmap_over_the_labels_beside_metrics(reduction):
+    """The metrics of logits are those of all sets of labels."""
+    hidden, kernel, labels = normal(5, D), normal(D, K), np.arange(10).reshape(2, 5)
+
+    def loss(hidden, labels):
+        options = {"chunk_size": 2, "reduction": reduction, "return_metrics": True}
+        value, metrics = sxe.linear_softmax_cross_entropy(hidden, kernel, labels, **options)
+        return jnp.sum(value), metrics
+
+    def total(hidden):
+        values, metrics = jax.vmap(loss, (None, 0))(hidden, labels)
+        return jnp.sum(values), metrics
+
+    gradient, metrics = jax.grad(total, has_aux=True)(hidden)
+    each = [jax.grad(loss, has_aux=True)(hidden, y) for y in labels]
+    assert_close(gradient, each[0][0] + each[1][0])
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *(m for _, m in each))
+    jax.tree.map(np.testing.assert_allclose, metrics, stacked)
+
+
 @pytest.mark.parametrize(("inside", "outside"), [*itertools.product((False, True), repeat=2)])
 def test_nested_vmaps(inside, outside):
     """The gradient is inside, outside, or between the two vmaps, jitted or not."""

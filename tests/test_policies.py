@@ -193,8 +193,9 @@ def test_an_ignore_index_that_jax_cannot_hold(ignored, x64):
             continue
         with pytest.raises(ValueError, match=r"^ignore_index: expected an int from -2147483648 to"):
             f(normal(2, 5), labels)
-    assert np.isfinite(f(normal(1, 5), np.array([1], np.int32))).all()  # which it cannot be
-    assert np.isfinite(f(normal(1, 5), np.array([1], np.uint64))).all() or ignored > 0
+    # Labels of these dtypes are never equal to it, or can be held.
+    for dtype in (np.int32, np.uint64):
+        assert np.isfinite(f(normal(1, 5), np.array([1], dtype))).all()
 
 
 def test_an_integer_of_more_than_32_bits_among_floats_keeps_its_value():
@@ -493,7 +494,7 @@ def test_a_row_of_infinite_loss_that_does_not_count(head, targets, reason, reduc
         if name in of_rows:
             assert (np.asarray(gradient[1]) == 0).all(), name
             gradient = gradient[np.array([0, 2])]
-        assert np.isfinite(d_some[name]).sum() >= d_some[name].size - 1  # -inf where a class has it
+        assert np.isfinite(d_some[name]).all(), name
         assert_close(gradient, d_some[name])
 
 

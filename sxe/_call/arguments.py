@@ -75,15 +75,16 @@ def _fit(x: Any, ignore_index: int | None) -> Any:
     """Replace the integers in x that JAX cannot hold.
 
     The replacement is the largest integer that JAX can hold, or the one below it if the largest is
-    ``ignore_index``. Neither is a class index.
+    ``ignore_index``. Neither is a class index. Raises an error if x could contain an
+    ``ignore_index`` that JAX cannot hold, because no replacement would match it.
     """
     number = isinstance(x, int)
     if not number and (isinstance(x, Array) or x.dtype.itemsize < 8):
         return x
     held = jnp.iinfo(jax.dtypes.canonicalize_dtype(int if number else x.dtype))
     if ignore_index is not None and not held.min <= ignore_index <= held.max:
-        own = held if number else jnp.iinfo(x.dtype)
-        if number or own.min <= ignore_index <= own.max:
+        may_contain = number or np.iinfo(x.dtype).min <= ignore_index <= np.iinfo(x.dtype).max
+        if may_contain:
             raise ArgumentValueError(
                 "ignore_index",
                 f"expected an int from {held.min} to {held.max}, because JAX holds integers of "

@@ -398,7 +398,7 @@ def explained_jet(
     try:
         yield
     except KeyError as error:  # from jet, for a primitive that it has no rule for
-        if str(error) not in ("scan", "while"):
+        if str(error) not in ("scan", "while") or not hasattr(inputs, "hidden"):
             raise
         raise ArgumentValueError(
             "hidden",

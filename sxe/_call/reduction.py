@@ -128,7 +128,7 @@ def denominator(weight: Array, parts: Array | None, reduction: str) -> Array:
         return jnp.ones_like(weight)
     if parts is None:
         return jnp.where(weight == 0, jnp.inf, weight)
-    weight = weight + (weight - weight)
+    weight = weight + (weight - weight)  # NaN if the sum is infinite
     weight = jnp.where(parts == 0, jnp.inf, weight)
     # NaN is computed as 0 / 0: a constant NaN would trip debug_nans even if the sum is not 0.
     return weight / jnp.where(weight == 0, 0, jnp.ones_like(weight))
